@@ -1,0 +1,98 @@
+// What every launcher is handed: plain structs of raw pointers, no XLA types. Shapes are in the comments, row-major and
+// contiguous unless a stride says otherwise. jax_dsv4/implementations/native.py states the same operands in Python.
+#ifndef JAX_DSV4_COMMON_PARAMS_H_
+#define JAX_DSV4_COMMON_PARAMS_H_
+
+#include <cstdint>
+
+namespace jax_dsv4 {
+
+constexpr int kLatentDim = 512;                   // numbers per cached position: K and V alike
+constexpr int kRopeDim = 64;                      // the last of them
+constexpr int kNopeDim = kLatentDim - kRopeDim;   // 448
+constexpr int kScaleTile = 64;                    // nope numbers that share one ue8m0 scale
+constexpr int kScaleTiles = kNopeDim / kScaleTile;
+// fp8_ds_mla: a block is block_size rows (448 e4m3, 64 bf16), then block_size scale groups (7 ue8m0, 1 pad byte).
+constexpr int kPackedRowBytes = kNopeDim + 2 * kRopeDim;                   // 576
+constexpr int kPackedScaleBytes = 8;
+constexpr int kPackedTokenBytes = kPackedRowBytes + kPackedScaleBytes;     // 584
+static_assert(kPackedTokenBytes == 584, "fp8_ds_mla is byte-compatible with FlashMLA's MODEL1");
+
+enum class Layout : int32_t { kFp8DsMla = 0, kBf16 = 1, kFloat32 = 2, kAiterFp8 = 3 };
+enum class Dtype : int32_t { kBf16 = 0, kFloat32 = 1 };
+
+// A cache. Slot s is row s % block_size of block s / block_size; a slot outside [0, num_blocks * block_size) is invalid.
+struct Cache {
+  const uint8_t* data;  // [num_blocks, block_stride_bytes]
+  int64_t num_blocks;
+  int64_t block_stride_bytes;  // >= block_size * bytes per token; what lies past a block's tokens is never read
+  int32_t block_size;
+  Layout layout;
+};
+
+// A cache and the slots of it that each token attends to.
+struct Scope {
+  Cache cache;
+  const int32_t* indices;  // [tokens, topk] slots; entries at or past the length may be anything
+  const int32_t* lengths;  // [tokens]; any value, clamped to [0, topk]
+  int32_t topk;            // 0: the scope is absent
+};
+
+// Who computes what, in AITER's format (ffi/common/plan.h makes it). A token's keys are numbered as one list: the swa scope's
+// entries 0 .. length-1, directly followed by the extra scope's. Token i owns the numbers [i * stride, i * stride + kv_lengths[i]),
+// stride = the sum of the scopes' topk.
+struct Plan {
+  const int32_t* kv_lengths;          // [tokens] the (clamped, summed) lengths that the plan was made for
+  const int32_t* work_indptr;         // [workers + 1] worker w runs items work_indptr[w] .. work_indptr[w + 1]
+  const int32_t* work_info_set;       // [max_items, 8] see WorkInfo
+  const int32_t* reduce_indptr;       // [tokens + 1] a token's range in reduce_partial_map; empty: not split
+  const int32_t* reduce_final_map;    // [tokens, 2] {q_start, q_end} of split token i; other rows unspecified
+  const int32_t* reduce_partial_map;  // [max_partials] rows of the partial buffers, in kv order
+  int32_t workers;
+  int32_t max_items;
+  int32_t max_partials;  // rows of the partial buffers; a plan that names others is answered with NaN
+};
+
+// One row of work_info_set.
+struct WorkInfo {
+  int32_t batch_idx;       // the token
+  int32_t partial_qo_loc;  // row of the partial buffers to write; -1: the item is the whole token and writes the output
+  int32_t qo_start, qo_end;
+  int32_t kv_start, kv_end;  // absolute key numbers, never an empty range
+  int32_t kv_offset;         // keys of the token after kv_end
+  int32_t pad;
+};
+static_assert(sizeof(WorkInfo) == 32, "work_info_set rows are 8 int32");
+
+// out = softmax(scale * q . k over the union of the scopes' valid keys, with exp(sink) added to the denominator) . k
+// lse = natural log of the sum of exponentials, sink excluded; -inf, and out = 0, for a token without a valid key.
+// A token whose plan.kv_lengths differs from its lengths is answered with NaN in out and lse.
+struct DecodeParams {
+  const void* q;      // [tokens, heads, 512] of q_dtype
+  const float* sink;  // [heads], or null: no sink
+  Scope scopes[2];    // swa, extra
+  Plan plan;
+  void* out;           // [tokens, heads, 512] of q_dtype
+  float* lse;          // [tokens, heads]
+  float* partial_out;  // [max_partials, heads, 512] workspace, uninitialised
+  float* partial_lse;  // [max_partials, heads] workspace, uninitialised
+  int32_t* counters;   // [tokens] workspace, uninitialised
+  int32_t tokens;
+  int32_t heads;
+  float scale;  // times the natural-log scores
+  Dtype q_dtype;
+};
+
+// Quantises latents and writes them to their slots. Invalid slots are skipped; of equal slots the last row wins.
+struct AppendParams {
+  const void* latents;    // [count, 512] of dtype
+  const int32_t* slots;   // [count]
+  Cache cache;            // written through `data_out`
+  uint8_t* data_out;      // = cache.data, writable
+  int64_t count;
+  Dtype dtype;
+};
+
+}  // namespace jax_dsv4
+
+#endif  // JAX_DSV4_COMMON_PARAMS_H_
