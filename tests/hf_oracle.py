@@ -7,12 +7,15 @@ answers of two models under tests/data, so that the plain suite holds ours to th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import torch
 import transformers
-from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM, modeling_deepseek_v4
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -114,3 +117,43 @@ def answers(model: DeepseekV4ForCausalLM, prompt: np.ndarray, cache=None) -> dic
         "tokens": np.array(tokens, np.int32),  # [DECODED]
         "decode_logits": np.stack(logits[1:]),  # [DECODED, vocabulary]: after each of `tokens`
     }
+
+
+def packed_answers(model: DeepseekV4ForCausalLM, prompt: np.ndarray) -> dict[str, np.ndarray]:
+    """`answers` of the model over a simulated fp8_ds_mla cache: every latent makes a round trip through its bytes, and
+    attention reads bfloat16 queries and writes bfloat16 results."""
+    cache = transformers.DynamicCache(config=model.config)
+    for layer in cache.layers:
+        layer.update = _on_update(layer.update)
+        if hasattr(layer, "update_compressor_states"):
+            layer.update_compressor_states = _on_compressed(layer.update_compressor_states)
+
+    eager = modeling_deepseek_v4.eager_attention_forward
+
+    def attention(module, query, *args, **kwargs):
+        output, weights = eager(module, query.bfloat16().float(), *args, **kwargs)
+        return output.bfloat16().float(), weights
+
+    with mock.patch.object(modeling_deepseek_v4, "eager_attention_forward", attention):
+        return answers(model, prompt, cache)
+
+
+def _on_update(update: Callable) -> Callable:
+    return lambda key, value, *args, **kwargs: update(_round_trip(key), _round_trip(value), *args, **kwargs)
+
+
+def _on_compressed(update: Callable) -> Callable:
+    # The indexer's keys pass here too; they are not latents.
+    return lambda name, entry: update(name, _round_trip(entry) if name == "compressor" else entry)
+
+
+def _round_trip(latent: torch.Tensor) -> torch.Tensor:
+    """Latents [..., 512] as an fp8_ds_mla cache gives them back, in NumPy."""
+    latent = latent.numpy()
+    tiles = latent[..., :448].reshape(*latent.shape[:-1], 7, 64).astype(np.float64)
+    scale = 2.0 ** np.ceil(np.log2(np.maximum(np.abs(tiles).max(-1, keepdims=True), 1e-4) / 448))
+    nope = ((tiles / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale).reshape(
+        *latent.shape[:-1], 448
+    )
+    rope = latent[..., 448:].astype(ml_dtypes.bfloat16).astype(np.float32)
+    return torch.tensor(np.concatenate([nope.astype(np.float32), rope], axis=-1))

@@ -2,8 +2,8 @@
 
     python tests/make_example_goldens.py        (needs the `oracle` extra)
 
-`answers.npz` holds the exact answers (keys as in hf_oracle.answers) and, under `fp8_…`, those of the same model with
-every cached latent passed through a NumPy simulation of the packed fp8 cache.
+`answers.npz` holds the exact answers (as `hf_oracle.answers` returns them) and, under `fp8_…`, those over a simulated fp8 cache
+(`hf_oracle.packed_answers`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
         # Two shards, so that the plain suite reads an index too.
         hf_oracle.save(model, folder, max_shard_size="512KB")
         answers = hf_oracle.answers(model, prompt)
-        fp8 = hf_oracle.answers(model, prompt, hf_oracle.packed_cache(model))
+        fp8 = hf_oracle.packed_answers(model, prompt)
         np.savez_compressed(folder / "answers.npz", **answers, **{f"fp8_{key}": value for key, value in fp8.items()})
         print(folder, sum(file.stat().st_size for file in folder.iterdir()) // 1024, "KiB")
 

@@ -184,15 +184,16 @@ TINY = Config(
     q_lora_rank=64,
     o_groups=2,
     o_lora_rank=64,
-    layers=("swa", "csa", "hca", "csa"),
+    layers=("swa", "csa", "hca"),
     n_routed_experts=8,
     num_experts_per_tok=2,
     moe_intermediate_size=128,
     routed_scaling_factor=1.5,
     num_hash_layers=1,
     index_n_heads=4,
-    index_topk=32,
+    index_topk=64,
     max_position_embeddings=4096,
+    sliding_window=32,
     yarn=Yarn(factor=16, original_max_position_embeddings=256),
 )
 

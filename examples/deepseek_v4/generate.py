@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax_dsv4 as dsv4
 from deepseek_v4.config import Config
-from deepseek_v4.model import Cache, forward, logits
+from deepseek_v4.model import Cache, attention_dtype, begin_step, extra_topk, forward, logits, slots_of
 from jax import Array, lax
 
 
@@ -63,7 +64,7 @@ def prefill(
     cache, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, nothing))
     # A request's draws depend on the seed, its place in the batch and its position, not on its neighbours.
     key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-    return draw(State(cache, lengths, max_new_tokens, key), logits(weights, last), sampling, config)
+    return draw(State(cache, jnp.zeros_like(lengths), max_new_tokens, key), logits(weights, last), sampling, config)
 
 
 @partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation"), donate_argnames="state")
@@ -105,3 +106,24 @@ def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> Sta
         token = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
     ends = jnp.isin(token, jnp.array(config.eos_token_ids, jnp.int32))
     return state._replace(token=token, left=jnp.where(ends, 0, jnp.maximum(state.left - 1, 0)))
+
+
+@partial(jax.jit, static_argnames=("config", "implementation"))
+def attend(cache: Cache, *, config: Config, implementation: Any = None) -> Array:
+    """The attention of one decode step and nothing else, to be timed: plans, and one sparse_mla_decode per layer.
+
+    Queries are made up, and CSA layers read their first entries instead of choosing; lengths are the real ones.
+    """
+    b = len(cache.position)
+    step = begin_step(cache, jnp.zeros((b, 1), jnp.int32), jnp.ones(b, jnp.int32), config, implementation)
+    total = jnp.zeros(())
+    for kind, layer in zip(config.layers, cache.layers, strict=True):
+        q = attention_dtype(jnp.ones((b, 1, config.num_attention_heads, config.head_dim)), layer.swa)
+        swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
+        if kind != "swa":
+            first = jnp.arange(extra_topk(step.entries[kind], kind, config), dtype=jnp.int32)
+            first = jnp.broadcast_to(first, (b, 1, first.size))
+            extra = dsv4.Scope(layer.extra, slots_of(cache.tables[kind], first, kind), step.extra_lengths[kind])
+        out = dsv4.sparse_mla_decode(q, swa, extra, plan=step.plan[kind], implementation=implementation)
+        total += out.astype(jnp.float32).sum()
+    return total

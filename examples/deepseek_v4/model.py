@@ -12,6 +12,7 @@ without its activation quantisation (no fp8 activations, no fp4 indexer): that o
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -306,6 +307,7 @@ def attention(
 ) -> tuple[Array, LayerCache]:
     """One attention sublayer: x [b, t, d] → [b, t, d]."""
     b, t, _ = x.shape
+    append = partial(dsv4.append, implementation=implementation)
     angle = step.angle["main" if kind == "swa" else "compress"]
 
     q_low = rms_norm(jnp.einsum("btd,rd->btr", x, w["wq_a"]), w["q_norm"], config)
@@ -313,13 +315,13 @@ def attention(
     q = rotate(rms_norm(q, None, config), angle[:, :, None])  # [b, t, h, k]
 
     latent = rms_norm(jnp.einsum("btd,kd->btk", x, w["wkv"]), w["kv_norm"], config)
-    layer = layer._replace(swa=dsv4.append(layer.swa, rotate(latent, angle), step.swa_slots))
+    layer = layer._replace(swa=append(layer.swa, rotate(latent, angle), step.swa_slots))
     swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
 
     if kind != "swa":
         entries = step.entries[kind]
         compressed, rows = compress(x, w["compressor"], layer.rows, step, kind, config)
-        layer = layer._replace(extra=dsv4.append(layer.extra, compressed, entries.slots), rows=rows)
+        layer = layer._replace(extra=append(layer.extra, compressed, entries.slots), rows=rows)
         if kind == "csa":
             indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config)
         else:
