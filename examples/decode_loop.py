@@ -92,10 +92,9 @@ def run(args: argparse.Namespace) -> None:
         calls = [np.asarray(state.token)[:, None]]
         began = time.perf_counter()
         for _ in show.track("decoding")(range(-(-(args.max_new_tokens - 1) // STEPS_PER_CALL))):
-            state, tokens = generate_more(weights, state)
-            calls.append(np.asarray(tokens))
-            if not np.any(state.left):
-                break
+            if np.any(state.left):  # else every request met its end
+                state, tokens = generate_more(weights, state)
+                calls.append(np.asarray(tokens))
         decode_seconds = time.perf_counter() - began
         attention_seconds = time_attention(state, args, config)
 
@@ -209,7 +208,12 @@ def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config:
 
 def time_attention(state: State, args: argparse.Namespace, config: Config) -> float:
     """Seconds that one step spends in plans and sparse_mla_decode, timed alone at the positions decoding ended at."""
-    once = lambda: jax.block_until_ready(attend(state.cache, config=config, implementation=args.implementation))
+
+    def once() -> None:
+        jax.block_until_ready(
+            attend(state.cache, config=config, dtype=jnp.dtype(args.dtype), implementation=args.implementation)
+        )
+
     once()  # compiles
 
     def timed() -> float:

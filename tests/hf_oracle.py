@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import torch
 import transformers
-from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM, modeling_deepseek_v4
+from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -120,22 +119,14 @@ def answers(model: DeepseekV4ForCausalLM, prompt: np.ndarray, cache=None) -> dic
 
 
 def packed_answers(model: DeepseekV4ForCausalLM, prompt: np.ndarray) -> dict[str, np.ndarray]:
-    """`answers` of the model over a simulated fp8_ds_mla cache: every latent makes a round trip through its bytes, and
-    attention reads bfloat16 queries and writes bfloat16 results."""
+    """`answers` of the model over a simulated fp8_ds_mla cache: every latent makes a round trip through its bytes."""
     cache = transformers.DynamicCache(config=model.config)
     for layer in cache.layers:
         layer.update = _on_update(layer.update)
         if hasattr(layer, "update_compressor_states"):
             layer.update_compressor_states = _on_compressed(layer.update_compressor_states)
 
-    eager = modeling_deepseek_v4.eager_attention_forward
-
-    def attention(module, query, *args, **kwargs):
-        output, weights = eager(module, query.bfloat16().float(), *args, **kwargs)
-        return output.bfloat16().float(), weights
-
-    with mock.patch.object(modeling_deepseek_v4, "eager_attention_forward", attention):
-        return answers(model, prompt, cache)
+    return answers(model, prompt, cache)
 
 
 def _on_update(update: Callable) -> Callable:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config
-from deepseek_v4.model import Cache, attention_dtype, begin_step, extra_topk, forward, logits, slots_of
+from deepseek_v4.model import Cache, begin_step, extra_topk, forward, logits, slots_of
 from jax import Array, lax
 
 
@@ -108,8 +108,8 @@ def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> Sta
     return state._replace(token=token, left=jnp.where(ends, 0, jnp.maximum(state.left - 1, 0)))
 
 
-@partial(jax.jit, static_argnames=("config", "implementation"))
-def attend(cache: Cache, *, config: Config, implementation: Any = None) -> Array:
+@partial(jax.jit, static_argnames=("config", "dtype", "implementation"))
+def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = None) -> Array:
     """The attention of one decode step and nothing else, to be timed: plans, and one sparse_mla_decode per layer.
 
     Queries are made up, and CSA layers read their first entries instead of choosing; lengths are the real ones.
@@ -118,7 +118,7 @@ def attend(cache: Cache, *, config: Config, implementation: Any = None) -> Array
     step = begin_step(cache, jnp.zeros((b, 1), jnp.int32), jnp.ones(b, jnp.int32), config, implementation)
     total = jnp.zeros(())
     for kind, layer in zip(config.layers, cache.layers, strict=True):
-        q = attention_dtype(jnp.ones((b, 1, config.num_attention_heads, config.head_dim)), layer.swa)
+        q = jnp.ones((b, 1, config.num_attention_heads, config.head_dim), dtype)
         swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
         if kind != "swa":
             first = jnp.arange(extra_topk(step.entries[kind], kind, config), dtype=jnp.int32)

@@ -329,18 +329,13 @@ def attention(
         extra = dsv4.Scope(layer.extra, indices, step.extra_lengths[kind])
 
     out = dsv4.sparse_mla_decode(
-        attention_dtype(q, layer.swa), swa, extra, attn_sink=w["sink"], plan=step.plan[kind], implementation=implementation
+        q, swa, extra, attn_sink=w["sink"], plan=step.plan[kind], implementation=implementation
     )
     # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
-    out = rotate(out.astype(x.dtype), -angle[:, :, None])
+    out = rotate(out, -angle[:, :, None])
     out = out.reshape(b, t, config.o_groups, -1)  # [b, t, g, heads of the group · k]
     out = jnp.einsum("btgx,grx->btgr", out, w["wo_a"].reshape(config.o_groups, config.o_lora_rank, -1))
     return jnp.einsum("btx,dx->btd", out.reshape(b, t, -1), w["wo_b"]), layer
-
-
-def attention_dtype(q: Array, cache: dsv4.KVCache) -> Array:
-    """q as the op takes it: float32 for the exact layout, bfloat16 for all others."""
-    return q.astype(jnp.float32 if cache.layout == "float32" else jnp.bfloat16)
 
 
 def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Config) -> tuple[Array, Array]:
