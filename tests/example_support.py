@@ -48,16 +48,19 @@ def score_text(
     weights: Any,
     tokens: np.ndarray,
     *,
-    chunk: int,
+    chunk: int = 32,
+    count: int | None = None,
     single_from: int | None = None,
     max_tokens: int | None = None,
     layout: str = "float32",
     implementation: Any = None,
 ) -> np.ndarray:
-    """Logits [n, vocabulary] after each of `tokens`: in chunks up to `single_from`, then one token per step."""
+    """Logits [n, vocabulary] after each of `tokens`: `count` (default: all) of each chunk up to `single_from`, then one
+    token per step. What is compiled depends on `chunk` and `max_tokens` alone."""
     single_from = len(tokens) if single_from is None else single_from
+    count = count or chunk
     cache = create_cache(config, 1, max_tokens or len(tokens), layout=layout, chunk=chunk, dtype=jnp.float32)
-    steps = [(i, min(chunk, single_from - i), chunk) for i in range(0, single_from, chunk)]
+    steps = [(i, min(count, single_from - i), chunk) for i in range(0, single_from, count)]
     steps += [(i, 1, 1) for i in range(single_from, len(tokens))]
     found = []
     for start, count, width in steps:
@@ -68,6 +71,12 @@ def score_text(
         )
         found.append(np.asarray(out)[0, :count])
     return np.concatenate(found)
+
+
+def golden_length(name: str) -> int:
+    """Tokens of a golden prompt and its answer."""
+    answers = golden(name)[2]
+    return len(answers["prompt"]) + len(answers["tokens"])
 
 
 def decode(

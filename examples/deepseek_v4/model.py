@@ -351,21 +351,21 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     score = jnp.einsum("btd,xd->btx", x, w["wgate"], preferred_element_type=jnp.float32)
     score += w["ape"][step.position % ratio]
 
-    b, ring = rows.shape[:2]
-    request = jnp.arange(b)[:, None]
+    ring = rows.shape[1]
     here = jnp.where(step.valid, step.position % ring, ring)  # past the end, where writes are dropped
-    rows = rows.at[request, here].set(jnp.stack([value, score], axis=2), mode="drop")
-
-    def window(first: Array, channels: slice) -> Array:
-        """Rows [b, c, w, 2, dim] of the `ratio` tokens from `first` [b, c] on; those before the text score −inf."""
-        position = first[..., None] + jnp.arange(ratio)
-        found = rows[request[..., None], position % ring, :, channels]
-        return jnp.where(position[..., None, None] >= 0, found, jnp.array([[0.0], [-jnp.inf]]))
+    request = jnp.arange(len(rows))[:, None, None]
+    # Value and score are two rows to the scatter: of a single row XLA makes a slice update, which it fuses into the
+    # gather below, and then that needs a copy of the old rows.
+    rows = rows.at[request, here[..., None], jnp.arange(2)].set(jnp.stack([value, score], axis=2), mode="drop")
 
     first, dim = entries.number * ratio, w["norm"].size
-    windows = window(first, slice(-dim, None))
+    window = first[..., None] + jnp.arange(-ratio if kind == "csa" else 0, ratio)  # [b, c, w]
+    windows = rows[request, window % ring]  # [b, c, w, 2, width]
+    # Nothing was projected before the text began: score −inf, weight 0.
+    windows = jnp.where(window[..., None, None] >= 0, windows, jnp.array([[0.0], [-jnp.inf]]))
     if kind == "csa":
-        windows = jnp.concatenate([window(first - ratio, slice(dim)), windows], axis=2)
+        before, own = jnp.split(windows, 2, axis=2)
+        windows = jnp.concatenate([before[..., :dim], own[..., dim:]], axis=2)
     value, score = windows[..., 0, :], windows[..., 1, :]  # [b, c, w, dim]
     entry = jnp.einsum("bcwk,bcwk->bck", value, jax.nn.softmax(score, axis=2))
     entry = rms_norm(entry.astype(x.dtype), w["norm"], config)
@@ -382,9 +382,8 @@ def choose_entries(
     """
     entries = step.entries["csa"]
     compressed, index_rows = compress(x, w["compressor"], layer.index_rows, step, "csa", config)
-    request = jnp.arange(len(x))[:, None]
-    here = jnp.where(entries.complete, entries.number, entries.max_entries)
-    keys = layer.index_keys.at[request, here].set(compressed.astype(layer.index_keys.dtype), mode="drop")
+    here = jnp.where(entries.complete, entries.number, entries.max_entries)  # past the end, where writes are dropped
+    keys = layer.index_keys.at[jnp.arange(len(x))[:, None], here].set(compressed.astype(layer.index_keys.dtype), mode="drop")
 
     q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
     q = rotate(q, step.angle["compress"][:, :, None])  # [b, t, h, k]

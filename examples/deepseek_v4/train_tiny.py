@@ -30,12 +30,13 @@ import ml_dtypes
 import numpy as np
 from deepseek_v4 import safetensors
 from deepseek_v4.config import TINY, Config
-from deepseek_v4.model import create_cache, forward, logits
+from deepseek_v4.model import Cache, create_cache, forward, logits
 from deepseek_v4.tokenizer import Pieces
 from deepseek_v4.weights import Tensor, map_schema, schema
 from jax import Array
 
 SEQUENCE = 256
+CHUNK = 64
 BATCH = 4
 PEAK_RATE = 3e-3
 WARMUP = 50
@@ -91,14 +92,21 @@ def initialise(config: Config, seed: int = 0) -> Any:
 
 
 def loss(weights: Any, routes: Any, tokens: Array, config: Config) -> Array:
-    """Mean cross-entropy, in nats, of each token of [b, t + 1] given those before it."""
+    """Mean cross-entropy, in nats, of each token of [b, t + 1] given those before it; read in chunks, as prompts are."""
     weights = merge(weights, routes)
     b, t = tokens.shape[0], tokens.shape[1] - 1
-    cache = create_cache(config, b, t, layout="float32", chunk=t, dtype=jnp.float32)
-    counts = jnp.full(b, t, jnp.int32)
-    hidden, _ = forward(weights, cache, tokens[:, :-1], counts, config=config, implementation="xla")
-    predicted = jax.nn.log_softmax(logits(weights, hidden))
-    return -jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1).mean()
+    chunks = lambda ids: ids.reshape(b, t // CHUNK, CHUNK).swapaxes(0, 1)  # [chunks, b, CHUNK]
+
+    def of_chunk(cache: Cache, chunk: tuple[Array, Array]) -> tuple[Cache, Array]:
+        inputs, targets = chunk
+        counts = jnp.full(b, CHUNK, jnp.int32)
+        hidden, cache = forward(weights, cache, inputs, counts, config=config, implementation="xla")
+        predicted = jax.nn.log_softmax(logits(weights, hidden))
+        return cache, -jnp.take_along_axis(predicted, targets[..., None], axis=-1).mean()
+
+    cache = create_cache(config, b, t, layout="float32", chunk=CHUNK, dtype=jnp.float32)
+    _, losses = jax.lax.scan(of_chunk, cache, (chunks(tokens[:, :-1]), chunks(tokens[:, 1:])))
+    return losses.mean()
 
 
 def split(weights: Any) -> tuple[Any, Any]:
@@ -178,7 +186,7 @@ def config_json(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
     args = parser.parse_args()
 
