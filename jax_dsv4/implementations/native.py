@@ -35,12 +35,10 @@ def plan_capacity(tokens: int, workers: int) -> tuple[int, int]:
 def plan_shapes(tokens: int, workers: int = MAX_WORKERS) -> WorkPlan:
     items, partials = plan_capacity(tokens, workers)
     shapes = ((tokens,), (workers + 1,), (items, 8), (tokens + 1,), (tokens, 2), (partials,))
-    return WorkPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+    return WorkPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))  # type: ignore[arg-type]
 
 
-def plan_call(
-    lengths: Sequence[jax.Array], topks: Sequence[int], geometry: Geometry, workers: int = MAX_WORKERS
-) -> WorkPlan:
+def plan_call(lengths: Sequence[jax.Array], topks: Sequence[int], geometry: Geometry, workers: int = MAX_WORKERS) -> WorkPlan:
     """The target dsv4_plan; `workers` is the size of work_indptr less one."""
     tokens = lengths[0].shape[0]
     absent = jnp.zeros((tokens,), jnp.int32)
@@ -96,6 +94,7 @@ class _CPU:
         attn_sink: jax.Array | None,
         scale: float,
         work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         assert work is not None
         tokens, heads, _ = q.shape
@@ -104,7 +103,7 @@ class _CPU:
         partials = max(1, min(partials, tokens * -(-topk // self.geometry.granularity)))
         f32, i32 = jnp.float32, jnp.int32
         results = (
-            jax.ShapeDtypeStruct(q.shape, q.dtype),  # out
+            jax.ShapeDtypeStruct(q.shape, out_dtype),
             jax.ShapeDtypeStruct((tokens, heads), f32),  # lse
             jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # workspace: partial outputs
             jax.ShapeDtypeStruct((partials, heads), f32),  # workspace: partial lse
@@ -128,9 +127,7 @@ class _CPU:
         return out, lse
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        call = jax.ffi.ffi_call(
-            "dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0}
-        )
+        call = jax.ffi.ffi_call("dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
         code = kv.LAYOUTS[cache.layout].code
         return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), layout=np.int32(code))
 
