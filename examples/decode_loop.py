@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import jax_dsv4 as dsv4
 import numpy as np
 from deepseek_v4 import memory
 from deepseek_v4.config import CheckpointError, Config, load_config
@@ -30,6 +29,8 @@ from deepseek_v4.generate import Sampling, State, attend, generate, prefill
 from deepseek_v4.model import create_cache
 from deepseek_v4.tokenizer import load_tokenizer
 from deepseek_v4.weights import load_weights
+
+import jax_dsv4 as dsv4
 
 TINY = Path(__file__).parent / "deepseek_v4" / "tiny"
 PREFILL_CHUNK = 32  # prompt tokens per step
@@ -61,9 +62,7 @@ def run(args: argparse.Namespace) -> None:
     with progress() as show:
         weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))
         try:
-            cache = create_cache(
-                config, len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype
-            )
+            cache = create_cache(config, len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
         except ValueError as error:
             raise UsageError(error) from None
         cache_bytes = memory.nbytes(cache)
@@ -210,9 +209,7 @@ def time_attention(state: State, args: argparse.Namespace, config: Config) -> fl
     """Seconds that one step spends in plans and sparse_mla_decode, timed alone at the positions decoding ended at."""
 
     def once() -> None:
-        jax.block_until_ready(
-            attend(state.cache, config=config, dtype=jnp.dtype(args.dtype), implementation=args.implementation)
-        )
+        jax.block_until_ready(attend(state.cache, config=config, dtype=jnp.dtype(args.dtype), implementation=args.implementation))
 
     once()  # compiles
 
@@ -233,7 +230,8 @@ def print_report(report: dict[str, Any], prompts: list[str] | None) -> None:
     if step:
         print(f"{report['tokens_per_second']:10.1f}  tokens/s ({batch} requests, {1e3 * step:.2f} ms per step)")
         print(f"{1e3 * attention:10.3f}  ms per step in attention, timed alone ({attention / step:.0%})")
-    print(f"{report['cache_bytes']:10d}  bytes of cache ({report['cache_tokens_per_request']} tokens per request, {report['cache_layout']})")
+    room = f"{report['cache_tokens_per_request']} tokens per request, {report['cache_layout']}"
+    print(f"{report['cache_bytes']:10d}  bytes of cache ({room})")
     print(f"{report['compile_seconds']:10.1f}  s to compile prefill and decode, once; on {report['device']}")
 
 

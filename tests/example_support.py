@@ -10,19 +10,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from deepseek_v4.config import Config, load_config  # noqa: E402
-from deepseek_v4.generate import Sampling, generate, prefill  # noqa: E402
-from deepseek_v4.model import create_cache, forward, logits  # noqa: E402
-from deepseek_v4.weights import load_weights  # noqa: E402
+import decode_loop  # noqa: E402, F401
+from deepseek_v4 import memory, safetensors  # noqa: E402, F401
+from deepseek_v4.config import PRESETS, Config, load_config  # noqa: E402, F401
+from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate, prefill  # noqa: E402, F401
+from deepseek_v4.model import Cache, create_cache, forward, logits  # noqa: E402, F401
+from deepseek_v4.tokenizer import Pieces  # noqa: E402, F401
+from deepseek_v4.weights import Tensor, abstract_weights, dequantize, load_weights, published_name, schema  # noqa: E402, F401
 
 GOLDEN = ("yarn", "hca")
 
 # float32 throughout, sums in another order, and values of order 1 after four layers.
 EXACT = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def strict_types():
+    """In place of conftest's: dtypes are strict here too, but a model may broadcast [d] against [b, t, d]."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 def golden_folder(name: str) -> Path:
@@ -66,9 +77,7 @@ def score_text(
     for start, count, width in steps:
         padded = np.zeros((1, width), np.int32)
         padded[0, :count] = tokens[start : start + count]
-        out, cache = score(
-            weights, cache, padded, np.array([count], np.int32), config=config, implementation=implementation
-        )
+        out, cache = score(weights, cache, padded, np.array([count], np.int32), config=config, implementation=implementation)
         found.append(np.asarray(out)[0, :count])
     return np.concatenate(found)
 
@@ -87,7 +96,7 @@ def decode(
     *,
     max_tokens: int,
     chunk: int = 32,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     layout: str = "float32",
     implementation: Any = None,
 ) -> list[list[int]]:

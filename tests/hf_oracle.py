@@ -47,9 +47,7 @@ CONFIGS = {
         dict(
             layer_types=[SWA, CSA, HCA, CSA],
             num_hash_layers=1,
-            rope_scaling=dict(
-                rope_type="yarn", factor=16, original_max_position_embeddings=64, beta_fast=32, beta_slow=1
-            ),
+            rope_scaling=dict(rope_type="yarn", factor=16, original_max_position_embeddings=64, beta_fast=32, beta_slow=1),
         ),
         530,
     ),
@@ -143,8 +141,6 @@ def _round_trip(latent: torch.Tensor) -> torch.Tensor:
     latent = latent.numpy()
     tiles = latent[..., :448].reshape(*latent.shape[:-1], 7, 64).astype(np.float64)
     scale = 2.0 ** np.ceil(np.log2(np.maximum(np.abs(tiles).max(-1, keepdims=True), 1e-4) / 448))
-    nope = ((tiles / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale).reshape(
-        *latent.shape[:-1], 448
-    )
+    nope = ((tiles / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale).reshape(*latent.shape[:-1], 448)
     rope = latent[..., 448:].astype(ml_dtypes.bfloat16).astype(np.float32)
     return torch.tensor(np.concatenate([nope.astype(np.float32), rope], axis=-1))

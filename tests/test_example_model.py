@@ -8,12 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example_support import EXACT, GOLDEN, decode, golden, golden_length, score_text
-from deepseek_v4.generate import Sampling, State, draw
-from deepseek_v4.model import Cache
+from example_support import (
+    EXACT,
+    GOLDEN,
+    Cache,
+    Sampling,
+    State,
+    decode,
+    draw,
+    golden,
+    golden_length,
+    score_text,
+    strict_types,  # noqa: F401
+)
 
 
-@pytest.mark.parametrize("name, implementation", [("yarn", None), ("yarn", "xla"), ("hca", None)])
+@pytest.mark.parametrize(("name", "implementation"), [("yarn", None), ("yarn", "xla"), ("hca", None)])
 def test_logits_equal_transformers(name, implementation):
     config, weights, answers = golden(name)
     text = np.concatenate([answers["prompt"], answers["tokens"]])
@@ -49,7 +59,8 @@ def test_fp8_cache_equals_transformers_over_a_simulated_one(name):
     found = score_text(config, weights, text, layout="fp8_ds_mla")
     error = np.abs(found - wanted).max(axis=-1)
     assert error[:4].max() < EXACT
-    assert np.quantile(error, 0.5) < 0.01 and np.quantile(error, 0.98) < 0.05
+    assert np.quantile(error, 0.5) < 0.01
+    assert np.quantile(error, 0.98) < 0.05
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.98
 
 
@@ -76,7 +87,8 @@ def test_batch_equals_single_requests_and_stops_early():
         (alone,) = decode(config, weights, [prompt], 40, max_tokens=400)
         assert found == alone[:limit]
     until_stop = answers["tokens"].tolist()[: answers["tokens"].tolist().index(stop) + 1]
-    assert together[4] == until_stop and len(until_stop) < 40
+    assert together[4] == until_stop
+    assert len(until_stop) < 40
 
 
 def drawing(batch: int) -> State:
@@ -108,4 +120,5 @@ def test_end_of_sequence_leaves_nothing_to_draw():
     config = dataclasses.replace(golden("hca")[0], eos_token_ids=(2, 3))
     logits = jnp.eye(4)[jnp.array([0, 2, 3])]
     state = draw(drawing(3), logits, Sampling(), config)
-    assert state.token.tolist() == [0, 2, 3] and state.left.tolist() == [8, 0, 0]
+    assert state.token.tolist() == [0, 2, 3]
+    assert state.left.tolist() == [8, 0, 0]

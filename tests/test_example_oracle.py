@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example_support import EXACT, decode, score_text
-from deepseek_v4.config import load_config
-from deepseek_v4.weights import load_weights
+from example_support import EXACT, decode, load_config, load_weights, score_text, strict_types  # noqa: F401
 
 pytest.importorskip("transformers", reason="needs the oracle extra: pip install -e '.[oracle]'")
 pytest.importorskip("torch", reason="needs the oracle extra: pip install -e '.[oracle]'")
-import hf_oracle  # noqa: E402
+import hf_oracle
 
 
 @pytest.fixture(scope="module", params=sorted(hf_oracle.CONFIGS))

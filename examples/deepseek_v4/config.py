@@ -132,9 +132,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )
     if config.num_attention_heads % config.o_groups:
-        raise ValueError(
-            f"o_groups must divide num_attention_heads = {config.num_attention_heads}, got {config.o_groups}"
-        )
+        raise ValueError(f"o_groups must divide num_attention_heads = {config.num_attention_heads}, got {config.o_groups}")
     return config
 
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
+
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config
 from deepseek_v4.model import Cache, begin_step, extra_topk, forward, logits, slots_of
-from jax import Array, lax
 
 
 class Sampling(NamedTuple):
@@ -18,6 +19,9 @@ class Sampling(NamedTuple):
 
     temperature: float = 0.0  # 0: the likeliest token, always
     top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
+
+
+GREEDY = Sampling()
 
 
 class State(NamedTuple):
@@ -39,7 +43,7 @@ def prefill(
     seed: Array,
     *,
     config: Config,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     chunk: int = 1,
     implementation: Any = None,
 ) -> State:
@@ -74,7 +78,7 @@ def generate(
     *,
     steps: int,
     config: Config,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     implementation: Any = None,
 ) -> tuple[State, Array]:
     """Decodes `steps` tokens per request without the host: int32 tokens [b, steps], −1 after a request's end."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from deepseek_v4.config import PRESETS, Config
 from deepseek_v4.model import create_cache
 from deepseek_v4.weights import Tensor, abstract_weights, schema

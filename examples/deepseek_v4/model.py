@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array, lax
+
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config, Kind
-from jax import Array, lax
 
 BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
 """Slots per page of each kind of cache, as serving engines page them."""
@@ -190,9 +191,7 @@ def extra_topk(entries: Entries, kind: Kind, config: Config) -> int:
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def forward(
-    weights: Any, cache: Cache, tokens: Array, counts: Array, *, config: Config, implementation: Any = None
-) -> tuple[Array, Cache]:
+def forward(weights: Any, cache: Cache, tokens: Array, counts: Array, *, config: Config, implementation: Any = None) -> tuple[Array, Cache]:
     """Runs more tokens of each request through all layers.
 
     Args:
@@ -302,9 +301,7 @@ def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Ar
 # -------------------------------------------------------------------------------------------------------------- attention
 
 
-def attention(
-    x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Any
-) -> tuple[Array, LayerCache]:
+def attention(x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Any) -> tuple[Array, LayerCache]:
     """One attention sublayer: x [b, t, d] → [b, t, d]."""
     b, t, _ = x.shape
     append = partial(dsv4.append, implementation=implementation)
@@ -328,9 +325,7 @@ def attention(
             indices = step.hca_indices
         extra = dsv4.Scope(layer.extra, indices, step.extra_lengths[kind])
 
-    out = dsv4.sparse_mla_decode(
-        q, swa, extra, attn_sink=w["sink"], plan=step.plan[kind], implementation=implementation
-    )
+    out = dsv4.sparse_mla_decode(q, swa, extra, attn_sink=w["sink"], plan=step.plan[kind], implementation=implementation)
     # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
     out = rotate(out, -angle[:, :, None])
     out = out.reshape(b, t, config.o_groups, -1)  # [b, t, g, heads of the group · k]
@@ -372,9 +367,7 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     return rotate(entry, rope_angle(first, "compress", config)), rows
 
 
-def choose_entries(
-    x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config
-) -> tuple[Array, LayerCache]:
+def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config) -> tuple[Array, LayerCache]:
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
@@ -419,8 +412,8 @@ def moe(x: Array, w: Any, tokens: Array, config: Config) -> Array:
     gate, up = jnp.einsum("btd,id->bti", x, shared["w1"]), jnp.einsum("btd,id->bti", x, shared["w3"])
     out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), shared["w2"])
 
-    experts, (b, t, d) = w["experts"], x.shape
-    if b * t * config.num_experts_per_tok <= config.n_routed_experts:
+    experts = w["experts"]
+    if chosen.size <= config.n_routed_experts:
         # Few tokens: fetch only the experts that they chose (x: one of a token's experts).
         w1, w3, w2 = (experts[name][chosen] for name in ("w1", "w3", "w2"))
         gate, up = jnp.einsum("btd,btxid->btxi", x, w1), jnp.einsum("btd,btxid->btxi", x, w3)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import pydoc_data.topics
 import re
@@ -28,12 +29,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import Array
+
 from deepseek_v4 import safetensors
 from deepseek_v4.config import TINY, Config
 from deepseek_v4.model import Cache, create_cache, forward, logits
 from deepseek_v4.tokenizer import Pieces
 from deepseek_v4.weights import Tensor, map_schema, schema
-from jax import Array
 
 SEQUENCE = 256
 CHUNK = 64
@@ -42,12 +44,16 @@ PEAK_RATE = 3e-3
 WARMUP = 50
 
 
+ASCII = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-"})
+"""Typographer's quotes and dashes, in plain."""
+
+
 def corpus() -> str:
     """Full sentences of Python's reference: one paragraph per line, plain ASCII."""
     lines = []
     for topic in pydoc_data.topics.topics.values():
         for paragraph in re.split(r"\n\s*\n", topic):
-            text = " ".join(paragraph.split()).translate(str.maketrans("“”‘’–—", "\"\"''--"))
+            text = " ".join(paragraph.split()).translate(ASCII)
             indented = paragraph.startswith("      ")  # code
             if text.isascii() and not indented and re.fullmatch(r"[A-Z].{40,}[.:]", text):
                 lines.append(text)
@@ -62,7 +68,7 @@ def make_pieces(text: str, size: int) -> list[str]:
     while len(pieces) < size:
         pairs: collections.Counter[tuple[str, str]] = collections.Counter()
         for word, parts in split.items():
-            for pair in zip(parts, parts[1:]):
+            for pair in itertools.pairwise(parts):
                 pairs[pair] += words[word]
         (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
         pieces.append(left + right)
@@ -95,7 +101,9 @@ def loss(weights: Any, routes: Any, tokens: Array, config: Config) -> Array:
     """Mean cross-entropy, in nats, of each token of [b, t + 1] given those before it; read in chunks, as prompts are."""
     weights = merge(weights, routes)
     b, t = tokens.shape[0], tokens.shape[1] - 1
-    chunks = lambda ids: ids.reshape(b, t // CHUNK, CHUNK).swapaxes(0, 1)  # [chunks, b, CHUNK]
+
+    def chunks(ids: Array) -> Array:  # [b, t] → [t / CHUNK, b, CHUNK]
+        return ids.reshape(b, t // CHUNK, CHUNK).swapaxes(0, 1)
 
     def of_chunk(cache: Cache, chunk: tuple[Array, Array]) -> tuple[Cache, Array]:
         inputs, targets = chunk
@@ -111,7 +119,10 @@ def loss(weights: Any, routes: Any, tokens: Array, config: Config) -> Array:
 
 def split(weights: Any) -> tuple[Any, Any]:
     """The float leaves, which are trained, and the integer ones; each with None where the other has a leaf."""
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    def is_float(leaf: Array) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
     return (
         jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, weights),
         jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, weights),
