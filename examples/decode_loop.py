@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,13 +58,15 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.checkpoint)
     prompts = read_prompts(args, tokenizer, config)
     context = cache_tokens(args, prompts, config)
+    check_implementation(args.implementation)
+    try:
+        cache = create_cache(config, len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
+    except ValueError as error:
+        raise UsageError(error) from None
+    with progress(transient=True) as show:
+        weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))
 
     with progress() as show:
-        weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))
-        try:
-            cache = create_cache(config, len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
-        except ValueError as error:
-            raise UsageError(error) from None
         cache_bytes = memory.nbytes(cache)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         padded = np.zeros((len(prompts), -(-lengths.max() // PREFILL_CHUNK) * PREFILL_CHUNK), np.int32)
@@ -129,7 +131,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         def error(self, message: str) -> NoReturn:
             self.exit(2, f"{self.prog}: {message}\n")
 
-    parser = Parser(description="Decode with a DeepSeek-V4 checkpoint, by default a tiny one of this repository.")
+    parser = Parser(prog="decode_loop.py", description="Decode with a DeepSeek-V4 checkpoint, by default a tiny one of this repository.")
     add = parser.add_argument
     add("--checkpoint", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder: config.json, *.safetensors")
     prompt = parser.add_mutually_exclusive_group()
@@ -139,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=positive, default=128, metavar="N")
     add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
     add("--cache-layout", default="fp8_ds_mla", metavar="NAME", help="of jax_dsv4.KVCache (default: %(default)s)")
-    add("--implementation", metavar="NAME", help="of jax_dsv4: cpu, cuda, aiter or xla (default: the platform's best)")
+    add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability")
     add("--seed", type=int, default=0, metavar="N")
@@ -202,6 +204,14 @@ def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config:
     return args.context or needed
 
 
+def check_implementation(name: str | None) -> None:
+    known = dsv4.implementations()
+    if name is not None and name not in known:
+        raise UsageError(f"--implementation must be one of {', '.join(known)}, got {name!r}")
+    if name is not None and not known[name].available:
+        raise UsageError(f"--implementation {name} is not there: {known[name].detail}")
+
+
 # ------------------------------------------------------------------------------------------------------------ the output
 
 
@@ -236,37 +246,39 @@ def print_report(report: dict[str, Any], prompts: list[str] | None) -> None:
 
 
 class Progress:
-    """A progress bar where rich is installed (the `example` extra), else one line per stage; on stderr."""
+    """Progress bars where rich is installed (the `example` extra), else a line per stage; on stderr."""
 
-    def __init__(self, bar: Any = None):
-        self.bar = bar
+    def __init__(self, start: Callable[[str], None], bar: Any = None):
+        self.start, self.bar = start, bar
 
-    @contextlib.contextmanager
-    def spinner(self, label: str) -> Iterator[None]:
-        for _ in self.track(label)(range(1)):
-            yield
+    def track(self, label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+        """A function that yields the items of a sequence and shows how far it is."""
 
-    def track(self, label: str) -> Callable[[Sequence[Any]], Iterator[Any]]:
-        def items(sequence: Sequence[Any]) -> Iterator[Any]:
-            if self.bar is None:
-                print(f"{label} …", file=sys.stderr)
-                yield from sequence
-            else:
-                yield from self.bar.track(sequence, description=label)
+        def items(sequence: Sequence[Any]) -> Iterable[Any]:
+            self.start(label)
+            return self.bar.track(sequence, description=label) if self.bar else sequence
 
         return items
 
+    @contextlib.contextmanager
+    def spinner(self, label: str) -> Iterator[None]:
+        for _ in self.track(label)([None]):
+            yield
+
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
+def progress(transient: bool = False) -> Iterator[Progress]:
+    """Shows stages while it is entered; a transient one leaves nothing behind."""
     try:
         from rich import console, progress
     except ImportError:
-        yield Progress()
+        yield Progress(lambda label: None if transient else print(f"{label} …", file=sys.stderr))
         return
     columns = (progress.SpinnerColumn(), *progress.Progress.get_default_columns(), progress.TimeElapsedColumn())
-    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        yield Progress(bar)
+    stderr = console.Console(stderr=True)
+    hidden = transient and not stderr.is_terminal  # where nothing can be taken back, a transient bar is not shown
+    with progress.Progress(*columns, console=stderr, transient=transient, disable=hidden) as bar:
+        yield Progress(lambda label: None, bar)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,20 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import decode_loop  # noqa: E402, F401
 from deepseek_v4 import memory, safetensors  # noqa: E402, F401
-from deepseek_v4.config import PRESETS, Config, load_config  # noqa: E402, F401
+from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
 from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate, prefill  # noqa: E402, F401
 from deepseek_v4.model import Cache, create_cache, forward, logits  # noqa: E402, F401
 from deepseek_v4.tokenizer import Pieces  # noqa: E402, F401
-from deepseek_v4.weights import Tensor, abstract_weights, dequantize, load_weights, published_name, schema  # noqa: E402, F401
+from deepseek_v4.weights import (  # noqa: E402, F401
+    RENAMES,
+    Tensor,
+    abstract_weights,
+    dequantize,
+    load_weights,
+    open_checkpoint,
+    published_name,
+    schema,
+)
 
 GOLDEN = ("yarn", "hca")
 

@@ -106,8 +106,8 @@ def parse_config(raw: dict[str, Any]) -> Config:
         layers = [KIND_OF_LAYER_TYPE.get(name) for name in raw["layer_types"]]
     else:  # Published configs append the ratio of the next-token-prediction layer, which decoding does not run.
         layers = [KIND_OF_RATIO.get(ratio) for ratio in raw["compress_ratios"]]
-    layers = layers[:num_layers]
-    if len(layers) != num_layers or None in layers:
+    known = tuple(kind for kind in layers[:num_layers] if kind is not None)
+    if len(known) != num_layers:
         raise ValueError(f"layer_types / compress_ratios must name one known kind for each of {num_layers} layers")
     if raw.get("mlp_layer_types"):
         num_hash_layers = raw["mlp_layer_types"].count("hash_moe")
@@ -124,7 +124,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     required = {f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING} - {"layers"}
     config = Config(
         **{name: raw[name] for name in shared if name in raw or name in required},
-        layers=tuple(layers),
+        layers=known,
         num_hash_layers=num_hash_layers,
         csa_ratio=rates.get("compressed_sparse_attention", 4),
         hca_ratio=rates.get("heavily_compressed_attention", 128),

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_v4 import safetensors
-from deepseek_v4.config import CheckpointError, Config
+from deepseek_v4.config import CheckpointError, Config, Kind
 
 Weights = dict[str, Any]
 """A pytree of arrays shaped like `schema`: dictionaries, with one list, `layers`."""
@@ -64,9 +64,9 @@ def schema(config: Config) -> Weights:
             "norm": norm(f"{name}.norm", dim),
         }
 
-    def attention(name: str, kind: str) -> Weights:
+    def attention(name: str, kind: Kind) -> Weights:
         heads_dim = c.num_attention_heads * c.head_dim
-        weights = {
+        weights: Weights = {
             "wq_a": linear(f"{name}.wq_a", c.q_lora_rank, c.hidden_size, "fp8"),
             "q_norm": norm(f"{name}.q_norm", c.q_lora_rank),
             "wq_b": linear(f"{name}.wq_b", heads_dim, c.q_lora_rank, "fp8"),
@@ -96,7 +96,7 @@ def schema(config: Config) -> Weights:
 
     def moe(name: str, layer: int) -> Weights:
         experts = swiglu(f"{name}.experts.*", "fp4")
-        weights = {
+        weights: Weights = {
             "gate": linear(f"{name}.gate", c.n_routed_experts, c.hidden_size),
             "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape)) for k, t in experts.items()},
             "shared": swiglu(f"{name}.shared_experts", "fp8"),
@@ -108,7 +108,7 @@ def schema(config: Config) -> Weights:
             weights["bias"] = Tensor(f"{name}.gate.bias", (c.n_routed_experts,), f32, "fp32")
         return weights
 
-    def layer(i: int, kind: str) -> Weights:
+    def layer(i: int, kind: Kind) -> Weights:
         name = f"layers.{i}"
         return {
             "attn_hc": hyper_connection(f"{name}.hc_attn"),
@@ -177,7 +177,7 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors file there")
 
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for file in files:
         try:
             read = safetensors.read(file)
