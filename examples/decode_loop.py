@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from deepseek_v4.weights import load_weights
 import jax_dsv4 as dsv4
 
 TINY = Path(__file__).parent / "deepseek_v4" / "tiny"
+DEFAULT_PROMPT = "A function definition"
 PREFILL_CHUNK = 32  # prompt tokens per step
 STEPS_PER_CALL = 16  # tokens between two looks at the progress bar
 
@@ -75,14 +77,14 @@ def run(args: argparse.Namespace) -> None:
         limits = np.full(len(prompts), args.max_new_tokens, np.int32)
 
         # Both loops are compiled here, once and ahead of time: an executable cannot be retraced by what follows.
-        options = dict(config=config, sampling=Sampling(args.temperature, args.top_p), implementation=args.implementation)
+        options: Any = dict(config=config, sampling=Sampling(args.temperature, args.top_p), implementation=args.implementation)
         inputs = (weights, cache, padded, lengths, limits, jnp.uint32(args.seed))
         began = time.perf_counter()
         with show.spinner("compiling prefill"):
             prefill_once = prefill.lower(*inputs, **options, chunk=PREFILL_CHUNK).compile()
         with show.spinner("compiling decode"):
-            state = jax.eval_shape(lambda *inputs: prefill(*inputs, **options, chunk=PREFILL_CHUNK), *inputs)
-            generate_more = generate.lower(weights, state, **options, steps=STEPS_PER_CALL).compile()
+            after_prefill = jax.eval_shape(partial(prefill, **options, chunk=PREFILL_CHUNK), *inputs)
+            generate_more = generate.lower(weights, after_prefill, **options, steps=STEPS_PER_CALL).compile()
         compile_seconds = time.perf_counter() - began
 
         with show.spinner("reading the prompt"):
@@ -180,7 +182,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any, config: Config) -> li
     elif tokenizer is None:
         raise UsageError(f"{args.checkpoint} has no tokenizer: give --prompt-ids")
     else:
-        prompts = [tokenizer.encode("The " if args.prompt is None else args.prompt)]
+        prompts = [tokenizer.encode(DEFAULT_PROMPT if args.prompt is None else args.prompt)]
     for prompt in prompts:
         if not prompt:
             raise UsageError("a prompt must have at least one token")
