@@ -3,8 +3,8 @@
     python -m benchmarks.decode [--rounds N] [--only TEXT] [--json FILE]
 
 Per case: our op, planning included, and the two best forms in plain JAX: a batched gather, and `lax.map` over tokens. All are called
-in turn, round by round (once untimed, then three times), so that a slow spell of the machine hits them alike; medians are compared. GFLOP/s counts
-2 * tokens * heads * keys * (512 + 512) operations; the FMA peak is measured between the rounds.
+in turn, round by round (once untimed, then three times), so that a slow spell of the machine hits them alike; medians are compared.
+GFLOP/s counts 2 * tokens * heads * keys * (512 + 512) operations; the FMA peak is measured between the rounds.
 """
 
 from __future__ import annotations
