@@ -1,0 +1,775 @@
+// Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items with four warpgroups, each one
+// loop over the keys of its items, 64 keys (a tile) at a time, handing shared memory on through barriers:
+//
+//   producer   gathers packed rows (cp.async), expands them to bf16 (bit moves, one multiply)         -> full
+//   scores     S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P in bf16           -> p_full
+//   values x2  O[64 heads, 256 of 512] += P . V, V being the very tile that was K; then the epilogue  -> p_free, free
+//
+// So the tensor cores see the scores of one tile beside the values of the tile before, while the next rows are on their way. Heads
+// beyond 64 are further blocks that walk the same items at the same time and find the rows in L2. A token cut into several items
+// leaves partials that a second, small kernel combines in key order; that kernel also answers tokens that have no item.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+#include "cuda/sm90.h"
+
+namespace jax_dsv4::cuda {
+namespace {
+
+using namespace sm90;
+
+constexpr int kGroupKeys = 32;  // a tile is filled, and freed, in halves
+constexpr int kGroups = kKeyTile / kGroupKeys;
+constexpr int kTiles = 2;
+constexpr int kRowBytes = 128;  // of a plane: 64 bf16, what the 128-byte swizzle spans
+constexpr int kPlanes = kLatentDim / 64;
+constexpr int kPlaneBytes = kKeyTile * kRowBytes;
+
+constexpr int kProducerWarps = 4;
+constexpr int kWarpgroup = 128;
+constexpr int kThreads = 4 * kWarpgroup;
+constexpr int kKeysPerWarp = kGroupKeys / kProducerWarps;
+constexpr int kLanesPerKey = 32 / kKeysPerWarp;
+constexpr int kChunksPerLane = kPackedRowBytes / 16 / kLanesPerKey;  // 16-byte pieces of a row: chunk j holds scale tile j
+static_assert(kKeysPerWarp == 8 && kLanesPerKey == 4 && kChunksPerLane == kScaleTiles + 2, "the lanes' share of a row");
+
+// setmaxnreg takes multiples of 8; together 512 per lane of the four warpgroups. The values hold 128 accumulators each.
+constexpr int kProducerRegisters = 72;
+constexpr int kScoresRegisters = 120;
+constexpr int kValuesRegisters = 160;
+static_assert(kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters == 65536 / kWarpgroup);
+
+#ifndef EAGER
+#define EAGER 0
+#endif
+constexpr bool kEager = EAGER;
+
+constexpr float kLog2e = 1.4426950408889634f;
+// The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range, its relative
+// rounding is the same, and the accumulators are hardly ever rescaled.
+constexpr float kRescaleThresholdLog2 = 8.f;
+
+struct __align__(1024) Shared {
+  // Planes of 64 dimensions: [rows][64] bf16, swizzled, as wgmma reads them.
+  uint8_t q[kPlanes][kHeadsPerBlock * kRowBytes];
+  uint8_t k[kTiles][kPlanes][kPlaneBytes];
+  uint8_t p[2][kHeadsPerBlock * kRowBytes];  // [heads][64 keys]
+  uint8_t raw[kProducerWarps][kChunksPerLane][32 * 16];  // packed rows on their way; a lane reads only what it fetched
+  float factor[2][kHeadsPerBlock];  // rescales the accumulators before this P is added; the last one of an item normalises
+  int32_t rescale[2][4];            // per warp of rows: whether `factor` holds anything but ones
+  uint8_t valid[kTiles][kGroups * kProducerWarps];  // bit i of byte j: key 8 j + i of the tile is attended to
+  uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
+  uint64_t p_full[2], p_free[2];
+};
+constexpr int kSharedBytes = sizeof(Shared);
+static_assert(kSharedBytes <= 227 * 1024, "what a Hopper block can have");
+
+// --- Work
+
+__device__ __forceinline__ int clamped_length(const Scope& scope, int token) {
+  return scope.topk > 0 ? max(0, min(scope.lengths[token], scope.topk)) : 0;
+}
+
+// A work item with its keys counted from the token's first, or none.
+struct Item {
+  int token, partial, begin, end, swa_length;
+};
+
+// The items of this block's worker, in order, without those that make no sense: a plan made for other lengths, or for another
+// call, must not lead anywhere outside the buffers.
+class Work {
+ public:
+  __device__ explicit Work(const DecodeParams& params) : params_(params) {
+    const Plan& plan = params.plan;
+    next_ = max(0, plan.work_indptr[blockIdx.y]);
+    end_ = min(plan.max_items, plan.work_indptr[blockIdx.y + 1]);
+  }
+
+  __device__ bool next(Item* item) {
+    while (next_ < end_) {
+      const int4* row = reinterpret_cast<const int4*>(params_.plan.work_info_set) + 2 * next_++;
+      const int4 head = row[0], tail = row[1];  // {batch_idx, partial_qo_loc, qo_start, qo_end}, {kv_start, kv_end, ...}
+      const int token = head.x;
+      if (token < 0 || token >= params_.tokens || head.y < -1 || head.y >= params_.plan.max_partials) continue;
+      const int swa = clamped_length(params_.scopes[0], token), extra = clamped_length(params_.scopes[1], token);
+      if (params_.plan.kv_lengths[token] != swa + extra) continue;
+      const int64_t first = static_cast<int64_t>(token) * (params_.scopes[0].topk + params_.scopes[1].topk);
+      const int64_t begin = tail.x - first, end = tail.y - first;
+      if (begin < 0 || begin >= end || end > swa + extra) continue;
+      *item = {token, head.y, static_cast<int>(begin), static_cast<int>(end), swa};
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  const DecodeParams& params_;
+  int next_, end_;
+};
+
+// Parities of a ring of up to 32 barriers: which phase of each comes next.
+struct Phases {
+  uint32_t bits = 0;
+  __device__ uint32_t take(int i) {
+    const uint32_t parity = (bits >> i) & 1;
+    bits ^= 1u << i;
+    return parity;
+  }
+};
+
+// --- Producer
+
+// What a lane knows of its key of a group, two groups before the key is needed.
+struct KeyFetch {
+  int slot;
+  bool extra;
+};
+
+// Where the key lies; row is null for a key that is not attended to.
+struct KeyRow {
+  const uint8_t* row;
+  const uint8_t* scales;
+};
+
+// Walks the groups of all items as one sequence, so that fetching runs ahead across items.
+class Groups {
+ public:
+  __device__ explicit Groups(const DecodeParams& params) : params_(params), work_(params) {
+    live_ = work_.next(&item_);
+    begin_ = live_ ? item_.begin : 0;
+  }
+  // This lane's key of the next group.
+  __device__ KeyFetch fetch(int key_of_lane) {
+    KeyFetch f{-1, false};
+    if (!live_) return f;
+    const int key = begin_ + key_of_lane;
+    if (key < item_.end) {
+      f.extra = key >= item_.swa_length;
+      const Scope& scope = params_.scopes[f.extra];
+      f.slot = scope.indices[static_cast<int64_t>(item_.token) * scope.topk + key - (f.extra ? item_.swa_length : 0)];
+    }
+    begin_ += kGroupKeys;
+    if (begin_ >= item_.end) {
+      live_ = work_.next(&item_);
+      if (live_) begin_ = item_.begin;
+    }
+    return f;
+  }
+
+ private:
+  const DecodeParams& params_;
+  Work work_;
+  Item item_;
+  int begin_;
+  bool live_;
+};
+
+__device__ __forceinline__ KeyRow locate(const DecodeParams& params, KeyFetch fetch) {
+  const Cache& cache = params.scopes[fetch.extra].cache;
+  const uint32_t size = cache.block_size, slot = fetch.slot;
+  const uint32_t block = slot / size;
+  if (fetch.slot < 0 || block >= cache.num_blocks) return {nullptr, nullptr};
+  const uint32_t offset = slot - block * size;
+  const uint8_t* base = cache.data + block * cache.block_stride_bytes;
+  return {base + offset * kPackedRowBytes, base + static_cast<int64_t>(size) * kPackedRowBytes + offset * kPackedScaleBytes};
+}
+
+// Copies 16 bytes that are aligned to kAlign only. Nothing aligned to less than 4 bytes can be copied asynchronously: the bytes go
+// through registers then, which is slow and right.
+template <int kAlign>
+__device__ __forceinline__ void copy16(uint8_t* dst, const uint8_t* src, bool real) {
+  if constexpr (kAlign >= 4) {
+    const uint32_t address = smem_address(dst);
+#pragma unroll
+    for (int i = 0; i < 16; i += kAlign) copy_async<kAlign>(address + i, src + i, real ? kAlign : 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) dst[i] = real ? src[i] : 0;
+  }
+}
+
+template <int kAlign>
+__device__ __forceinline__ uint2 load_scales(const uint8_t* scales) {
+  if (scales == nullptr) return {0, 0};
+  if constexpr (kAlign >= 8) {
+    return *reinterpret_cast<const uint2*>(scales);
+  } else {
+    uint32_t w[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kScaleTiles; ++i) w[i / 4] |= static_cast<uint32_t>(scales[i]) << (8 * (i % 4));
+    return {w[0], w[1]};
+  }
+}
+
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+template <uint32_t kSelect>
+__device__ __forceinline__ uint32_t permute(uint32_t a) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(a), "n"(kSelect));
+  return d;
+}
+
+// Two e4m3 of `word` as bf16 times 2^-120, exactly: exponent and mantissa moved to bf16's place, the sign to bit 15. kSelect spreads
+// the bytes over the halves and replicates their signs above them.
+template <uint32_t kSelect>
+__device__ __forceinline__ uint32_t spread_e4m3x2(uint32_t word) {
+  return (permute<kSelect>(word) << 4) & 0x87f087f0u;
+}
+
+// 16 e4m3 to bf16, scaled. `scale` is bf16x2 2^(e8m0 - 7), which undoes spread's 2^-120 as well.
+__device__ __forceinline__ void expand16(uint4 in, uint32_t scale, uint4* out) {
+  const uint32_t words[4] = {in.x, in.y, in.z, in.w};
+  uint32_t wide[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    wide[2 * i] = multiply_bf16x2(spread_e4m3x2<0x9180>(words[i]), scale);
+    wide[2 * i + 1] = multiply_bf16x2(spread_e4m3x2<0xB3A2>(words[i]), scale);
+  }
+  out[0] = {wide[0], wide[1], wide[2], wide[3]};
+  out[1] = {wide[4], wide[5], wide[6], wide[7]};
+}
+
+// bf16x2 of 2^(e8m0 - 127 + 120) for scale tile j. bf16 has no such power above e8m0 134, a scale no quantiser of finite bf16 data
+// gets near; `excess` then takes the rest as a second factor (and makes NaN of 255).
+__device__ __forceinline__ uint32_t tile_scale(uint2 scales, int j, uint32_t* excess) {
+  const uint32_t e = ((j < 4 ? scales.x : scales.y) >> (8 * (j % 4))) & 0xff;
+  const uint32_t bits = (min(e, 134u) + 120) << 7;
+  *excess = e <= 134 ? 0x3f803f80u : e == 255 ? 0x7fc07fc0u : ((e - 134 + 127) << 7) * 0x10001u;
+  return bits * 0x10001u;
+}
+
+__device__ __forceinline__ bool any_scale_above_134(uint2 scales) {
+  // Per byte: a carry into bit 7's place only where the byte exceeds 134.
+  const uint32_t x = __vcmpgtu4(scales.x, 0x86868686u), y = __vcmpgtu4(scales.y & 0x00ffffffu, 0x86868686u);
+  return (x | y) != 0;
+}
+
+template <int kAlign>
+__device__ __forceinline__ void produce(const DecodeParams& params, Shared& shared) {
+  const int warp = threadIdx.x / 32 % kProducerWarps, lane = threadIdx.x % 32;
+  const int key = warp * kKeysPerWarp + lane / kLanesPerKey;  // in the group
+  const int quarter = lane % kLanesPerKey;
+  uint8_t(*raw)[32 * 16] = shared.raw[warp];
+  const uint8_t* nowhere = static_cast<const uint8_t*>(params.q);  // an address for copies of no bytes
+
+  auto copy_chunk = [&](const KeyRow& from, int j) {
+    const uint8_t* src = from.row ? from.row + 16 * (kLanesPerKey * j + quarter) : nowhere;
+    copy16<kAlign>(raw[j] + 16 * lane, src, from.row != nullptr);
+    copy_async_commit();
+  };
+  auto prefetch = [&](const KeyRow& row) {
+    if (row.row == nullptr) return;
+    prefetch_l2(row.row + 128 * quarter);
+    if (quarter == 0) prefetch_l2(row.row + 512);
+    if (quarter == 1) prefetch_l2(row.scales);
+  };
+
+  // Two walks over the same groups: `ahead` fetches slots, the items below are what is being expanded.
+  Groups ahead(params);
+  KeyRow row = locate(params, ahead.fetch(key));
+  uint2 scales = load_scales<kAlign>(row.scales);
+#pragma unroll
+  for (int j = 0; j < kChunksPerLane; ++j) copy_chunk(row, j);
+  bool attended = row.row != nullptr;
+  row = locate(params, ahead.fetch(key));
+  prefetch(row);
+  KeyFetch fetched = ahead.fetch(key);
+
+  Work work(params);
+  Item item;
+  Phases free_phase;
+  int tile = 0;
+  while (work.next(&item)) {
+    for (int begin = item.begin; begin < item.end; ++tile) {
+      for (int group = 0; group < kGroups && begin < item.end; ++group, begin += kGroupKeys) {
+        const int buffer = tile % kTiles;
+        barrier_wait(&shared.free[buffer][group], free_phase.take(buffer * kGroups + group) ^ 1);
+
+        const uint2 next_scales = load_scales<kAlign>(row.scales);
+        const bool excess_scales = __any_sync(~0u, any_scale_above_134(scales));
+        const int tile_row = group * kGroupKeys + key;
+        uint8_t* dst = &shared.k[buffer][0][tile_row * kRowBytes];
+        const int swizzle = tile_row % 8;
+
+        copy_async_wait<kChunksPerLane - 1>();
+        uint4 chunk = *reinterpret_cast<const uint4*>(raw[0] + 16 * lane);
+#pragma unroll
+        for (int j = 0; j < kChunksPerLane; ++j) {
+          uint4 next_chunk = chunk;
+          if (j + 1 < kChunksPerLane) {  // read ahead of this chunk's stores
+            copy_async_wait<kChunksPerLane - 2>();
+            next_chunk = *reinterpret_cast<const uint4*>(raw[j + 1] + 16 * lane);
+          }
+          if (j < kScaleTiles) {
+            uint4 wide[2];
+            uint32_t excess;
+            expand16(chunk, tile_scale(scales, j, &excess), wide);
+            if (excess_scales) {
+              uint32_t* w = &wide[0].x;
+#pragma unroll
+              for (int i = 0; i < 8; ++i) w[i] = multiply_bf16x2(w[i], excess);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + i) ^ swizzle)) = wide[i];
+            }
+          } else {
+            const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
+            *reinterpret_cast<uint4*>(dst + (kPlanes - 1) * kPlaneBytes + 16 * (unit ^ swizzle)) = chunk;
+          }
+          copy_chunk(row, j);
+          chunk = next_chunk;
+        }
+
+        const uint32_t attended_lanes = __ballot_sync(~0u, attended);
+        fence_proxy_async();
+        if (lane == 0) {
+          uint32_t byte = 0;
+#pragma unroll
+          for (int i = 0; i < kKeysPerWarp; ++i) byte |= (attended_lanes >> (kLanesPerKey * i) & 1) << i;
+          shared.valid[buffer][group * kProducerWarps + warp] = byte;
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.full[buffer][group]);
+
+        attended = row.row != nullptr;
+        scales = next_scales;
+        row = locate(params, fetched);
+        prefetch(row);
+        fetched = ahead.fetch(key);
+      }
+    }
+  }
+}
+
+// --- Scores
+
+// Q of one token: rows at and past the number of heads are zeros.
+__device__ __forceinline__ void load_q(const DecodeParams& params, Shared& shared, int token, int first_head) {
+  named_barrier_sync(1, kWarpgroup);  // no warp's products still read the previous Q
+  const int thread = threadIdx.x % kWarpgroup;
+  const int heads = min(kHeadsPerBlock, params.heads - first_head);
+  const uint8_t* q = static_cast<const uint8_t*>(params.q) +
+                     (static_cast<int64_t>(token) * params.heads + first_head) * (2 * kLatentDim);
+  constexpr int kUnits = 2 * kLatentDim / 16;  // per row
+  for (int i = thread; i < kHeadsPerBlock * kUnits; i += kWarpgroup) {
+    const int head = i / kUnits, unit = i % kUnits;
+    uint8_t* dst = &shared.q[unit / 8][head * kRowBytes + 16 * (unit % 8 ^ head % 8)];
+    copy_async<16>(smem_address(dst), head < heads ? q + 16 * i : q, head < heads ? 16 : 0);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  fence_proxy_async();
+  named_barrier_sync(1, kWarpgroup);
+}
+
+__device__ __forceinline__ void multiply_scores(const Shared& shared, int buffer, float (&s)[32]) {
+  const uint32_t q = smem_address(shared.q), k = smem_address(shared.k[buffer]);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kLatentDim / 16; ++step) {
+    const int plane = step / 4, offset = step % 4 * 32;
+    wgmma_m64n64k16(s, matrix_descriptor(q + plane * kHeadsPerBlock * kRowBytes + offset, 0, 8 * kRowBytes),
+                    matrix_descriptor(k + plane * kPlaneBytes + offset, 0, 8 * kRowBytes), step > 0);
+  }
+  wgmma_commit();
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void score(const DecodeParams& params, Shared& shared) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first_head = blockIdx.x * kHeadsPerBlock;
+  const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
+  const float scale_log2 = params.scale * kLog2e;
+
+  Work work(params);
+  Item item;
+  Phases full_phase, p_free_phase;
+  int tile = 0, p_count = 0;
+  while (work.next(&item)) {
+    load_q(params, shared, item.token, first_head);
+    // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's columns.
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+    float products[32];
+    auto multiply = [&](int begin, int buffer) {
+      barrier_wait(&shared.full[buffer][0], full_phase.take(buffer * kGroups));
+      if (begin + kGroupKeys < item.end) barrier_wait(&shared.full[buffer][1], full_phase.take(buffer * kGroups + 1));
+      // S[h, k] = sum_d Q[h, d] K[k, d]
+      multiply_scores(shared, buffer, products);
+    };
+    if (kEager) multiply(item.begin, tile % kTiles);
+    for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile, ++p_count) {
+      const int buffer = tile % kTiles;
+      if (!kEager) multiply(begin, buffer);
+      uint64_t valid = *reinterpret_cast<const volatile uint64_t*>(shared.valid[buffer]);
+      if (begin + kGroupKeys >= item.end) valid &= 0xffffffffu;  // the other half holds an older tile
+      wgmma_wait<0>();
+      float s[32];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = products[i];
+      if (kEager && begin + kKeyTile < item.end) multiply(begin + kKeyTile, (tile + 1) % kTiles);
+
+      // Before anything else, for what a key nobody attends to has in store may be NaN.
+      if (valid != ~uint64_t{0}) {
+        const uint64_t mine = valid >> (2 * (lane % 4));
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          if (!(mine >> (8 * (i / 4) + i % 2) & 1)) s[i] = -INFINITY;
+        }
+      }
+
+      const int slot = p_count % 2;
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float top = s[2 * r];
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+        top = quad_max(top) * scale_log2;
+        const float before = maximum[r];
+        if (top > before + kRescaleThresholdLog2 || before == -INFINITY) maximum[r] = top;
+        factor[r] = before == maximum[r] ? 1.f : exp2_approx(before - maximum[r]);
+        const float base = maximum[r] == -INFINITY ? 0.f : maximum[r];
+        float added = 0.f;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          if (i / 2 % 2 != r) continue;
+          s[i] = exp2_approx(fmaf(s[i], scale_log2, -base));
+          added += s[i];
+        }
+        sum[r] = fmaf(sum[r], factor[r], added);
+      }
+
+      barrier_wait(&shared.p_free[slot], p_free_phase.take(slot) ^ 1);
+      const uint32_t p = smem_address(shared.p[slot]);
+      const int store_row = 16 * warp + lane % 16;
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        const float* f = s + 4 * j;
+        store_matrices(p + store_row * kRowBytes + 16 * ((j + lane / 16) ^ store_row % 8), pack_bf16x2(f[0], f[1]),
+                       pack_bf16x2(f[2], f[3]), pack_bf16x2(f[4], f[5]), pack_bf16x2(f[6], f[7]));
+      }
+      if (lane % 4 == 0) {
+        shared.factor[slot][rows[0]] = factor[0];
+        shared.factor[slot][rows[1]] = factor[1];
+      }
+      const bool rescale = __any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f);
+      if (lane == 0) shared.rescale[slot][warp] = rescale;
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.p_full[slot]);
+    }
+
+    // The item's end: one more factor, that normalises. The sink enters where this item is the whole token.
+    const int slot = p_count++ % 2;
+    barrier_wait(&shared.p_free[slot], p_free_phase.take(slot) ^ 1);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = quad_sum(sum[r]);
+      const int head = first_head + rows[r];
+      const bool empty = maximum[r] == -INFINITY;
+      if (lane % 4 == 0) {
+        float denominator = total;
+        if (head < params.heads) {
+          const float lse = empty ? -INFINITY : (maximum[r] + log2f(total)) / kLog2e;
+          if (item.partial < 0) {
+            params.lse[static_cast<int64_t>(item.token) * params.heads + head] = lse;
+            if (params.sink) denominator += exp2f(params.sink[head] * kLog2e - (empty ? 0.f : maximum[r]));
+          } else {
+            params.partial_lse[static_cast<int64_t>(item.partial) * params.heads + head] = lse;
+          }
+        }
+        shared.factor[slot][rows[r]] = empty ? 0.f : 1.f / denominator;
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.p_full[slot]);
+  }
+}
+
+// --- Values
+
+__device__ __forceinline__ void accumulate_values(const Shared& shared, int buffer, int slot, int group, int half, bool accumulate,
+                                                  float (&o)[128]) {
+  const uint32_t p = smem_address(shared.p[slot]) + group * (2 * kGroupKeys);
+  const uint32_t v = smem_address(shared.k[buffer][half * kPlanes / 2]) + group * (kGroupKeys * kRowBytes);
+#pragma unroll
+  for (int step = 0; step < kGroupKeys / 16; ++step) {
+    const uint64_t a = matrix_descriptor(p + step * 32, 0, 8 * kRowBytes);
+    const uint32_t b = v + step * 16 * kRowBytes;
+    wgmma_m64n128k16<0>(o, a, matrix_descriptor(b, kPlaneBytes, 8 * kRowBytes), accumulate || step > 0);
+    wgmma_m64n128k16<64>(o, a, matrix_descriptor(b + 2 * kPlaneBytes, kPlaneBytes, 8 * kRowBytes), accumulate || step > 0);
+  }
+  wgmma_commit();
+}
+
+__device__ __forceinline__ void value(const DecodeParams& params, Shared& shared, int half) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first_head = blockIdx.x * kHeadsPerBlock;
+  const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
+
+  Work work(params);
+  Item item;
+  Phases p_full_phase;
+  int tile = 0, p_count = 0;
+  while (work.next(&item)) {
+    float o[128];
+    for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile, ++p_count) {
+      const int buffer = tile % kTiles, slot = p_count % 2;
+      const bool whole = begin + kGroupKeys < item.end, first = begin == item.begin;
+      barrier_wait(&shared.p_full[slot], p_full_phase.take(slot));
+      if (!first && shared.rescale[slot][warp]) {
+        const float factor[2] = {shared.factor[slot][rows[0]], shared.factor[slot][rows[1]]};
+#pragma unroll
+        for (int i = 0; i < 128; ++i) o[i] *= factor[i / 2 % 2];
+      }
+
+      // O[h, d] += sum_k P[h, k] V[k, d]
+      wgmma_fence();
+      accumulate_values(shared, buffer, slot, 0, half, !first, o);
+      if (whole) {
+        accumulate_values(shared, buffer, slot, 1, half, true, o);
+        wgmma_wait<1>();
+        if (lane == 0) barrier_arrive(&shared.free[buffer][0]);
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&shared.free[buffer][1]);
+      } else {
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&shared.free[buffer][0]);
+      }
+      if (lane == 0) barrier_arrive(&shared.p_free[slot]);
+    }
+
+    const int slot = p_count++ % 2;
+    barrier_wait(&shared.p_full[slot], p_full_phase.take(slot));
+    const float factor[2] = {shared.factor[slot][rows[0]], shared.factor[slot][rows[1]]};
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.p_free[slot]);
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int head = first_head + rows[r];
+      if (head >= params.heads) continue;
+      const int64_t row = static_cast<int64_t>(item.partial < 0 ? item.token : item.partial) * params.heads + head;
+      const int64_t at = row * kLatentDim + half * (kLatentDim / 2) + 2 * (lane % 4);
+      // A row without a valid key has P = 0, and V has no NaN from keys nobody attends to: the products are zeros.
+      if (item.partial < 0) {
+        __nv_bfloat16* out = static_cast<__nv_bfloat16*>(params.out) + at;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+          *reinterpret_cast<uint32_t*>(out + 8 * j) =
+              pack_bf16x2(o[4 * j + 2 * r] * factor[r], o[4 * j + 2 * r + 1] * factor[r]);
+        }
+      } else {
+        float* out = params.partial_out + at;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+          *reinterpret_cast<float2*>(out + 8 * j) = {o[4 * j + 2 * r] * factor[r], o[4 * j + 2 * r + 1] * factor[r]};
+        }
+      }
+    }
+  }
+}
+
+template <int kAlign>
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams params) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kTiles; ++i) {
+      for (int g = 0; g < kGroups; ++g) {
+        barrier_init(&shared.full[i][g], kProducerWarps);
+        barrier_init(&shared.free[i][g], 8);  // the warps of both halves of the values
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&shared.p_full[i], 4);
+      barrier_init(&shared.p_free[i], 8);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  // The combining kernel may take the multiprocessors that this one leaves; it waits for all of this one before it reads.
+  cudaTriggerProgrammaticLaunchCompletion();
+
+  const int role = threadIdx.x / kWarpgroup;
+  if (role == 0) {
+    registers_decrease<kProducerRegisters>();
+    produce<kAlign>(params, shared);
+  } else if (role == 1) {
+    if constexpr (kScoresRegisters > kThreads / 4) registers_increase<kScoresRegisters>();
+    if constexpr (kScoresRegisters < kThreads / 4) registers_decrease<kScoresRegisters>();
+    score(params, shared);
+  } else {
+    registers_increase<kValuesRegisters>();
+    value(params, shared, role - 2);
+  }
+}
+
+// --- Combine
+
+constexpr int kCombineWarps = 8;
+
+// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, one warp per head; and the answer for tokens that have
+// no item (empty: zeros, -inf) or whose plan was made for other lengths (NaN).
+__global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const __grid_constant__ DecodeParams params) {
+  cudaGridDependencySynchronize();
+  const int token = blockIdx.x, lane = threadIdx.x % 32;
+  const Plan& plan = params.plan;
+  const int length = clamped_length(params.scopes[0], token) + clamped_length(params.scopes[1], token);
+  const int begin = plan.reduce_indptr[token], end = plan.reduce_indptr[token + 1];
+  bool sound = plan.kv_lengths[token] == length && begin >= 0 && end <= plan.max_partials;
+  if (sound && length > 0 && begin >= end) return;  // one item wrote the output
+  if (sound && length > 0) {
+    for (int i = begin; i < end; ++i) {
+      const int row = plan.reduce_partial_map[i];
+      sound &= row >= 0 && row < plan.max_partials;
+    }
+  }
+
+  for (int head = blockIdx.y * kCombineWarps + threadIdx.x / 32; head < params.heads; head += gridDim.y * kCombineWarps) {
+    const int64_t row = static_cast<int64_t>(token) * params.heads + head;
+    // A lane holds dimensions 4 lane + {0..3} of every 128.
+    float4 o[4] = {};
+    float lse = -INFINITY, factor = 1.f;
+    if (!sound) {
+      lse = factor = __int_as_float(0x7fc00000);
+    } else if (length > 0) {
+      float maximum = -INFINITY, sum = 0.f;
+      for (int i = begin; i < end; ++i) {
+        maximum = fmaxf(maximum, params.partial_lse[static_cast<int64_t>(plan.reduce_partial_map[i]) * params.heads + head]);
+      }
+      const float base = maximum == -INFINITY ? 0.f : maximum;
+      for (int i = begin; i < end; ++i) {
+        const int64_t partial = static_cast<int64_t>(plan.reduce_partial_map[i]) * params.heads + head;
+        const float weight = expf(params.partial_lse[partial] - base);
+        sum += weight;
+        const float4* in = reinterpret_cast<const float4*>(params.partial_out + partial * kLatentDim);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float4 x = in[32 * c + lane];
+          o[c].x = fmaf(weight, x.x, o[c].x);
+          o[c].y = fmaf(weight, x.y, o[c].y);
+          o[c].z = fmaf(weight, x.z, o[c].z);
+          o[c].w = fmaf(weight, x.w, o[c].w);
+        }
+      }
+      if (maximum != -INFINITY || sum != 0.f) {
+        lse = base + logf(sum);
+        const float denominator = sum + (params.sink ? expf(params.sink[head] - base) : 0.f);
+        factor = 1.f / denominator;
+      }
+    }
+    if (lane == 0) params.lse[row] = lse;
+    uint2* out = reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(params.out) + row * kLatentDim);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float4 x = sound ? o[c] : float4{1.f, 1.f, 1.f, 1.f};
+      out[32 * c + lane] = {pack_bf16x2(x.x * factor, x.y * factor), pack_bf16x2(x.z * factor, x.w * factor)};
+    }
+  }
+}
+
+// The largest of 16, 8, 4 and 1 that divides every address of a row.
+int alignment(const Cache& cache) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(cache.data) | static_cast<uint64_t>(cache.block_stride_bytes);
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 1;
+}
+
+using DecodeKernel = void (*)(DecodeParams);
+
+DecodeKernel decode_for(int alignment) {
+  switch (alignment) {
+    case 16:
+      return decode_kernel<16>;
+    case 8:
+      return decode_kernel<8>;
+    case 4:
+      return decode_kernel<4>;
+    default:
+      return decode_kernel<1>;
+  }
+}
+
+}  // namespace
+
+cudaError_t prepare() {
+  for (int align : {16, 8, 4, 1}) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(decode_for(align), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+  }
+  cudaFuncAttributes attributes;  // asking loads it
+  return cudaFuncGetAttributes(&attributes, combine_kernel);
+}
+
+cudaError_t worker_count(int heads, int* workers) {
+  int device, processors;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int blocks = (heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
+  if (status == cudaSuccess) *workers = processors > blocks ? processors / blocks : 1;
+  return status;
+}
+
+cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
+  if (params.tokens == 0) return cudaSuccess;
+  if (params.q_dtype != Dtype::kBf16) return cudaErrorNotSupported;
+  int align = 16;
+  for (const Scope& scope : params.scopes) {
+    if (scope.topk == 0) continue;
+    if (scope.cache.layout != Layout::kFp8DsMla) return cudaErrorNotSupported;
+    align = alignment(scope.cache) < align ? alignment(scope.cache) : align;
+  }
+  const int blocks = (params.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
+  decode_for(align)<<<dim3(blocks, params.plan.workers), kThreads, kSharedBytes, stream>>>(params);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) return status;
+
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(params.tokens, (params.heads + kCombineWarps - 1) / kCombineWarps);
+  config.blockDim = dim3(32 * kCombineWarps);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, combine_kernel, params);
+}
+
+}  // namespace jax_dsv4::cuda
