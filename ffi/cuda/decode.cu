@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/launch.h"
@@ -34,6 +35,8 @@ constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kKeysPerWarp = kGroupKeys / kProducerWarps;
 constexpr int kLanesPerKey = 32 / kKeysPerWarp;
 constexpr int kChunksPerLane = kPackedRowBytes / 16 / kLanesPerKey;  // 16-byte pieces of a row: chunk j holds scale tile j
+constexpr int kChunksPerStep = 3;                                    // expanded at a time, for instruction-level parallelism
+static_assert(kChunksPerLane % kChunksPerStep == 0);
 static_assert(kKeysPerWarp == 8 && kLanesPerKey == 4 && kChunksPerLane == kScaleTiles + 2, "the lanes' share of a row");
 
 // setmaxnreg takes multiples of 8; together 512 per lane of the four warpgroups. The values hold 128 accumulators each.
@@ -41,11 +44,6 @@ constexpr int kProducerRegisters = 72;
 constexpr int kScoresRegisters = 120;
 constexpr int kValuesRegisters = 160;
 static_assert(kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters == 65536 / kWarpgroup);
-
-#ifndef EAGER
-#define EAGER 0
-#endif
-constexpr bool kEager = EAGER;
 
 constexpr float kLog2e = 1.4426950408889634f;
 // The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range, its relative
@@ -58,6 +56,7 @@ struct __align__(1024) Shared {
   uint8_t k[kTiles][kPlanes][kPlaneBytes];
   uint8_t p[2][kHeadsPerBlock * kRowBytes];  // [heads][64 keys]
   uint8_t raw[kProducerWarps][kChunksPerLane][32 * 16];  // packed rows on their way; a lane reads only what it fetched
+  uint2 scales[kProducerWarps][kKeysPerWarp];            // and their scales, fetched by one lane for the four of a key
   float factor[2][kHeadsPerBlock];  // rescales the accumulators before this P is added; the last one of an item normalises
   int32_t rescale[2][4];            // per warp of rows: whether `factor` holds anything but ones
   uint8_t valid[kTiles][kGroups * kProducerWarps];  // bit i of byte j: key 8 j + i of the tile is attended to
@@ -122,7 +121,22 @@ struct Phases {
 
 // --- Producer
 
-// What a lane knows of its key of a group, two groups before the key is needed.
+// n / d for 0 <= n < 2^31 as (n + high word of n * multiplier) >> shift.
+struct Divisor {
+  uint32_t multiplier, shift;
+  explicit Divisor(uint32_t d) : multiplier(0), shift(0) {
+    while (uint64_t{1} << shift < d) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
+  }
+  __device__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
+};
+
+struct DecodeArgs {
+  DecodeParams params;
+  Divisor block_size[2];
+};
+
+// What a lane knows of its key of a group, groups before the key is needed.
 struct KeyFetch {
   int slot;
   bool extra;
@@ -137,10 +151,8 @@ struct KeyRow {
 // Walks the groups of all items as one sequence, so that fetching runs ahead across items.
 class Groups {
  public:
-  __device__ explicit Groups(const DecodeParams& params) : params_(params), work_(params) {
-    live_ = work_.next(&item_);
-    begin_ = live_ ? item_.begin : 0;
-  }
+  __device__ explicit Groups(const DecodeParams& params) : params_(params), work_(params) { open(); }
+
   // This lane's key of the next group.
   __device__ KeyFetch fetch(int key_of_lane) {
     KeyFetch f{-1, false};
@@ -148,18 +160,29 @@ class Groups {
     const int key = begin_ + key_of_lane;
     if (key < item_.end) {
       f.extra = key >= item_.swa_length;
-      const Scope& scope = params_.scopes[f.extra];
-      f.slot = scope.indices[static_cast<int64_t>(item_.token) * scope.topk + key - (f.extra ? item_.swa_length : 0)];
+      f.slot = *index(f.extra, key);
     }
     begin_ += kGroupKeys;
-    if (begin_ >= item_.end) {
-      live_ = work_.next(&item_);
-      if (live_) begin_ = item_.begin;
-    }
+    if (begin_ >= item_.end) open();
     return f;
   }
 
  private:
+  __device__ const int* index(bool extra, int key) const {
+    const Scope& scope = params_.scopes[extra];
+    return scope.indices + static_cast<int64_t>(item_.token) * scope.topk + key - (extra ? item_.swa_length : 0);
+  }
+
+  __device__ void open() {
+    live_ = work_.next(&item_);
+    begin_ = live_ ? item_.begin : 0;
+    if (!live_) return;
+    // The item's slots, a line of 32 per lane: by the time they are read they are near.
+    for (int key = item_.begin + 32 * (threadIdx.x % kWarpgroup); key < item_.end; key += 32 * kWarpgroup) {
+      prefetch_l2(index(key >= item_.swa_length, key));
+    }
+  }
+
   const DecodeParams& params_;
   Work work_;
   Item item_;
@@ -167,40 +190,32 @@ class Groups {
   bool live_;
 };
 
-__device__ __forceinline__ KeyRow locate(const DecodeParams& params, KeyFetch fetch) {
-  const Cache& cache = params.scopes[fetch.extra].cache;
-  const uint32_t size = cache.block_size, slot = fetch.slot;
-  const uint32_t block = slot / size;
-  if (fetch.slot < 0 || block >= cache.num_blocks) return {nullptr, nullptr};
-  const uint32_t offset = slot - block * size;
+__device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeyFetch fetch) {
+  const Cache& cache = args.params.scopes[fetch.extra].cache;
+  if (fetch.slot < 0) return {nullptr, nullptr};
+  const uint32_t block = args.block_size[fetch.extra].divide(fetch.slot);
+  if (block >= cache.num_blocks) return {nullptr, nullptr};
+  const uint32_t offset = fetch.slot - block * cache.block_size;
   const uint8_t* base = cache.data + block * cache.block_stride_bytes;
-  return {base + offset * kPackedRowBytes, base + static_cast<int64_t>(size) * kPackedRowBytes + offset * kPackedScaleBytes};
+  return {base + offset * kPackedRowBytes,
+          base + static_cast<int64_t>(cache.block_size) * kPackedRowBytes + offset * kPackedScaleBytes};
 }
 
-// Copies 16 bytes that are aligned to kAlign only. Nothing aligned to less than 4 bytes can be copied asynchronously: the bytes go
-// through registers then, which is slow and right.
-template <int kAlign>
-__device__ __forceinline__ void copy16(uint8_t* dst, const uint8_t* src, bool real) {
+// Some readable address, for copies of no bytes.
+__device__ __forceinline__ const uint8_t* any_address(const DecodeParams& params) { return static_cast<const uint8_t*>(params.q); }
+
+// Copies kBytes that are aligned to kAlign only, or zeros. Nothing aligned to less than 4 bytes can be copied asynchronously: the
+// bytes go through registers then, which is slow and right.
+template <int kBytes, int kAlign>
+__device__ __forceinline__ void copy_bytes(void* dst, const uint8_t* src, bool real) {
   if constexpr (kAlign >= 4) {
+    constexpr int kStep = kAlign < kBytes ? kAlign : kBytes;
     const uint32_t address = smem_address(dst);
 #pragma unroll
-    for (int i = 0; i < 16; i += kAlign) copy_async<kAlign>(address + i, src + i, real ? kAlign : 0);
+    for (int i = 0; i < kBytes; i += kStep) copy_async<kStep>(address + i, src + i, real ? kStep : 0);
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) dst[i] = real ? src[i] : 0;
-  }
-}
-
-template <int kAlign>
-__device__ __forceinline__ uint2 load_scales(const uint8_t* scales) {
-  if (scales == nullptr) return {0, 0};
-  if constexpr (kAlign >= 8) {
-    return *reinterpret_cast<const uint2*>(scales);
-  } else {
-    uint32_t w[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kScaleTiles; ++i) w[i / 4] |= static_cast<uint32_t>(scales[i]) << (8 * (i % 4));
-    return {w[0], w[1]};
+    for (int i = 0; i < kBytes; ++i) static_cast<uint8_t*>(dst)[i] = real ? src[i] : 0;
   }
 }
 
@@ -253,16 +268,25 @@ __device__ __forceinline__ bool any_scale_above_134(uint2 scales) {
 }
 
 template <int kAlign>
-__device__ __forceinline__ void produce(const DecodeParams& params, Shared& shared) {
+__device__ __forceinline__ void produce(const DecodeArgs& args, Shared& shared) {
+  const DecodeParams& params = args.params;
   const int warp = threadIdx.x / 32 % kProducerWarps, lane = threadIdx.x % 32;
-  const int key = warp * kKeysPerWarp + lane / kLanesPerKey;  // in the group
+  const int key_of_warp = lane / kLanesPerKey, key = warp * kKeysPerWarp + key_of_warp;
   const int quarter = lane % kLanesPerKey;
   uint8_t(*raw)[32 * 16] = shared.raw[warp];
-  const uint8_t* nowhere = static_cast<const uint8_t*>(params.q);  // an address for copies of no bytes
+  uint2& scales_of_key = shared.scales[warp][key_of_warp];
 
-  auto copy_chunk = [&](const KeyRow& from, int j) {
-    const uint8_t* src = from.row ? from.row + 16 * (kLanesPerKey * j + quarter) : nowhere;
-    copy16<kAlign>(raw[j] + 16 * lane, src, from.row != nullptr);
+  auto copy_scales = [&](const KeyRow& from) {
+    const bool real = from.row != nullptr;
+    if (quarter == 0) copy_bytes<kPackedScaleBytes, kAlign>(&scales_of_key, real ? from.scales : any_address(params), real);
+  };
+  auto copy_chunks = [&](const KeyRow& from, int first) {
+    const bool real = from.row != nullptr;
+    const uint8_t* src = real ? from.row + 16 * (kLanesPerKey * first + quarter) : any_address(params);
+#pragma unroll
+    for (int j = 0; j < kChunksPerStep; ++j) {
+      copy_bytes<16, kAlign>(raw[first + j] + 16 * lane, real ? src + 16 * kLanesPerKey * j : src, real);
+    }
     copy_async_commit();
   };
   auto prefetch = [&](const KeyRow& row) {
@@ -272,16 +296,19 @@ __device__ __forceinline__ void produce(const DecodeParams& params, Shared& shar
     if (quarter == 1) prefetch_l2(row.scales);
   };
 
-  // Two walks over the same groups: `ahead` fetches slots, the items below are what is being expanded.
-  Groups ahead(params);
-  KeyRow row = locate(params, ahead.fetch(key));
-  uint2 scales = load_scales<kAlign>(row.scales);
+  // Groups on their way: `current` is being copied or has been, `next` and `later` are asked into L2, of `last` the slot is known.
+  Groups groups(params);
+  KeyFetch fetched[3];
 #pragma unroll
-  for (int j = 0; j < kChunksPerLane; ++j) copy_chunk(row, j);
+  for (KeyFetch& f : fetched) f = groups.fetch(key);
+  KeyFetch last = groups.fetch(key);
+  KeyRow row = locate(args, fetched[0]), next = locate(args, fetched[1]), later = locate(args, fetched[2]);
+  copy_scales(row);
+#pragma unroll
+  for (int j = 0; j < kChunksPerLane; j += kChunksPerStep) copy_chunks(row, j);
+  prefetch(next);
+  prefetch(later);
   bool attended = row.row != nullptr;
-  row = locate(params, ahead.fetch(key));
-  prefetch(row);
-  KeyFetch fetched = ahead.fetch(key);
 
   Work work(params);
   Item item;
@@ -291,42 +318,47 @@ __device__ __forceinline__ void produce(const DecodeParams& params, Shared& shar
     for (int begin = item.begin; begin < item.end; ++tile) {
       for (int group = 0; group < kGroups && begin < item.end; ++group, begin += kGroupKeys) {
         const int buffer = tile % kTiles;
-        barrier_wait(&shared.free[buffer][group], free_phase.take(buffer * kGroups + group) ^ 1);
-
-        const uint2 next_scales = load_scales<kAlign>(row.scales);
-        const bool excess_scales = __any_sync(~0u, any_scale_above_134(scales));
         const int tile_row = group * kGroupKeys + key;
         uint8_t* dst = &shared.k[buffer][0][tile_row * kRowBytes];
         const int swizzle = tile_row % 8;
+        barrier_wait(&shared.free[buffer][group], free_phase.take(buffer * kGroups + group) ^ 1);
 
-        copy_async_wait<kChunksPerLane - 1>();
-        uint4 chunk = *reinterpret_cast<const uint4*>(raw[0] + 16 * lane);
+        uint2 scales;
+        bool large_scales;
 #pragma unroll
-        for (int j = 0; j < kChunksPerLane; ++j) {
-          uint4 next_chunk = chunk;
-          if (j + 1 < kChunksPerLane) {  // read ahead of this chunk's stores
-            copy_async_wait<kChunksPerLane - 2>();
-            next_chunk = *reinterpret_cast<const uint4*>(raw[j + 1] + 16 * lane);
+        for (int first = 0; first < kChunksPerLane; first += kChunksPerStep) {
+          copy_async_wait<kChunksPerLane / kChunksPerStep - 1>();
+          if (first == 0) {
+            __syncwarp();  // the scales came through another lane
+            scales = scales_of_key;
+            large_scales = __any_sync(~0u, any_scale_above_134(scales));
+            copy_scales(next);
           }
-          if (j < kScaleTiles) {
-            uint4 wide[2];
-            uint32_t excess;
-            expand16(chunk, tile_scale(scales, j, &excess), wide);
-            if (excess_scales) {
-              uint32_t* w = &wide[0].x;
+          uint4 chunk[kChunksPerStep];
 #pragma unroll
-              for (int i = 0; i < 8; ++i) w[i] = multiply_bf16x2(w[i], excess);
-            }
+          for (int j = 0; j < kChunksPerStep; ++j) chunk[j] = *reinterpret_cast<const uint4*>(raw[first + j] + 16 * lane);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + i) ^ swizzle)) = wide[i];
+          for (int i = 0; i < kChunksPerStep; ++i) {
+            const int j = first + i;
+            if (j < kScaleTiles) {
+              uint4 wide[2];
+              uint32_t excess;
+              expand16(chunk[i], tile_scale(scales, j, &excess), wide);
+              if (large_scales) {
+                uint32_t* w = &wide[0].x;
+#pragma unroll
+                for (int k = 0; k < 8; ++k) w[k] = multiply_bf16x2(w[k], excess);
+              }
+#pragma unroll
+              for (int k = 0; k < 2; ++k) {
+                *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + k) ^ swizzle)) = wide[k];
+              }
+            } else {
+              const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
+              *reinterpret_cast<uint4*>(dst + (kPlanes - 1) * kPlaneBytes + 16 * (unit ^ swizzle)) = chunk[i];
             }
-          } else {
-            const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
-            *reinterpret_cast<uint4*>(dst + (kPlanes - 1) * kPlaneBytes + 16 * (unit ^ swizzle)) = chunk;
           }
-          copy_chunk(row, j);
-          chunk = next_chunk;
+          copy_chunks(next, first);
         }
 
         const uint32_t attended_lanes = __ballot_sync(~0u, attended);
@@ -340,11 +372,11 @@ __device__ __forceinline__ void produce(const DecodeParams& params, Shared& shar
         __syncwarp();
         if (lane == 0) barrier_arrive(&shared.full[buffer][group]);
 
-        attended = row.row != nullptr;
-        scales = next_scales;
-        row = locate(params, fetched);
-        prefetch(row);
-        fetched = ahead.fetch(key);
+        attended = next.row != nullptr;
+        next = later;
+        later = locate(args, last);
+        prefetch(later);
+        last = groups.fetch(key);
       }
     }
   }
@@ -424,25 +456,20 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
     load_q(params, shared, item.token, first_head);
     // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's columns.
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-    float products[32];
+    // The products of a tile run on the tensor cores while the softmax of the tile before runs here.
+    float products[32] = {};
     auto multiply = [&](int begin, int buffer) {
       barrier_wait(&shared.full[buffer][0], full_phase.take(buffer * kGroups));
       if (begin + kGroupKeys < item.end) barrier_wait(&shared.full[buffer][1], full_phase.take(buffer * kGroups + 1));
-      // S[h, k] = sum_d Q[h, d] K[k, d]
       multiply_scores(shared, buffer, products);
     };
-    if (kEager) multiply(item.begin, tile % kTiles);
-    for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile, ++p_count) {
-      const int buffer = tile % kTiles;
-      if (!kEager) multiply(begin, buffer);
-      uint64_t valid = *reinterpret_cast<const volatile uint64_t*>(shared.valid[buffer]);
-      if (begin + kGroupKeys >= item.end) valid &= 0xffffffffu;  // the other half holds an older tile
+    auto take_products = [&](float (&s)[32]) {
       wgmma_wait<0>();
-      float s[32];
+      // By volatile moves: the compiler must not put them off until `products` is being written again.
 #pragma unroll
-      for (int i = 0; i < 32; ++i) s[i] = products[i];
-      if (kEager && begin + kKeyTile < item.end) multiply(begin + kKeyTile, (tile + 1) % kTiles);
-
+      for (int i = 0; i < 32; ++i) asm volatile("mov.b32 %0, %1;" : "=f"(s[i]) : "f"(products[i]));
+    };
+    auto softmax = [&](float (&s)[32], uint64_t valid) {
       // Before anything else, for what a key nobody attends to has in store may be NaN.
       if (valid != ~uint64_t{0}) {
         const uint64_t mine = valid >> (2 * (lane % 4));
@@ -492,7 +519,25 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
       fence_proxy_async();
       __syncwarp();
       if (lane == 0) barrier_arrive(&shared.p_full[slot]);
+      ++p_count;
+    };
+    auto valid_keys = [&](int begin, int buffer) {
+      const uint64_t valid = *reinterpret_cast<const volatile uint64_t*>(shared.valid[buffer]);
+      return begin + kGroupKeys < item.end ? valid : valid & 0xffffffffu;  // the other half holds an older tile
+    };
+
+    int begin = item.begin;
+    float s[32];
+    multiply(begin, tile % kTiles);
+    for (; begin + kKeyTile < item.end; begin += kKeyTile) {
+      const uint64_t valid = valid_keys(begin, tile++ % kTiles);
+      take_products(s);
+      multiply(begin + kKeyTile, tile % kTiles);
+      softmax(s, valid);
     }
+    const uint64_t valid = valid_keys(begin, tile++ % kTiles);
+    take_products(s);
+    softmax(s, valid);
 
     // The item's end: one more factor, that normalises. The sink enters where this item is the whole token.
     const int slot = p_count++ % 2;
@@ -523,6 +568,45 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
 
 // --- Values
 
+// A part: 8 heads by 32 dimensions as one warp holds them in wgmma's accumulators: of head l / 4, lane l has columns
+// 8 j + 2 * (l % 4) and the next in x[j], j = 0..3.
+constexpr int kPartHeads = 8;
+constexpr int kPartDims = 32;
+constexpr int kParts = kLatentDim / kPartDims;
+
+// Writes a part of the output. The four lanes of a head transpose their pairs, so that each stores 16 bytes rather than 4 bytes in 4
+// places: stores cost by the lines they touch.
+__device__ __forceinline__ void store_out(const DecodeParams& params, int token, int first_head, int part, int lane,
+                                          const float2 (&x)[4]) {
+  uint32_t w[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) w[j] = pack_bf16x2(x[j].x, x[j].y);
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {  // transposes blocks of one word, then of two by two
+    const bool upper = lane & step;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? w[j] : w[j + step], step);
+      w[j] = upper ? other : w[j];
+      w[j + step] = upper ? w[j + step] : other;
+    }
+  }
+  const int head = first_head + lane / 4;
+  if (head < params.heads) {
+    uint16_t* out = static_cast<uint16_t*>(params.out) + (static_cast<int64_t>(token) * params.heads + head) * kLatentDim;
+    *reinterpret_cast<uint4*>(out + part * kPartDims + 8 * (lane % 4)) = {w[0], w[1], w[2], w[3]};
+  }
+}
+
+// Partial outputs lie in the order in which warps hold them, so that a warp writes and reads them in one piece:
+// [row][heads / 8][part][j][lane][2]. -> this lane's pair of j = 0; the others follow at every 32nd.
+__device__ __forceinline__ float2* partial_part(const DecodeParams& params, int row, int first_head, int part, int lane) {
+  const int64_t heads = (params.heads + kPartHeads - 1) / kPartHeads * kPartHeads;
+  return reinterpret_cast<float2*>(params.partial_out + (row * heads + first_head) * kLatentDim + part * (kPartHeads * kPartDims)) +
+         lane;
+}
+
 __device__ __forceinline__ void accumulate_values(const Shared& shared, int buffer, int slot, int group, int half, bool accumulate,
                                                   float (&o)[128]) {
   const uint32_t p = smem_address(shared.p[slot]) + group * (2 * kGroupKeys);
@@ -547,7 +631,7 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
   Phases p_full_phase;
   int tile = 0, p_count = 0;
   while (work.next(&item)) {
-    float o[128];
+    float o[128] = {};
     for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile, ++p_count) {
       const int buffer = tile % kTiles, slot = p_count % 2;
       const bool whole = begin + kGroupKeys < item.end, first = begin == item.begin;
@@ -580,25 +664,26 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.p_free[slot]);
 
+    // A row without a valid key has P = 0, and V has no NaN from keys nobody attends to: its sums are zeros.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int head = first_head + rows[r];
-      if (head >= params.heads) continue;
-      const int64_t row = static_cast<int64_t>(item.partial < 0 ? item.token : item.partial) * params.heads + head;
-      const int64_t at = row * kLatentDim + half * (kLatentDim / 2) + 2 * (lane % 4);
-      // A row without a valid key has P = 0, and V has no NaN from keys nobody attends to: the products are zeros.
-      if (item.partial < 0) {
-        __nv_bfloat16* out = static_cast<__nv_bfloat16*>(params.out) + at;
+      const int head = first_head + 16 * warp + 8 * r;
+      if (head >= params.heads) break;
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<uint32_t*>(out + 8 * j) =
-              pack_bf16x2(o[4 * j + 2 * r] * factor[r], o[4 * j + 2 * r + 1] * factor[r]);
+      for (int i = 0; i < kParts / 2; ++i) {
+        const int part = half * kParts / 2 + i;
+        float2 x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = 16 * i + 4 * j + 2 * r;
+          x[j] = {o[at] * factor[r], o[at + 1] * factor[r]};
         }
-      } else {
-        float* out = params.partial_out + at;
+        if (item.partial < 0) {
+          store_out(params, item.token, head, part, lane, x);
+        } else {
+          float2* partial = partial_part(params, item.partial, head, part, lane);
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<float2*>(out + 8 * j) = {o[4 * j + 2 * r] * factor[r], o[4 * j + 2 * r + 1] * factor[r]};
+          for (int j = 0; j < 4; ++j) partial[32 * j] = x[j];
         }
       }
     }
@@ -606,7 +691,8 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
 }
 
 template <int kAlign>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams params) {
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
+  const DecodeParams& params = args.params;
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -629,7 +715,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   const int role = threadIdx.x / kWarpgroup;
   if (role == 0) {
     registers_decrease<kProducerRegisters>();
-    produce<kAlign>(params, shared);
+    produce<kAlign>(args, shared);
   } else if (role == 1) {
     if constexpr (kScoresRegisters > kThreads / 4) registers_increase<kScoresRegisters>();
     if constexpr (kScoresRegisters < kThreads / 4) registers_decrease<kScoresRegisters>();
@@ -643,63 +729,65 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 // --- Combine
 
 constexpr int kCombineWarps = 8;
+constexpr int kCombineBlocks = 1024;
+constexpr int kPartialsAtOnce = 4;  // in flight per warp
 
-// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, one warp per head; and the answer for tokens that have
-// no item (empty: zeros, -inf) or whose plan was made for other lengths (NaN).
+// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens that have no
+// item (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN).
 __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const __grid_constant__ DecodeParams params) {
   cudaGridDependencySynchronize();
   const int token = blockIdx.x, lane = threadIdx.x % 32;
   const Plan& plan = params.plan;
   const int length = clamped_length(params.scopes[0], token) + clamped_length(params.scopes[1], token);
-  const int begin = plan.reduce_indptr[token], end = plan.reduce_indptr[token + 1];
+  const int begin = plan.reduce_indptr[token];
+  const int end = length > 0 ? plan.reduce_indptr[token + 1] : begin;
   bool sound = plan.kv_lengths[token] == length && begin >= 0 && end <= plan.max_partials;
   if (sound && length > 0 && begin >= end) return;  // one item wrote the output
-  if (sound && length > 0) {
-    for (int i = begin; i < end; ++i) {
-      const int row = plan.reduce_partial_map[i];
-      sound &= row >= 0 && row < plan.max_partials;
-    }
-  }
 
-  for (int head = blockIdx.y * kCombineWarps + threadIdx.x / 32; head < params.heads; head += gridDim.y * kCombineWarps) {
-    const int64_t row = static_cast<int64_t>(token) * params.heads + head;
-    // A lane holds dimensions 4 lane + {0..3} of every 128.
-    float4 o[4] = {};
-    float lse = -INFINITY, factor = 1.f;
-    if (!sound) {
-      lse = factor = __int_as_float(0x7fc00000);
-    } else if (length > 0) {
-      float maximum = -INFINITY, sum = 0.f;
-      for (int i = begin; i < end; ++i) {
-        maximum = fmaxf(maximum, params.partial_lse[static_cast<int64_t>(plan.reduce_partial_map[i]) * params.heads + head]);
-      }
-      const float base = maximum == -INFINITY ? 0.f : maximum;
-      for (int i = begin; i < end; ++i) {
-        const int64_t partial = static_cast<int64_t>(plan.reduce_partial_map[i]) * params.heads + head;
-        const float weight = expf(params.partial_lse[partial] - base);
-        sum += weight;
-        const float4* in = reinterpret_cast<const float4*>(params.partial_out + partial * kLatentDim);
+  const int units = (params.heads + kPartHeads - 1) / kPartHeads * kParts;
+  for (int unit = blockIdx.y * kCombineWarps + threadIdx.x / 32; unit < units; unit += gridDim.y * kCombineWarps) {
+    const int part = unit % kParts, first_head = unit / kParts * kPartHeads;
+    const int head = min(first_head + lane / 4, params.heads - 1);
+    float2 o[4] = {};
+    float maximum = -INFINITY, sum = 0.f;  // `sum` and `o` are relative to exp(maximum)
+    for (int first = begin; sound && first < end; first += kPartialsAtOnce) {
+      int row[kPartialsAtOnce];
+      float lse[kPartialsAtOnce];
+      float2 x[kPartialsAtOnce][4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float4 x = in[32 * c + lane];
-          o[c].x = fmaf(weight, x.x, o[c].x);
-          o[c].y = fmaf(weight, x.y, o[c].y);
-          o[c].z = fmaf(weight, x.z, o[c].z);
-          o[c].w = fmaf(weight, x.w, o[c].w);
-        }
+      for (int i = 0; i < kPartialsAtOnce; ++i) {
+        row[i] = plan.reduce_partial_map[min(first + i, end - 1)];
+        sound &= row[i] >= 0 && row[i] < plan.max_partials;
       }
-      if (maximum != -INFINITY || sum != 0.f) {
-        lse = base + logf(sum);
-        const float denominator = sum + (params.sink ? expf(params.sink[head] - base) : 0.f);
-        factor = 1.f / denominator;
+      if (!sound) break;
+#pragma unroll
+      for (int i = 0; i < kPartialsAtOnce; ++i) {
+        lse[i] = params.partial_lse[static_cast<int64_t>(row[i]) * params.heads + head];
+        if (first + i >= end) lse[i] = -INFINITY;
+        const float2* in = partial_part(params, row[i], first_head, part, lane);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[i][j] = in[32 * j];
+      }
+#pragma unroll
+      for (int i = 0; i < kPartialsAtOnce; ++i) {
+        const float top = fmaxf(maximum, lse[i]), base = top == -INFINITY ? 0.f : top;
+        const float shrink = expf(maximum - base), weight = expf(lse[i] - base);
+        maximum = top;
+        sum = fmaf(sum, shrink, weight);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[j] = {fmaf(weight, x[i][j].x, o[j].x * shrink), fmaf(weight, x[i][j].y, o[j].y * shrink)};
       }
     }
-    if (lane == 0) params.lse[row] = lse;
-    uint2* out = reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(params.out) + row * kLatentDim);
+
+    const bool empty = maximum == -INFINITY && sum == 0.f;
+    float lse = empty ? -INFINITY : maximum + logf(sum);
+    float factor = empty ? 0.f : 1.f / (sum + (params.sink ? expf(params.sink[head] - maximum) : 0.f));
+    if (!sound) lse = factor = __int_as_float(0x7fc00000);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float4 x = sound ? o[c] : float4{1.f, 1.f, 1.f, 1.f};
-      out[32 * c + lane] = {pack_bf16x2(x.x * factor, x.y * factor), pack_bf16x2(x.z * factor, x.w * factor)};
+    for (int j = 0; j < 4; ++j) o[j] = {o[j].x * factor, o[j].y * factor};
+    store_out(params, token, first_head, part, lane, o);
+    if (part == 0 && lane % 4 == 0 && first_head + lane / 4 < params.heads) {
+      params.lse[static_cast<int64_t>(token) * params.heads + head] = lse;
     }
   }
 }
@@ -710,7 +798,7 @@ int alignment(const Cache& cache) {
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 1;
 }
 
-using DecodeKernel = void (*)(DecodeParams);
+using DecodeKernel = void (*)(DecodeArgs);
 
 DecodeKernel decode_for(int alignment) {
   switch (alignment) {
@@ -756,7 +844,9 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
     align = alignment(scope.cache) < align ? alignment(scope.cache) : align;
   }
   const int blocks = (params.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
-  decode_for(align)<<<dim3(blocks, params.plan.workers), kThreads, kSharedBytes, stream>>>(params);
+  auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
+  const DecodeArgs args = {params, {divisor(params.scopes[0]), divisor(params.scopes[1])}};
+  decode_for(align)<<<dim3(blocks, params.plan.workers), kThreads, kSharedBytes, stream>>>(args);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) return status;
 
@@ -764,7 +854,10 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(params.tokens, (params.heads + kCombineWarps - 1) / kCombineWarps);
+  // Enough blocks to fill the device when few tokens are split many times, not so many that leaving costs time.
+  const int units = (params.heads + kPartHeads - 1) / kPartHeads * kParts;
+  const int spread = std::min(units / kCombineWarps, std::max(1, kCombineBlocks / params.tokens));
+  config.gridDim = dim3(params.tokens, spread);
   config.blockDim = dim3(32 * kCombineWarps);
   config.stream = stream;
   config.attrs = &overlap;
