@@ -611,6 +611,7 @@ __device__ __forceinline__ void accumulate_values(const Shared& shared, int buff
                                                   float (&o)[128]) {
   const uint32_t p = smem_address(shared.p[slot]) + group * (2 * kGroupKeys);
   const uint32_t v = smem_address(shared.k[buffer][half * kPlanes / 2]) + group * (kGroupKeys * kRowBytes);
+  wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kGroupKeys / 16; ++step) {
     const uint64_t a = matrix_descriptor(p + step * 32, 0, 8 * kRowBytes);
@@ -643,7 +644,6 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
       }
 
       // O[h, d] += sum_k P[h, k] V[k, d]
-      wgmma_fence();
       accumulate_values(shared, buffer, slot, 0, half, !first, o);
       if (whole) {
         accumulate_values(shared, buffer, slot, 1, half, true, o);
