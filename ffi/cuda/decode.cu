@@ -1,18 +1,19 @@
-// Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items with four warpgroups, each one
-// loop over the keys of its items, 64 keys (a tile) at a time, handing shared memory on through barriers:
+// Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items. Its warps have one task each,
+// a loop over the keys of the items, and hand shared memory on through barriers:
 //
-//   producer   gathers packed rows (cp.async), expands them to bf16 (bit moves, one multiply)         -> full
-//   scores     S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P in bf16           -> p_full
-//   values x2  O[64 heads, 256 of 512] += P . V, V being the very tile that was K; then the epilogue  -> p_free, free
+//   produce (4 warps)   slots to addresses, packed rows by cp.async, e4m3 to bf16, groups of 32 keys    -> full
+//   scores (4 warps)    S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P        -> p_full
+//   values (2 x 4)      O[64 heads, 256 of 512] += P . V, V being the very tile that was K; output  -> p_free, free
 //
-// So the tensor cores see the scores of one tile beside the values of the tile before, while the next rows are on their way. Heads
-// beyond 64 are further blocks that walk the same items at the same time and find the rows in L2. A token cut into several items
-// leaves partials that a second, small kernel combines in key order; that kernel also answers tokens that have no item.
+// So tensor cores, conversion and memory are busy with different keys at the same time. Heads beyond 64 are further blocks that walk
+// the same items at the same time and find the rows in L2. A token cut into several items leaves partials that a second, small kernel
+// combines in key order; that kernel also answers tokens that have no item.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/sm90.h"
@@ -30,19 +31,21 @@ constexpr int kPlanes = kLatentDim / 64;
 constexpr int kPlaneBytes = kKeyTile * kRowBytes;
 
 constexpr int kProducerWarps = 4;
-constexpr int kWarpgroup = 128;
-constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kKeysPerWarp = kGroupKeys / kProducerWarps;
 constexpr int kLanesPerKey = 32 / kKeysPerWarp;
-constexpr int kChunksPerLane = kPackedRowBytes / 16 / kLanesPerKey;  // 16-byte pieces of a row: chunk j holds scale tile j
-constexpr int kChunksPerStep = 3;                                    // expanded at a time, for instruction-level parallelism
-static_assert(kChunksPerLane % kChunksPerStep == 0);
-static_assert(kKeysPerWarp == 8 && kLanesPerKey == 4 && kChunksPerLane == kScaleTiles + 2, "the lanes' share of a row");
+constexpr int kChunks = kPackedRowBytes / 16 / kLanesPerKey;  // 16-byte pieces of a row per lane: piece j lies in scale tile j
+constexpr int kStepChunks = 3;                                // expanded at a time, for instruction-level parallelism
+constexpr int kSteps = kChunks / kStepChunks;                 // of a group
+constexpr int kStepsAhead = 4;                                // copies a warp has on their way
+static_assert(kKeysPerWarp == 8 && kLanesPerKey == 4 && kChunks == kScaleTiles + 2 && kStepsAhead == kSteps + 1);
+constexpr int kDone = -1;  // in place of a group: there are no more keys
 
-// setmaxnreg takes multiples of 8; together 512 per lane of the four warpgroups. The values hold 128 accumulators each.
-constexpr int kProducerRegisters = 72;
-constexpr int kScoresRegisters = 120;
-constexpr int kValuesRegisters = 160;
+constexpr int kWarpgroup = 128;
+constexpr int kThreads = 4 * kWarpgroup;
+// setmaxnreg takes multiples of 8; together 512 per lane of the four warpgroups.
+constexpr int kProducerRegisters = 112;
+constexpr int kScoresRegisters = 80;
+constexpr int kValuesRegisters = 160;  // 128 of them accumulators
 static_assert(kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters == 65536 / kWarpgroup);
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -54,14 +57,14 @@ struct __align__(1024) Shared {
   // Planes of 64 dimensions: [rows][64] bf16, swizzled, as wgmma reads them.
   uint8_t q[kPlanes][kHeadsPerBlock * kRowBytes];
   uint8_t k[kTiles][kPlanes][kPlaneBytes];
-  uint8_t p[2][kHeadsPerBlock * kRowBytes];  // [heads][64 keys]
-  uint8_t raw[kProducerWarps][kChunksPerLane][32 * 16];  // packed rows on their way; a lane reads only what it fetched
-  uint2 scales[kProducerWarps][kKeysPerWarp];            // and their scales, fetched by one lane for the four of a key
-  float factor[2][kHeadsPerBlock];  // rescales the accumulators before this P is added; the last one of an item normalises
-  int32_t rescale[2][4];            // per warp of rows: whether `factor` holds anything but ones
+  uint8_t p[kHeadsPerBlock * kRowBytes];  // [heads][64 keys]
+  uint4 raw[kProducerWarps][kStepsAhead][kStepChunks][32];  // packed bytes on their way; a lane reads only what it copied
+  uint2 scales[2][kProducerWarps][kKeysPerWarp];            // of two groups, copied by one lane for the four of a key
+  float factor[kHeadsPerBlock];  // rescales the accumulators before this P is added; the last one of an item normalises
+  int32_t rescale[4];            // per warp of rows: whether `factor` holds anything but ones
   uint8_t valid[kTiles][kGroups * kProducerWarps];  // bit i of byte j: key 8 j + i of the tile is attended to
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
-  uint64_t p_full[2], p_free[2];
+  uint64_t p_full, p_free;
 };
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024, "what a Hopper block can have");
@@ -136,16 +139,18 @@ struct DecodeArgs {
   Divisor block_size[2];
 };
 
-// What a lane knows of its key of a group, groups before the key is needed.
+// What a lane knows of its key of a group, two groups before the key is needed.
 struct KeyFetch {
   int slot;
-  bool extra;
+  int extra;
+  int place;  // of the group in the ring of K; kDone: there is no group
 };
 
 // Where the key lies; row is null for a key that is not attended to.
 struct KeyRow {
   const uint8_t* row;
-  const uint8_t* scales;
+  int scales;  // from the row to its scales
+  int place;
 };
 
 // Walks the groups of all items as one sequence, so that fetching runs ahead across items.
@@ -153,17 +158,21 @@ class Groups {
  public:
   __device__ explicit Groups(const DecodeParams& params) : params_(params), work_(params) { open(); }
 
-  // This lane's key of the next group.
-  __device__ KeyFetch fetch(int key_of_lane) {
-    KeyFetch f{-1, false};
-    if (!live_) return f;
-    const int key = begin_ + key_of_lane;
+  // This thread's key of the next group.
+  __device__ KeyFetch fetch() {
+    if (begin_ >= item_.end) return {-1, 0, kDone};
+    KeyFetch f{-1, 0, place_};
+    const int key = begin_ + threadIdx.x % kWarpgroup / kLanesPerKey;
     if (key < item_.end) {
       f.extra = key >= item_.swa_length;
       f.slot = *index(f.extra, key);
     }
     begin_ += kGroupKeys;
-    if (begin_ >= item_.end) open();
+    place_ = (place_ + 1) % (kTiles * kGroups);
+    if (begin_ >= item_.end) {
+      place_ = (place_ + 1) / kGroups * kGroups % (kTiles * kGroups);  // an item begins a tile
+      open();
+    }
     return f;
   }
 
@@ -174,11 +183,13 @@ class Groups {
   }
 
   __device__ void open() {
-    live_ = work_.next(&item_);
-    begin_ = live_ ? item_.begin : 0;
-    if (!live_) return;
-    // The item's slots, a line of 32 per lane: by the time they are read they are near.
-    for (int key = item_.begin + 32 * (threadIdx.x % kWarpgroup); key < item_.end; key += 32 * kWarpgroup) {
+    if (!work_.next(&item_)) {
+      begin_ = item_.end = 0;
+      return;
+    }
+    begin_ = item_.begin;
+    // The item's slots, a line of 32 per thread: by the time they are read they are near.
+    for (int key = begin_ + 32 * (threadIdx.x % kWarpgroup); key < item_.end; key += 32 * kWarpgroup) {
       prefetch_l2(index(key >= item_.swa_length, key));
     }
   }
@@ -187,37 +198,35 @@ class Groups {
   Work work_;
   Item item_;
   int begin_;
-  bool live_;
+  int place_ = 0;
 };
 
 __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeyFetch fetch) {
   const Cache& cache = args.params.scopes[fetch.extra].cache;
-  if (fetch.slot < 0) return {nullptr, nullptr};
   const uint32_t block = args.block_size[fetch.extra].divide(fetch.slot);
-  if (block >= cache.num_blocks) return {nullptr, nullptr};
-  const uint32_t offset = fetch.slot - block * cache.block_size;
-  const uint8_t* base = cache.data + block * cache.block_stride_bytes;
-  return {base + offset * kPackedRowBytes,
-          base + static_cast<int64_t>(cache.block_size) * kPackedRowBytes + offset * kPackedScaleBytes};
+  if (fetch.slot < 0 || block >= cache.num_blocks) return {nullptr, 0, fetch.place};
+  const int offset = fetch.slot - block * cache.block_size;
+  return {cache.data + block * cache.block_stride_bytes + offset * kPackedRowBytes,
+          cache.block_size * kPackedRowBytes - offset * (kPackedRowBytes - kPackedScaleBytes), fetch.place};
 }
 
-// Some readable address, for copies of no bytes.
-__device__ __forceinline__ const uint8_t* any_address(const DecodeParams& params) { return static_cast<const uint8_t*>(params.q); }
-
-// Copies kBytes that are aligned to kAlign only, or zeros. Nothing aligned to less than 4 bytes can be copied asynchronously: the
-// bytes go through registers then, which is slow and right.
+// Copies kBytes that are aligned to kAlign only, or zeros if `real` is false. Nothing aligned to less than 4 bytes can be copied
+// asynchronously: the bytes go through registers then, which is slow and right.
 template <int kBytes, int kAlign>
-__device__ __forceinline__ void copy_bytes(void* dst, const uint8_t* src, bool real) {
+__device__ __forceinline__ void copy(void* dst, const uint8_t* src, bool real) {
+  uint8_t* to = static_cast<uint8_t*>(dst);
   if constexpr (kAlign >= 4) {
     constexpr int kStep = kAlign < kBytes ? kAlign : kBytes;
-    const uint32_t address = smem_address(dst);
 #pragma unroll
-    for (int i = 0; i < kBytes; i += kStep) copy_async<kStep>(address + i, src + i, real ? kStep : 0);
+    for (int i = 0; i < kBytes; i += kStep) copy_async<kStep>(to + i, src + i, real ? kStep : 0);
   } else {
 #pragma unroll
-    for (int i = 0; i < kBytes; ++i) static_cast<uint8_t*>(dst)[i] = real ? src[i] : 0;
+    for (int i = 0; i < kBytes; ++i) to[i] = real ? src[i] : 0;
   }
 }
+
+// An address for copies of no bytes.
+__device__ __forceinline__ const uint8_t* nowhere(const DecodeParams& params) { return static_cast<const uint8_t*>(params.q); }
 
 __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -239,146 +248,158 @@ __device__ __forceinline__ uint32_t spread_e4m3x2(uint32_t word) {
   return (permute<kSelect>(word) << 4) & 0x87f087f0u;
 }
 
-// 16 e4m3 to bf16, scaled. `scale` is bf16x2 2^(e8m0 - 7), which undoes spread's 2^-120 as well.
-__device__ __forceinline__ void expand16(uint4 in, uint32_t scale, uint4* out) {
-  const uint32_t words[4] = {in.x, in.y, in.z, in.w};
+// 16 e4m3 to bf16 times 2^(e8m0 - 127), exactly, by one multiplication with 2^(e8m0 - 127 + 120). bf16 has no such power above e8m0
+// 134, a scale no quantiser of reasonable data gets near: with kAnyScale the rest is a second factor, and NaN for 255.
+constexpr uint32_t kLargestScale = 134;
+
+template <bool kAnyScale>
+__device__ __forceinline__ void expand_scaled(uint4 packed, uint32_t e8m0, uint4 (&out)[2]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  const uint32_t scale = ((kAnyScale ? min(e8m0, kLargestScale) : e8m0) + 120) * (0x10001u << 7);
   uint32_t wide[8];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     wide[2 * i] = multiply_bf16x2(spread_e4m3x2<0x9180>(words[i]), scale);
     wide[2 * i + 1] = multiply_bf16x2(spread_e4m3x2<0xB3A2>(words[i]), scale);
   }
+  if (kAnyScale) {
+    const uint32_t over = max(e8m0, kLargestScale) - kLargestScale;
+    const uint32_t rest = e8m0 == 255 ? 0x7fc07fc0u : (over + 127) * (0x10001u << 7);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) wide[i] = multiply_bf16x2(wide[i], rest);
+  }
   out[0] = {wide[0], wide[1], wide[2], wide[3]};
   out[1] = {wide[4], wide[5], wide[6], wide[7]};
 }
 
-// bf16x2 of 2^(e8m0 - 127 + 120) for scale tile j. bf16 has no such power above e8m0 134, a scale no quantiser of finite bf16 data
-// gets near; `excess` then takes the rest as a second factor (and makes NaN of 255).
-__device__ __forceinline__ uint32_t tile_scale(uint2 scales, int j, uint32_t* excess) {
-  const uint32_t e = ((j < 4 ? scales.x : scales.y) >> (8 * (j % 4))) & 0xff;
-  const uint32_t bits = (min(e, 134u) + 120) << 7;
-  *excess = e <= 134 ? 0x3f803f80u : e == 255 ? 0x7fc07fc0u : ((e - 134 + 127) << 7) * 0x10001u;
-  return bits * 0x10001u;
+__device__ __forceinline__ bool needs_any_scale(uint2 scales) {
+  return (__vcmpgtu4(scales.x, kLargestScale * 0x01010101u) | __vcmpgtu4(scales.y & 0xffffffu, kLargestScale * 0x01010101u)) != 0;
 }
 
-__device__ __forceinline__ bool any_scale_above_134(uint2 scales) {
-  // Per byte: a carry into bit 7's place only where the byte exceeds 134.
-  const uint32_t x = __vcmpgtu4(scales.x, 0x86868686u), y = __vcmpgtu4(scales.y & 0x00ffffffu, 0x86868686u);
-  return (x | y) != 0;
-}
-
+// A warp has 8 keys of a group, a quarter of each 64-dimension tile to a lane, all the way from the copy to the store: no other thread
+// has to know when the bytes arrive. Copies run four steps (12 of a lane's pieces) ahead, reads from the ring one step.
 template <int kAlign>
 __device__ __forceinline__ void produce(const DecodeArgs& args, Shared& shared) {
   const DecodeParams& params = args.params;
   const int warp = threadIdx.x / 32 % kProducerWarps, lane = threadIdx.x % 32;
-  const int key_of_warp = lane / kLanesPerKey, key = warp * kKeysPerWarp + key_of_warp;
-  const int quarter = lane % kLanesPerKey;
-  uint8_t(*raw)[32 * 16] = shared.raw[warp];
-  uint2& scales_of_key = shared.scales[warp][key_of_warp];
+  const int key = lane / kLanesPerKey, quarter = lane % kLanesPerKey;
+  uint4(*raw)[kStepChunks][32] = shared.raw[warp];
 
-  auto copy_scales = [&](const KeyRow& from) {
+  int scales_at = 0;
+  auto copy_step = [&](const KeyRow& from, int step, int slot) {
     const bool real = from.row != nullptr;
-    if (quarter == 0) copy_bytes<kPackedScaleBytes, kAlign>(&scales_of_key, real ? from.scales : any_address(params), real);
-  };
-  auto copy_chunks = [&](const KeyRow& from, int first) {
-    const bool real = from.row != nullptr;
-    const uint8_t* src = real ? from.row + 16 * (kLanesPerKey * first + quarter) : any_address(params);
+    const uint8_t* src = (real ? from.row : nowhere(params)) + 16 * (kLanesPerKey * kStepChunks * step + quarter);
 #pragma unroll
-    for (int j = 0; j < kChunksPerStep; ++j) {
-      copy_bytes<16, kAlign>(raw[first + j] + 16 * lane, real ? src + 16 * kLanesPerKey * j : src, real);
+    for (int j = 0; j < kStepChunks; ++j) copy<16, kAlign>(&raw[slot][j][lane], src + 16 * kLanesPerKey * j, real);
+    if (step == 0) {
+      if (quarter == 0) {
+        copy<kPackedScaleBytes, kAlign>(&shared.scales[scales_at][warp][key], real ? from.row + from.scales : nowhere(params), real);
+      }
+      scales_at ^= 1;
     }
     copy_async_commit();
   };
-  auto prefetch = [&](const KeyRow& row) {
-    if (row.row == nullptr) return;
-    prefetch_l2(row.row + 128 * quarter);
-    if (quarter == 0) prefetch_l2(row.row + 512);
-    if (quarter == 1) prefetch_l2(row.scales);
+  auto prefetch = [&](const KeyRow& at) {
+    if (at.row == nullptr) return;
+    prefetch_l2(at.row + 128 * quarter);
+    if (quarter == 0) prefetch_l2(at.row + 512);
+    if (quarter == 1) prefetch_l2(at.row + at.scales);
   };
 
-  // Groups on their way: `current` is being copied or has been, `next` and `later` are asked into L2, of `last` the slot is known.
+  // Groups on their way: of `row` the copies run, `next` and `later` are asked into L2, of `last` the slot is known.
   Groups groups(params);
-  KeyFetch fetched[3];
+  const KeyFetch first = groups.fetch(), second = groups.fetch(), third = groups.fetch();
+  KeyFetch last = groups.fetch();
+  KeyRow row = locate(args, first);
 #pragma unroll
-  for (KeyFetch& f : fetched) f = groups.fetch(key);
-  KeyFetch last = groups.fetch(key);
-  KeyRow row = locate(args, fetched[0]), next = locate(args, fetched[1]), later = locate(args, fetched[2]);
-  copy_scales(row);
-#pragma unroll
-  for (int j = 0; j < kChunksPerLane; j += kChunksPerStep) copy_chunks(row, j);
+  for (int step = 0; step < kSteps; ++step) copy_step(row, step, step);
+  KeyRow next = locate(args, second);
+  copy_step(next, 0, kSteps);
+  KeyRow later = locate(args, third);
   prefetch(next);
   prefetch(later);
-  bool attended = row.row != nullptr;
 
-  Work work(params);
-  Item item;
+  uint4 chunks[kStepChunks];
+  auto read_step = [&](int slot) {
+    copy_async_wait<kStepsAhead - 2>();
+#pragma unroll
+    for (int j = 0; j < kStepChunks; ++j) chunks[j] = raw[slot][j][lane];
+  };
+  read_step(0);
+  __syncwarp();  // the scales came through another lane
+  uint2 scales = shared.scales[0][warp][key];
+
   Phases free_phase;
-  int tile = 0;
-  while (work.next(&item)) {
-    for (int begin = item.begin; begin < item.end; ++tile) {
-      for (int group = 0; group < kGroups && begin < item.end; ++group, begin += kGroupKeys) {
-        const int buffer = tile % kTiles;
-        const int tile_row = group * kGroupKeys + key;
-        uint8_t* dst = &shared.k[buffer][0][tile_row * kRowBytes];
-        const int swizzle = tile_row % 8;
-        barrier_wait(&shared.free[buffer][group], free_phase.take(buffer * kGroups + group) ^ 1);
+  int slot = 0;  // of the step in `chunks`
+  for (int parity = 1; row.place != kDone; parity ^= 1) {
+    const int place = row.place;
+    const int tile_row = place % kGroups * kGroupKeys + warp * kKeysPerWarp + key;
+    uint8_t* dst = shared.k[0][0] + place / kGroups * (kPlanes * kPlaneBytes) + tile_row * kRowBytes;
+    const uint32_t attended = __ballot_sync(~0u, row.row != nullptr);
+    uint2 next_scales;
+    barrier_wait(&shared.free[0][0] + place, free_phase.take(place) ^ 1);
 
-        uint2 scales;
-        bool large_scales;
+    auto expand_group = [&](auto any_scale) {
+      constexpr bool kAnyScale = decltype(any_scale)::value;
 #pragma unroll
-        for (int first = 0; first < kChunksPerLane; first += kChunksPerStep) {
-          copy_async_wait<kChunksPerLane / kChunksPerStep - 1>();
-          if (first == 0) {
-            __syncwarp();  // the scales came through another lane
-            scales = scales_of_key;
-            large_scales = __any_sync(~0u, any_scale_above_134(scales));
-            copy_scales(next);
-          }
-          uint4 chunk[kChunksPerStep];
+      for (int step = 0; step < kSteps; ++step) {
+        uint4 packed[kStepChunks];
 #pragma unroll
-          for (int j = 0; j < kChunksPerStep; ++j) chunk[j] = *reinterpret_cast<const uint4*>(raw[first + j] + 16 * lane);
-#pragma unroll
-          for (int i = 0; i < kChunksPerStep; ++i) {
-            const int j = first + i;
-            if (j < kScaleTiles) {
-              uint4 wide[2];
-              uint32_t excess;
-              expand16(chunk[i], tile_scale(scales, j, &excess), wide);
-              if (large_scales) {
-                uint32_t* w = &wide[0].x;
-#pragma unroll
-                for (int k = 0; k < 8; ++k) w[k] = multiply_bf16x2(w[k], excess);
-              }
-#pragma unroll
-              for (int k = 0; k < 2; ++k) {
-                *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + k) ^ swizzle)) = wide[k];
-              }
-            } else {
-              const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
-              *reinterpret_cast<uint4*>(dst + (kPlanes - 1) * kPlaneBytes + 16 * (unit ^ swizzle)) = chunk[i];
-            }
-          }
-          copy_chunks(next, first);
+        for (int i = 0; i < kStepChunks; ++i) packed[i] = chunks[i];
+        const int next_slot = (slot + 1) % kStepsAhead;
+        read_step(next_slot);
+        if (step == kSteps - 1) {
+          __syncwarp();
+          next_scales = shared.scales[parity][warp][key];
         }
-
-        const uint32_t attended_lanes = __ballot_sync(~0u, attended);
-        fence_proxy_async();
-        if (lane == 0) {
-          uint32_t byte = 0;
 #pragma unroll
-          for (int i = 0; i < kKeysPerWarp; ++i) byte |= (attended_lanes >> (kLanesPerKey * i) & 1) << i;
-          shared.valid[buffer][group * kProducerWarps + warp] = byte;
+        for (int i = 0; i < kStepChunks; ++i) {
+          const int j = kStepChunks * step + i;
+          if (j < kScaleTiles) {
+            uint4 wide[2];
+            expand_scaled<kAnyScale>(packed[i], (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
+            // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and the odd units: no
+            // conflicts.
+#pragma unroll
+            for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + u) ^ key)) = wide[u];
+          } else {
+            const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
+            *reinterpret_cast<uint4*>(dst + (kPlanes - 1) * kPlaneBytes + 16 * (unit ^ key)) = packed[i];
+          }
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&shared.full[buffer][group]);
-
-        attended = next.row != nullptr;
-        next = later;
-        later = locate(args, last);
-        prefetch(later);
-        last = groups.fetch(key);
+        if (step == 0) {
+          // Meanwhile, the addresses of a later group.
+          row = next;
+          next = later;
+          later = locate(args, last);
+          prefetch(later);
+          last = groups.fetch();
+        }
+        if (step + 1 < kSteps) {
+          copy_step(row, step + 1, slot);
+        } else {
+          copy_step(next, 0, slot);
+        }
+        slot = next_slot;
       }
+    };
+    // Two copies of the code, so that the one that runs has no branches: latencies hide in straight lines.
+    if (__any_sync(~0u, needs_any_scale(scales))) {
+      expand_group(std::true_type{});
+    } else {
+      expand_group(std::false_type{});
     }
+    scales = next_scales;
+
+    fence_proxy_async();
+    if (lane == 0) {
+      uint32_t byte = 0;
+#pragma unroll
+      for (int i = 0; i < kKeysPerWarp; ++i) byte |= (attended >> (kLanesPerKey * i) & 1) << i;
+      shared.valid[place / kGroups][place % kGroups * kProducerWarps + warp] = byte;
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.full[0][0] + place);
   }
 }
 
@@ -395,10 +416,9 @@ __device__ __forceinline__ void load_q(const DecodeParams& params, Shared& share
   for (int i = thread; i < kHeadsPerBlock * kUnits; i += kWarpgroup) {
     const int head = i / kUnits, unit = i % kUnits;
     uint8_t* dst = &shared.q[unit / 8][head * kRowBytes + 16 * (unit % 8 ^ head % 8)];
-    copy_async<16>(smem_address(dst), head < heads ? q + 16 * i : q, head < heads ? 16 : 0);
+    copy_async<16>(dst, head < heads ? q + 16 * i : q, head < heads ? 16 : 0);
   }
-  copy_async_commit();
-  copy_async_wait<0>();
+  copy_async_wait_all();
   fence_proxy_async();
   named_barrier_sync(1, kWarpgroup);
 }
@@ -450,26 +470,25 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
 
   Work work(params);
   Item item;
-  Phases full_phase, p_free_phase;
-  int tile = 0, p_count = 0;
+  Phases full_phase;
+  uint32_t p_free_parity = 0;
+  int tile = 0;
   while (work.next(&item)) {
     load_q(params, shared, item.token, first_head);
     // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's columns.
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-    // The products of a tile run on the tensor cores while the softmax of the tile before runs here.
-    float products[32] = {};
-    auto multiply = [&](int begin, int buffer) {
+    float s[32] = {};
+    for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile) {
+      const int buffer = tile % kTiles;
+      const bool whole = begin + kGroupKeys < item.end;
       barrier_wait(&shared.full[buffer][0], full_phase.take(buffer * kGroups));
-      if (begin + kGroupKeys < item.end) barrier_wait(&shared.full[buffer][1], full_phase.take(buffer * kGroups + 1));
-      multiply_scores(shared, buffer, products);
-    };
-    auto take_products = [&](float (&s)[32]) {
+      if (whole) barrier_wait(&shared.full[buffer][1], full_phase.take(buffer * kGroups + 1));
+      // S[h, k] = sum_d Q[h, d] K[k, d]
+      multiply_scores(shared, buffer, s);
+      uint64_t valid = *reinterpret_cast<const volatile uint64_t*>(shared.valid[buffer]);
+      if (!whole) valid &= 0xffffffffu;  // the other half holds an older tile
       wgmma_wait<0>();
-      // By volatile moves: the compiler must not put them off until `products` is being written again.
-#pragma unroll
-      for (int i = 0; i < 32; ++i) asm volatile("mov.b32 %0, %1;" : "=f"(s[i]) : "f"(products[i]));
-    };
-    auto softmax = [&](float (&s)[32], uint64_t valid) {
+
       // Before anything else, for what a key nobody attends to has in store may be NaN.
       if (valid != ~uint64_t{0}) {
         const uint64_t mine = valid >> (2 * (lane % 4));
@@ -479,7 +498,6 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
         }
       }
 
-      const int slot = p_count % 2;
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -501,8 +519,8 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
         sum[r] = fmaf(sum[r], factor[r], added);
       }
 
-      barrier_wait(&shared.p_free[slot], p_free_phase.take(slot) ^ 1);
-      const uint32_t p = smem_address(shared.p[slot]);
+      barrier_wait(&shared.p_free, p_free_parity ^= 1);
+      const uint32_t p = smem_address(shared.p);
       const int store_row = 16 * warp + lane % 16;
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
@@ -511,37 +529,18 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
                        pack_bf16x2(f[2], f[3]), pack_bf16x2(f[4], f[5]), pack_bf16x2(f[6], f[7]));
       }
       if (lane % 4 == 0) {
-        shared.factor[slot][rows[0]] = factor[0];
-        shared.factor[slot][rows[1]] = factor[1];
+        shared.factor[rows[0]] = factor[0];
+        shared.factor[rows[1]] = factor[1];
       }
       const bool rescale = __any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f);
-      if (lane == 0) shared.rescale[slot][warp] = rescale;
+      if (lane == 0) shared.rescale[warp] = rescale;
       fence_proxy_async();
       __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.p_full[slot]);
-      ++p_count;
-    };
-    auto valid_keys = [&](int begin, int buffer) {
-      const uint64_t valid = *reinterpret_cast<const volatile uint64_t*>(shared.valid[buffer]);
-      return begin + kGroupKeys < item.end ? valid : valid & 0xffffffffu;  // the other half holds an older tile
-    };
-
-    int begin = item.begin;
-    float s[32];
-    multiply(begin, tile % kTiles);
-    for (; begin + kKeyTile < item.end; begin += kKeyTile) {
-      const uint64_t valid = valid_keys(begin, tile++ % kTiles);
-      take_products(s);
-      multiply(begin + kKeyTile, tile % kTiles);
-      softmax(s, valid);
+      if (lane == 0) barrier_arrive(&shared.p_full);
     }
-    const uint64_t valid = valid_keys(begin, tile++ % kTiles);
-    take_products(s);
-    softmax(s, valid);
 
     // The item's end: one more factor, that normalises. The sink enters where this item is the whole token.
-    const int slot = p_count++ % 2;
-    barrier_wait(&shared.p_free[slot], p_free_phase.take(slot) ^ 1);
+    barrier_wait(&shared.p_free, p_free_parity ^= 1);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = quad_sum(sum[r]);
@@ -558,11 +557,11 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
             params.partial_lse[static_cast<int64_t>(item.partial) * params.heads + head] = lse;
           }
         }
-        shared.factor[slot][rows[r]] = empty ? 0.f : 1.f / denominator;
+        shared.factor[rows[r]] = empty ? 0.f : 1.f / denominator;
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.p_full[slot]);
+    if (lane == 0) barrier_arrive(&shared.p_full);
   }
 }
 
@@ -607,9 +606,9 @@ __device__ __forceinline__ float2* partial_part(const DecodeParams& params, int 
          lane;
 }
 
-__device__ __forceinline__ void accumulate_values(const Shared& shared, int buffer, int slot, int group, int half, bool accumulate,
+__device__ __forceinline__ void accumulate_values(const Shared& shared, int buffer, int group, int half, bool accumulate,
                                                   float (&o)[128]) {
-  const uint32_t p = smem_address(shared.p[slot]) + group * (2 * kGroupKeys);
+  const uint32_t p = smem_address(shared.p) + group * (2 * kGroupKeys);
   const uint32_t v = smem_address(shared.k[buffer][half * kPlanes / 2]) + group * (kGroupKeys * kRowBytes);
   wgmma_fence();
 #pragma unroll
@@ -629,24 +628,24 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
 
   Work work(params);
   Item item;
-  Phases p_full_phase;
-  int tile = 0, p_count = 0;
+  uint32_t p_full_parity = 1;
+  int tile = 0;
   while (work.next(&item)) {
     float o[128] = {};
-    for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile, ++p_count) {
-      const int buffer = tile % kTiles, slot = p_count % 2;
+    for (int begin = item.begin; begin < item.end; begin += kKeyTile, ++tile) {
+      const int buffer = tile % kTiles;
       const bool whole = begin + kGroupKeys < item.end, first = begin == item.begin;
-      barrier_wait(&shared.p_full[slot], p_full_phase.take(slot));
-      if (!first && shared.rescale[slot][warp]) {
-        const float factor[2] = {shared.factor[slot][rows[0]], shared.factor[slot][rows[1]]};
+      barrier_wait(&shared.p_full, p_full_parity ^= 1);
+      if (!first && shared.rescale[warp]) {
+        const float factor[2] = {shared.factor[rows[0]], shared.factor[rows[1]]};
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= factor[i / 2 % 2];
       }
 
       // O[h, d] += sum_k P[h, k] V[k, d]
-      accumulate_values(shared, buffer, slot, 0, half, !first, o);
+      accumulate_values(shared, buffer, 0, half, !first, o);
       if (whole) {
-        accumulate_values(shared, buffer, slot, 1, half, true, o);
+        accumulate_values(shared, buffer, 1, half, true, o);
         wgmma_wait<1>();
         if (lane == 0) barrier_arrive(&shared.free[buffer][0]);
         wgmma_wait<0>();
@@ -655,14 +654,13 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(&shared.free[buffer][0]);
       }
-      if (lane == 0) barrier_arrive(&shared.p_free[slot]);
+      if (lane == 0) barrier_arrive(&shared.p_free);
     }
 
-    const int slot = p_count++ % 2;
-    barrier_wait(&shared.p_full[slot], p_full_phase.take(slot));
-    const float factor[2] = {shared.factor[slot][rows[0]], shared.factor[slot][rows[1]]};
+    barrier_wait(&shared.p_full, p_full_parity ^= 1);
+    const float factor[2] = {shared.factor[rows[0]], shared.factor[rows[1]]};
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.p_free[slot]);
+    if (lane == 0) barrier_arrive(&shared.p_free);
 
     // A row without a valid key has P = 0, and V has no NaN from keys nobody attends to: its sums are zeros.
 #pragma unroll
@@ -692,7 +690,6 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
 
 template <int kAlign>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
-  const DecodeParams& params = args.params;
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -702,10 +699,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
         barrier_init(&shared.free[i][g], 8);  // the warps of both halves of the values
       }
     }
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&shared.p_full[i], 4);
-      barrier_init(&shared.p_free[i], 8);
-    }
+    barrier_init(&shared.p_full, 4);
+    barrier_init(&shared.p_free, 8);
     barrier_init_fence();
   }
   __syncthreads();
@@ -717,12 +712,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
     registers_decrease<kProducerRegisters>();
     produce<kAlign>(args, shared);
   } else if (role == 1) {
-    if constexpr (kScoresRegisters > kThreads / 4) registers_increase<kScoresRegisters>();
-    if constexpr (kScoresRegisters < kThreads / 4) registers_decrease<kScoresRegisters>();
-    score(params, shared);
+    registers_decrease<kScoresRegisters>();
+    score(args.params, shared);
   } else {
     registers_increase<kValuesRegisters>();
-    value(params, shared, role - 2);
+    value(args.params, shared, role - 2);
   }
 }
 
@@ -792,10 +786,10 @@ __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const __gri
   }
 }
 
-// The largest of 16, 8, 4 and 1 that divides every address of a row.
+// The largest of 16, 4 and 1 that divides every address of a row.
 int alignment(const Cache& cache) {
   const uint64_t bits = reinterpret_cast<uint64_t>(cache.data) | static_cast<uint64_t>(cache.block_stride_bytes);
-  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 1;
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
 }
 
 using DecodeKernel = void (*)(DecodeArgs);
@@ -804,8 +798,6 @@ DecodeKernel decode_for(int alignment) {
   switch (alignment) {
     case 16:
       return decode_kernel<16>;
-    case 8:
-      return decode_kernel<8>;
     case 4:
       return decode_kernel<4>;
     default:
@@ -816,13 +808,13 @@ DecodeKernel decode_for(int alignment) {
 }  // namespace
 
 cudaError_t prepare() {
-  for (int align : {16, 8, 4, 1}) {
+  for (int align : {16, 4, 1}) {
     const cudaError_t status =
         cudaFuncSetAttribute(decode_for(align), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
   }
-  cudaFuncAttributes attributes;  // asking loads it
-  return cudaFuncGetAttributes(&attributes, combine_kernel);
+  // The same split of L1 and shared memory for both kernels: changing it takes time, and setting it loads the kernel.
+  return cudaFuncSetAttribute(combine_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 cudaError_t worker_count(int heads, int* workers) {
