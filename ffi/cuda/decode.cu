@@ -599,10 +599,10 @@ __device__ __forceinline__ void store_out(const DecodeParams& params, int token,
 }
 
 // Partial outputs lie in the order in which warps hold them, so that a warp writes and reads them in one piece:
-// [row][heads / 8][part][j][lane][2]. -> this lane's pair of j = 0; the others follow at every 32nd.
-__device__ __forceinline__ float2* partial_part(const DecodeParams& params, int row, int first_head, int part, int lane) {
+// [row][heads / 8][part][2][lane][4]. -> this lane's x[0], x[1]; x[2], x[3] follow 32 further on.
+__device__ __forceinline__ float4* partial_part(const DecodeParams& params, int row, int first_head, int part, int lane) {
   const int64_t heads = (params.heads + kPartHeads - 1) / kPartHeads * kPartHeads;
-  return reinterpret_cast<float2*>(params.partial_out + (row * heads + first_head) * kLatentDim + part * (kPartHeads * kPartDims)) +
+  return reinterpret_cast<float4*>(params.partial_out + (row * heads + first_head) * kLatentDim + part * (kPartHeads * kPartDims)) +
          lane;
 }
 
@@ -679,9 +679,9 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
         if (item.partial < 0) {
           store_out(params, item.token, head, part, lane, x);
         } else {
-          float2* partial = partial_part(params, item.partial, head, part, lane);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) partial[32 * j] = x[j];
+          float4* partial = partial_part(params, item.partial, head, part, lane);
+          partial[0] = {x[0].x, x[0].y, x[1].x, x[1].y};
+          partial[32] = {x[2].x, x[2].y, x[3].x, x[3].y};
         }
       }
     }
@@ -724,7 +724,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 
 constexpr int kCombineWarps = 8;
 constexpr int kCombineBlocks = 1024;
-constexpr int kPartialsAtOnce = 4;  // in flight per warp
+constexpr int kPartialsAtOnce = 8;  // in flight per warp
 
 // out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens that have no
 // item (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN).
@@ -744,32 +744,38 @@ __global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const __gri
     const int head = min(first_head + lane / 4, params.heads - 1);
     float2 o[4] = {};
     float maximum = -INFINITY, sum = 0.f;  // `sum` and `o` are relative to exp(maximum)
-    for (int first = begin; sound && first < end; first += kPartialsAtOnce) {
-      int row[kPartialsAtOnce];
-      float lse[kPartialsAtOnce];
-      float2 x[kPartialsAtOnce][4];
+    for (int first = begin; sound && first < end; first += 32) {
+      // A lane looks up one of the next 32 partials.
+      const int count = min(32, end - first);
+      const int row_of_lane = plan.reduce_partial_map[first + min(lane, count - 1)];
+      sound = __all_sync(~0u, row_of_lane >= 0 && row_of_lane < plan.max_partials);
+      for (int i = 0; sound && i < count; i += kPartialsAtOnce) {
+        float lse[kPartialsAtOnce];
+        float4 x[kPartialsAtOnce][2];
 #pragma unroll
-      for (int i = 0; i < kPartialsAtOnce; ++i) {
-        row[i] = plan.reduce_partial_map[min(first + i, end - 1)];
-        sound &= row[i] >= 0 && row[i] < plan.max_partials;
-      }
-      if (!sound) break;
+        for (int k = 0; k < kPartialsAtOnce; ++k) {
+          const int row = __shfl_sync(~0u, row_of_lane, i + k);
+          lse[k] = -INFINITY;
+          x[k][0] = x[k][1] = {};
+          if (i + k < count) {
+            lse[k] = params.partial_lse[static_cast<int64_t>(row) * params.heads + head];
+            const float4* in = partial_part(params, row, first_head, part, lane);
+            x[k][0] = in[0];
+            x[k][1] = in[32];
+          }
+        }
 #pragma unroll
-      for (int i = 0; i < kPartialsAtOnce; ++i) {
-        lse[i] = params.partial_lse[static_cast<int64_t>(row[i]) * params.heads + head];
-        if (first + i >= end) lse[i] = -INFINITY;
-        const float2* in = partial_part(params, row[i], first_head, part, lane);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x[i][j] = in[32 * j];
-      }
-#pragma unroll
-      for (int i = 0; i < kPartialsAtOnce; ++i) {
-        const float top = fmaxf(maximum, lse[i]), base = top == -INFINITY ? 0.f : top;
-        const float shrink = expf(maximum - base), weight = expf(lse[i] - base);
-        maximum = top;
-        sum = fmaf(sum, shrink, weight);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) o[j] = {fmaf(weight, x[i][j].x, o[j].x * shrink), fmaf(weight, x[i][j].y, o[j].y * shrink)};
+        for (int k = 0; k < kPartialsAtOnce; ++k) {
+          const float top = fmaxf(maximum, lse[k]), base = top == -INFINITY ? 0.f : top;
+          const float shrink = expf(maximum - base), weight = expf(lse[k] - base);
+          maximum = top;
+          sum = fmaf(sum, shrink, weight);
+          auto add = [&](float2& to, float a, float b) { to = {fmaf(weight, a, to.x * shrink), fmaf(weight, b, to.y * shrink)}; };
+          add(o[0], x[k][0].x, x[k][0].y);
+          add(o[1], x[k][0].z, x[k][0].w);
+          add(o[2], x[k][1].x, x[k][1].y);
+          add(o[3], x[k][1].z, x[k][1].w);
+        }
       }
     }
 
