@@ -86,8 +86,10 @@ class Work {
  public:
   __device__ explicit Work(const DecodeParams& params) : params_(params) {
     const Plan& plan = params.plan;
+    // The last block takes the workers for which there is none: a plan for this device has given them nothing.
+    const int end = blockIdx.y + 1 < gridDim.y ? blockIdx.y + 1 : plan.workers;
     next_ = max(0, plan.work_indptr[blockIdx.y]);
-    end_ = min(plan.max_items, plan.work_indptr[blockIdx.y + 1]);
+    end_ = min(plan.max_items, plan.work_indptr[end]);
   }
 
   __device__ bool next(Item* item) {
@@ -569,7 +571,7 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
 
 // A part: 8 heads by 32 dimensions as one warp holds them in wgmma's accumulators: of head l / 4, lane l has columns
 // 8 j + 2 * (l % 4) and the next in x[j], j = 0..3.
-constexpr int kPartHeads = 8;
+constexpr int kPartHeads = kPartialHeads;
 constexpr int kPartDims = 32;
 constexpr int kParts = kLatentDim / kPartDims;
 
@@ -577,6 +579,16 @@ constexpr int kParts = kLatentDim / kPartDims;
 // places: stores cost by the lines they touch.
 __device__ __forceinline__ void store_out(const DecodeParams& params, int token, int first_head, int part, int lane,
                                           const float2 (&x)[4]) {
+  const int head = first_head + lane / 4;
+  const int64_t at = (static_cast<int64_t>(token) * params.heads + head) * kLatentDim + part * kPartDims;
+  if (params.out_dtype == Dtype::kFloat32) {
+    float2* out = reinterpret_cast<float2*>(static_cast<float*>(params.out) + at) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (head < params.heads) out[4 * j] = x[j];
+    }
+    return;
+  }
   uint32_t w[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) w[j] = pack_bf16x2(x[j].x, x[j].y);
@@ -591,10 +603,8 @@ __device__ __forceinline__ void store_out(const DecodeParams& params, int token,
       w[j + step] = upper ? w[j + step] : other;
     }
   }
-  const int head = first_head + lane / 4;
   if (head < params.heads) {
-    uint16_t* out = static_cast<uint16_t*>(params.out) + (static_cast<int64_t>(token) * params.heads + head) * kLatentDim;
-    *reinterpret_cast<uint4*>(out + part * kPartDims + 8 * (lane % 4)) = {w[0], w[1], w[2], w[3]};
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(params.out) + at + 8 * (lane % 4)) = {w[0], w[1], w[2], w[3]};
   }
 }
 
@@ -813,7 +823,7 @@ DecodeKernel decode_for(int alignment) {
 
 }  // namespace
 
-cudaError_t prepare() {
+cudaError_t prepare_decode() {
   for (int align : {16, 4, 1}) {
     const cudaError_t status =
         cudaFuncSetAttribute(decode_for(align), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -821,15 +831,6 @@ cudaError_t prepare() {
   }
   // The same split of L1 and shared memory for both kernels: changing it takes time, and setting it loads the kernel.
   return cudaFuncSetAttribute(combine_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-}
-
-cudaError_t worker_count(int heads, int* workers) {
-  int device, processors;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int blocks = (heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
-  if (status == cudaSuccess) *workers = processors > blocks ? processors / blocks : 1;
-  return status;
 }
 
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
@@ -841,11 +842,16 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
     if (scope.cache.layout != Layout::kFp8DsMla) return cudaErrorNotSupported;
     align = alignment(scope.cache) < align ? alignment(scope.cache) : align;
   }
+  int device, processors;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
   const int blocks = (params.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
+  const int workers = std::max(1, std::min(params.plan.workers, processors / blocks));
   auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
   const DecodeArgs args = {params, {divisor(params.scopes[0]), divisor(params.scopes[1])}};
-  decode_for(align)<<<dim3(blocks, params.plan.workers), kThreads, kSharedBytes, stream>>>(args);
-  const cudaError_t status = cudaGetLastError();
+  decode_for(align)<<<dim3(blocks, workers), kThreads, kSharedBytes, stream>>>(args);
+  status = cudaGetLastError();
   if (status != cudaSuccess) return status;
 
   cudaLaunchAttribute overlap = {};

@@ -1,0 +1,209 @@
+"""The Hopper handlers, on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, make, tagged
+from compare import LSE, OUT_BF16, assert_close, assert_same_bits
+from conformance import Conformance, run
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi
+
+AVAILABLE, DETAIL = dsv4.implementations()["cuda"]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=DETAIL)]
+
+
+def takes(case: Case) -> bool:
+    """Whether the kernels take such a call at all; `implementations()` and the error say so where they do not."""
+    layouts = {scope.layout for scope in (case.swa, case.extra) if scope is not None}
+    return case.dtype == "bfloat16" and layouts == {"fp8_ds_mla"}
+
+
+def rounding_of_p(case: Case, seed: int = 0) -> np.ndarray:
+    """How far rounding the probabilities to bf16 may move an output: 2^-8 sum_k p_k |v_k|.
+
+    The tensor cores multiply P in bf16, as FlashMLA's do; half a unit in its last place is at most 2^-9 of a value, for the
+    probabilities and once more for the sum of their errors' signs going one way. Where values cancel, this exceeds what
+    compare.OUT_BF16 allows for an output alone.
+    """
+    p = make(case, seed)
+    magnitude = np.zeros(p.out.shape)
+    q = np.asarray(p.q).astype(np.float64)
+    for scope in (p.swa, p.extra):
+        if scope is None or scope.indices.shape[1] == 0:
+            continue
+        data = np.asarray(scope.cache.data)
+        values = dsv4.reference.unpack_fp8_ds_mla(data, scope.cache.block_size)
+        indices, topk = np.asarray(scope.indices).astype(np.int64), scope.indices.shape[1]
+        inside = np.arange(topk)[None] < np.asarray(scope.lengths)[:, None]
+        valid = inside & (indices >= 0) & (indices < len(values))
+        for t in range(case.tokens):
+            latents = values[indices[t, valid[t]]]
+            with np.errstate(invalid="ignore"):  # an empty row: -inf less -inf
+                weights = np.exp(case.scale * q[t] @ latents.T - p.lse[t][:, None])
+            if p.attn_sink is not None:
+                weights = weights / (1 + np.exp(np.asarray(p.attn_sink, np.float64) - p.lse[t]))[:, None]
+            magnitude[t] += weights @ np.abs(latents) if len(latents) else 0
+    return 2**-8 * magnitude
+
+
+def check(case: Case, out: object, lse: object, seed: int = 0) -> None:
+    p = make(case, seed)
+    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_close(f"{case} lse", lse, p.lse, LSE)
+    got, want = np.asarray(out).astype(np.float64), p.out
+    # Within the rounding of P an output counts as met; the rest, and the whole's direction, must be within FlashMLA's tolerances.
+    met = np.abs(got - want) <= rounding_of_p(case, seed) + 2**-8 * np.abs(want)
+    assert_close(f"{case} out", np.where(met, want, got), want, OUT_BF16)
+    norms = float((got * got).sum() + (want * want).sum())
+    assert norms == 0 or 1 - 2 * float((got * want).sum()) / norms <= OUT_BF16.cosine
+
+
+class TestCUDA(Conformance):
+    implementation = "cuda"
+
+    def check(self, case: Case, out: object, lse: object, seed: int = 0) -> None:
+        check(case, out, lse, seed)
+
+    def supports(self, case: Case) -> bool:
+        return takes(case)
+
+    @pytest.mark.parametrize("case", tagged("flashmla-large"), ids=str)
+    def test_flashmla_grid_large(self, case: Case) -> None:
+        check(case, *run(case, "cuda"))
+
+    @pytest.mark.parametrize("seed", range(100, 300))
+    def test_many_seeds(self, seed: int) -> None:
+        case = [c for c in tagged("ci") if takes(c)][seed % len([c for c in tagged("ci") if takes(c)])]
+        check(case, *run(case, "cuda", seed=seed), seed=seed)
+
+
+def test_what_it_cannot_take_is_said() -> None:
+    case = next(c for c in tagged("ci") if c.name == "fp8_ds_mla-q_float32")
+    p = make(case)
+    with pytest.raises(NotImplementedError, match=r"cuda: its kernels take q in bfloat16, not float32"):
+        dsv4.sparse_mla_decode(p.q, p.swa, p.extra, implementation="cuda")
+    with pytest.raises(NotImplementedError, match=r"cuda: its kernels read caches in layout 'fp8_ds_mla', not 'bf16'"):
+        dsv4.append(dsv4.KVCache.create(4, 64, layout="bf16"), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), implementation="cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 132, 300, 1500])
+def test_plan_is_the_cpus(tokens: int) -> None:
+    """The planner of ffi/common/plan.h gives the same plan on the device as the serial one on the CPU."""
+    rng = np.random.default_rng(tokens)
+    swa, extra = (jnp.asarray(rng.integers(-3, n + 3, tokens), jnp.int32) for n in (128, 1024))
+    from jax_dsv4.implementations import native
+
+    geometry = native.Geometry(workers=66, granularity=64, overhead=2)
+    plans = []
+    for platform in ("cpu", "cuda"):
+        with jax.default_device(jax.devices(platform)[0]):
+            a, b = (jax.device_put(np.asarray(x)) for x in (swa, extra))
+            plans.append(jax.jit(lambda a, b: native.plan_call((a, b), (128, 1024), geometry))(a, b))
+    for field, cpu, cuda in zip(plans[0]._fields, *plans):
+        assert_same_bits(field, cuda, cpu)
+
+
+def test_append_writes_the_cpus_bytes() -> None:
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.standard_normal((300, 512)) * np.exp2(rng.integers(-20, 8, (300, 1))), jnp.bfloat16)
+    slots = jnp.asarray(rng.integers(-2, 400, 300), jnp.int32)  # some invalid, many equal
+    caches = []
+    for platform in ("cpu", "cuda"):
+        with jax.default_device(jax.devices(platform)[0]):
+            a, b = jax.device_put(np.asarray(latents)), jax.device_put(np.asarray(slots))
+            caches.append(dsv4.append(dsv4.KVCache.create(6, 61), a, b, implementation=platform).data)
+    assert_same_bits("cache", caches[1], caches[0])
+
+
+def calls() -> tuple[int, int]:
+    """Handler calls so far, and those during capture."""
+    library, _ = _ffi.load("libdsv4_cuda", "CUDA")
+    counts = (ctypes.c_int64(), ctypes.c_int64())
+    library.dsv4_cuda_calls(*(ctypes.byref(c) for c in counts))
+    return counts[0].value, counts[1].value
+
+
+LAYERS = 8
+
+
+@functools.cache
+def decode_step():
+    """A step of LAYERS layers, each of which appends and attends, under one plan; and its arguments."""
+    case = next(c for c in tagged("ci") if c.name == "heads64")
+    p = make(case)
+
+    @jax.jit
+    def step(q, caches, indices, lengths, latents, slots):
+        plan = dsv4.plan_decode(lengths, num_heads=64, swa_topk=indices.shape[1])
+        out = []
+        for layer in range(LAYERS):
+            cache = dsv4.append(caches[layer], latents, slots)
+            caches = [*caches[:layer], cache, *caches[layer + 1 :]]
+            q = dsv4.sparse_mla_decode(q, dsv4.Scope(cache, indices, lengths), plan=plan)
+            out.append(q)
+        return jnp.stack(out), caches
+
+    return step, p
+
+
+def test_steps_are_captured() -> None:
+    """1000 steps of 8 layers call handlers while XLA captures them and hardly ever else, and new values give new results."""
+    step, p = decode_step()
+    rng = np.random.default_rng(1)
+    caches = [dsv4.KVCache.create(10, 64) for _ in range(LAYERS)]
+    tokens = p.q.shape[0]
+    args = lambda: (  # noqa: E731
+        jnp.asarray(rng.permutation(640)[: tokens * 128].reshape(tokens, 128), jnp.int32),
+        jnp.asarray(rng.integers(1, 129, tokens), jnp.int32),
+        jnp.asarray(rng.standard_normal((tokens, 512)), jnp.bfloat16),
+        jnp.asarray(rng.permutation(640)[:tokens], jnp.int32),
+    )
+    fill = jnp.asarray(rng.standard_normal((640, 512)), jnp.bfloat16)
+    caches = [dsv4.append(c, fill, jnp.arange(640, dtype=jnp.int32)) for c in caches]
+    variants = [args() for _ in range(4)]
+    for variant in variants:
+        step(p.q, caches, *variant)
+    before, captured_before = calls()
+    for i in range(1000):
+        out, _ = step(p.q, caches, *variants[i % 4])
+    out.block_until_ready()
+    after, captured = calls()
+    assert captured > 0, "no handler was called during capture"
+    assert after - before < 50, f"{after - before} handler calls in 1000 steps ({captured - captured_before} during capture)"
+    # Replays with other lengths, slots and contents give what the CPU gives for them.
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), (p.q, caches, variants))
+        for i, variant in enumerate(variants):
+            want, _ = step(on_cpu[0], on_cpu[1], *on_cpu[2][i])
+            got, _ = step(p.q, caches, *variant)
+            assert_close(f"variant {i}, layer 0", got[0], np.asarray(want[0], np.float64), OUT_BF16._replace(abs=2e-2))
+
+
+def test_control_without_command_buffers() -> None:
+    """With command buffers off every step calls its handlers, none of them during capture: the counters mean what they say."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cuda as t, jax_dsv4 as d, jax.numpy as jnp\n"
+        "step, p = t.decode_step()\n"
+        "n = p.q.shape[0]\n"
+        "args = ([d.KVCache.create(10, 64) for _ in range(t.LAYERS)], jnp.zeros((n, 128), jnp.int32), jnp.ones(n, jnp.int32),"
+        " jnp.ones((n, 512), jnp.bfloat16), jnp.arange(n, dtype=jnp.int32))\n"
+        "for _ in range(10): step(p.q, *args)[0].block_until_ready()\n"
+        "print(*t.calls())\n"
+    )
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
+    all_calls, captured = map(int, done.stdout.split())
+    assert captured == 0
+    assert all_calls >= 10 * (2 * LAYERS + 1)
