@@ -733,12 +733,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 // --- Combine
 
 constexpr int kCombineWarps = 8;
-constexpr int kCombineBlocks = 1024;
-constexpr int kPartialsAtOnce = 8;  // in flight per warp
+constexpr int kCombineBlocks = 4 * 132;  // about what runs at once
 
-// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens that have no
-// item (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN).
-__global__ void __launch_bounds__(32 * kCombineWarps) combine_kernel(const __grid_constant__ DecodeParams params) {
+// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens that have no item
+// (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN). kPartialsAtOnce are in flight per warp: many
+// hide latency where a token is cut into many, few leave room for more blocks where most tokens are not cut.
+template <int kPartialsAtOnce>
+__global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 4) combine_kernel(const __grid_constant__ DecodeParams params) {
   cudaGridDependencySynchronize();
   const int token = blockIdx.x, lane = threadIdx.x % 32;
   const Plan& plan = params.plan;
@@ -808,6 +809,8 @@ int alignment(const Cache& cache) {
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
 }
 
+constexpr int kFewPartials = 4, kManyPartials = 8;
+using CombineKernel = void (*)(DecodeParams);
 using DecodeKernel = void (*)(DecodeArgs);
 
 DecodeKernel decode_for(int alignment) {
@@ -829,8 +832,13 @@ cudaError_t prepare_decode() {
         cudaFuncSetAttribute(decode_for(align), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
   }
-  // The same split of L1 and shared memory for both kernels: changing it takes time, and setting it loads the kernel.
-  return cudaFuncSetAttribute(combine_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  // The same split of L1 and shared memory for both kernels: changing it takes time. Setting it loads the kernel as well.
+  for (CombineKernel combine : {combine_kernel<kFewPartials>, combine_kernel<kManyPartials>}) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(combine, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
@@ -866,7 +874,8 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, combine_kernel, params);
+  const bool many = workers >= kManyPartials * params.tokens;  // a token's partials are about workers / tokens
+  return cudaLaunchKernelEx(&config, many ? combine_kernel<kManyPartials> : combine_kernel<kFewPartials>, params);
 }
 
 }  // namespace jax_dsv4::cuda
