@@ -739,7 +739,7 @@ constexpr int kCombineBlocks = 4 * 132;  // about what runs at once
 // (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN). kPartialsAtOnce are in flight per warp: many
 // hide latency where a token is cut into many, few leave room for more blocks where most tokens are not cut.
 template <int kPartialsAtOnce>
-__global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 4) combine_kernel(const __grid_constant__ DecodeParams params) {
+__global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 3) combine_kernel(const __grid_constant__ DecodeParams params) {
   cudaGridDependencySynchronize();
   const int token = blockIdx.x, lane = threadIdx.x % 32;
   const Plan& plan = params.plan;
