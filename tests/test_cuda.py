@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, make, tagged
-from compare import LSE, OUT_BF16, assert_close, assert_same_bits
-from conformance import Conformance, run
+from compare import OUT_BF16, assert_close, assert_same_bits
+from conformance import Conformance
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
@@ -30,60 +30,21 @@ def takes(case: Case) -> bool:
     return case.dtype == "bfloat16" and layouts == {"fp8_ds_mla"}
 
 
-def rounding_of_p(case: Case, seed: int = 0) -> np.ndarray:
-    """How far rounding the probabilities to bf16 may move an output: 2^-8 sum_k p_k |v_k|.
-
-    The tensor cores multiply P in bf16, as FlashMLA's do; half a unit in its last place is at most 2^-9 of a value, for the
-    probabilities and once more for their sum. (A sink only makes it less.) Where values cancel, this exceeds what compare.OUT_BF16
-    allows for an output alone.
-    """
-    p = make(case, seed)
-    magnitude = np.zeros(p.out.shape)
-    q = np.asarray(p.q).astype(np.float64)
-    for scope in (p.swa, p.extra):
-        if scope is None or scope.indices.shape[1] == 0:
-            continue
-        data = np.asarray(scope.cache.data)
-        values = dsv4.reference.unpack_fp8_ds_mla(data, scope.cache.block_size)
-        indices, topk = np.asarray(scope.indices).astype(np.int64), scope.indices.shape[1]
-        inside = np.arange(topk)[None] < np.asarray(scope.lengths)[:, None]
-        valid = inside & (indices >= 0) & (indices < len(values))
-        for t in range(case.tokens):
-            latents = values[indices[t, valid[t]]]
-            if len(latents):
-                magnitude[t] += np.exp(case.scale * q[t] @ latents.T - p.lse[t][:, None]) @ np.abs(latents)
-    return 2**-8 * magnitude
-
-
-def check(case: Case, out: object, lse: object, seed: int = 0) -> None:
-    p = make(case, seed)
-    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
-    assert_close(f"{case} lse", lse, p.lse, LSE)
-    got, want = np.asarray(out).astype(np.float64), p.out
-    # Within the rounding of P an output counts as met; the rest, and the whole's direction, must be within FlashMLA's tolerances.
-    met = np.abs(got - want) <= rounding_of_p(case, seed) + 2**-8 * np.abs(want)
-    assert_close(f"{case} out", np.where(met, want, got), want, OUT_BF16)
-    norms = float((got * got).sum() + (want * want).sum())
-    assert norms == 0 or 1 - 2 * float((got * want).sum()) / norms <= OUT_BF16.cosine
-
-
 class TestCUDA(Conformance):
     implementation = "cuda"
-
-    def check(self, case: Case, out: object, lse: object, seed: int = 0) -> None:
-        check(case, out, lse, seed)
+    log2_magnitude = -3  # the tensor cores multiply bf16 weights, as FlashMLA's do
 
     def supports(self, case: Case) -> bool:
         return takes(case)
 
     @pytest.mark.parametrize("case", tagged("flashmla-large"), ids=str)
     def test_flashmla_grid_large(self, case: Case) -> None:
-        check(case, *run(case, "cuda"))
+        self.hold(case)
 
     @pytest.mark.parametrize("seed", range(100, 300))
     def test_many_seeds(self, seed: int) -> None:
-        case = [c for c in tagged("ci") if takes(c)][seed % len([c for c in tagged("ci") if takes(c)])]
-        check(case, *run(case, "cuda", seed=seed), seed=seed)
+        cases = [case for case in tagged("ci") if takes(case)]
+        self.hold(cases[seed % len(cases)], seed)
 
 
 def test_what_it_cannot_take_is_said() -> None:
