@@ -67,7 +67,7 @@ def program(caches: dict[str, dsv4.KVCache], calls: list[dict[str, jax.Array]], 
     def run(caches: Any, calls: Any, sink: Any) -> Any:
         plan, outs = None, []
         for call in calls:
-            scopes = [dsv4.Scope(caches[n], call[f"{n}_indices"], call[f"{n}_lengths"]) for n in caches if f"{n}_indices" in call]
+            scopes = [dsv4.Scope(caches[n], call[f"{n}_indices"], call[f"{n}_lengths"]) for n in BLOCKS if f"{n}_indices" in call]
             if planned and plan is None:
                 extra = {"extra_lengths": scopes[1].lengths, "extra_topk": scopes[1].indices.shape[1]} if len(scopes) > 1 else {}
                 plan = dsv4.plan_decode(scopes[0].lengths, num_heads=sink.shape[0], swa_topk=SWA, **extra, **options)
@@ -118,8 +118,8 @@ def measure_ceilings() -> dict[str, float]:
     """TFLOP/s of a large bf16 product and GB/s, read and written, of a large copy."""
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
-    x = jnp.zeros(2**30, jnp.uint8)
-    copy = jax.jit(lambda x: x ^ jnp.uint8(1))
+    x = jnp.zeros(2**28, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
     seconds = {}
     for name, call in (("product", lambda: product(a)), ("copy", lambda: copy(x))):
         call().block_until_ready()
@@ -131,7 +131,7 @@ def measure_ceilings() -> dict[str, float]:
             out.block_until_ready()
             times.append((time.perf_counter() - start) / 10)
         seconds[name] = statistics.median(times)
-    return {"tflops": 2 * 8192**3 / seconds["product"] / 1e12, "gbps": 2 * 2**30 / seconds["copy"] / 1e9}
+    return {"tflops": 2 * 8192**3 / seconds["product"] / 1e12, "gbps": 2 * x.nbytes / seconds["copy"] / 1e9}
 
 
 def time_in_turn(programs: dict[str, Any], calls: int, synchronise: Any) -> dict[str, list[float]]:
