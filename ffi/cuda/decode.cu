@@ -538,7 +538,7 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
       if (lane == 0) shared.rescale[warp] = rescale;
       fence_proxy_async();
       __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.p_full);
+      barrier_arrive(&shared.p_full);
     }
 
     // The item's end: one more factor, that normalises. The sink enters where this item is the whole token.
@@ -563,7 +563,7 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.p_full);
+    barrier_arrive(&shared.p_full);
   }
 }
 
@@ -575,20 +575,23 @@ constexpr int kPartHeads = kPartialHeads;
 constexpr int kPartDims = 32;
 constexpr int kParts = kLatentDim / kPartDims;
 
-// Writes a part of the output. The four lanes of a head transpose their pairs, so that each stores 16 bytes rather than 4 bytes in 4
-// places: stores cost by the lines they touch.
-__device__ __forceinline__ void store_out(const DecodeParams& params, int token, int first_head, int part, int lane,
-                                          const float2 (&x)[4]) {
+__device__ __forceinline__ int64_t out_offset(const DecodeParams& params, int token, int head, int part) {
+  return (static_cast<int64_t>(token) * params.heads + head) * kLatentDim + part * kPartDims;
+}
+
+__device__ __forceinline__ void store_float32(const DecodeParams& params, int token, int first_head, int part, int lane,
+                                              const float2 (&x)[4]) {
   const int head = first_head + lane / 4;
-  const int64_t at = (static_cast<int64_t>(token) * params.heads + head) * kLatentDim + part * kPartDims;
-  if (params.out_dtype == Dtype::kFloat32) {
-    float2* out = reinterpret_cast<float2*>(static_cast<float*>(params.out) + at) + lane % 4;
+  if (head >= params.heads) return;
+  float2* out = reinterpret_cast<float2*>(static_cast<float*>(params.out) + out_offset(params, token, head, part)) + lane % 4;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (head < params.heads) out[4 * j] = x[j];
-    }
-    return;
-  }
+  for (int j = 0; j < 4; ++j) out[4 * j] = x[j];
+}
+
+// The four lanes of a head transpose their pairs, so that each stores 16 bytes rather than 4 bytes in 4 places: stores cost by the
+// lines they touch.
+__device__ __forceinline__ void store_bf16(const DecodeParams& params, int token, int first_head, int part, int lane,
+                                           const float2 (&x)[4]) {
   uint32_t w[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) w[j] = pack_bf16x2(x[j].x, x[j].y);
@@ -603,9 +606,10 @@ __device__ __forceinline__ void store_out(const DecodeParams& params, int token,
       w[j + step] = upper ? w[j + step] : other;
     }
   }
-  if (head < params.heads) {
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(params.out) + at + 8 * (lane % 4)) = {w[0], w[1], w[2], w[3]};
-  }
+  const int head = first_head + lane / 4;
+  if (head >= params.heads) return;
+  uint16_t* out = static_cast<uint16_t*>(params.out) + out_offset(params, token, head, part);
+  *reinterpret_cast<uint4*>(out + 8 * (lane % 4)) = {w[0], w[1], w[2], w[3]};
 }
 
 // Partial outputs lie in the order in which warps hold them, so that a warp writes and reads them in one piece:
@@ -664,36 +668,43 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(&shared.free[buffer][0]);
       }
-      if (lane == 0) barrier_arrive(&shared.p_free);
+      barrier_arrive(&shared.p_free);
     }
 
     barrier_wait(&shared.p_full, p_full_parity ^= 1);
     const float factor[2] = {shared.factor[rows[0]], shared.factor[rows[1]]};
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.p_free);
+    barrier_arrive(&shared.p_free);
 
     // A row without a valid key has P = 0, and V has no NaN from keys nobody attends to: its sums are zeros.
+    auto for_each_part = [&](auto store) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int head = first_head + 16 * warp + 8 * r;
-      if (head >= params.heads) break;
+      for (int r = 0; r < 2; ++r) {
+        const int head = first_head + 16 * warp + 8 * r;
+        if (head >= params.heads) break;
 #pragma unroll
-      for (int i = 0; i < kParts / 2; ++i) {
-        const int part = half * kParts / 2 + i;
-        float2 x[4];
+        for (int i = 0; i < kParts / 2; ++i) {
+          float2 x[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int at = 16 * i + 4 * j + 2 * r;
-          x[j] = {o[at] * factor[r], o[at + 1] * factor[r]};
-        }
-        if (item.partial < 0) {
-          store_out(params, item.token, head, part, lane, x);
-        } else {
-          float4* partial = partial_part(params, item.partial, head, part, lane);
-          partial[0] = {x[0].x, x[0].y, x[1].x, x[1].y};
-          partial[32] = {x[2].x, x[2].y, x[3].x, x[3].y};
+          for (int j = 0; j < 4; ++j) {
+            const int at = 16 * i + 4 * j + 2 * r;
+            x[j] = {o[at] * factor[r], o[at + 1] * factor[r]};
+          }
+          store(head, half * kParts / 2 + i, x);
         }
       }
+    };
+    // Each way in a piece of its own: code that runs once per item costs what fetching it costs.
+    if (item.partial >= 0) {
+      for_each_part([&](int head, int part, const float2(&x)[4]) {
+        float4* partial = partial_part(params, item.partial, head, part, lane);
+        partial[0] = {x[0].x, x[0].y, x[1].x, x[1].y};
+        partial[32] = {x[2].x, x[2].y, x[3].x, x[3].y};
+      });
+    } else if (params.out_dtype == Dtype::kBf16) {
+      for_each_part([&](int head, int part, const float2(&x)[4]) { store_bf16(params, item.token, head, part, lane, x); });
+    } else {
+      for_each_part([&](int head, int part, const float2(&x)[4]) { store_float32(params, item.token, head, part, lane, x); });
     }
   }
 }
@@ -709,8 +720,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
         barrier_init(&shared.free[i][g], 8);  // the warps of both halves of the values
       }
     }
-    barrier_init(&shared.p_full, 4);
-    barrier_init(&shared.p_free, 8);
+    // Whole warps arrive here, for every lane has ordinary data to hand on.
+    barrier_init(&shared.p_full, kWarpgroup);
+    barrier_init(&shared.p_free, 2 * kWarpgroup);
     barrier_init_fence();
   }
   __syncthreads();
@@ -796,7 +808,11 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 
     if (!sound) lse = factor = __int_as_float(0x7fc00000);
 #pragma unroll
     for (int j = 0; j < 4; ++j) o[j] = {o[j].x * factor, o[j].y * factor};
-    store_out(params, token, first_head, part, lane, o);
+    if (params.out_dtype == Dtype::kBf16) {
+      store_bf16(params, token, first_head, part, lane, o);
+    } else {
+      store_float32(params, token, first_head, part, lane, o);
+    }
     if (part == 0 && lane % 4 == 0 && first_head + lane / 4 < params.heads) {
       params.lse[static_cast<int64_t>(token) * params.heads + head] = lse;
     }
