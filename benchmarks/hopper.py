@@ -1,6 +1,6 @@
 """The CUDA half of `python -m benchmarks.decode --platform cuda`: our kernels, FlashMLA and plain XLA on one GPU, in one run.
 
-Every contender runs calls of the same kind back to back, each with queries and slots of its own (so rows come from memory, not from the
+Every contender runs calls of the same kind back to back, each with slots of its own (so rows come from memory, not from the
 last call's cache), as one CUDA graph or one captured XLA program; the time of a call is the program's time over their number. All are
 timed in turn, round by round. FlashMLA joins if FLASHMLA_LIBRARY names its compiled op (_flashmla_C.abi3.so of the vllm 0.26.0 wheel)
 and torch is there; it reads the same bytes.
@@ -62,17 +62,22 @@ def make_calls(rng: np.random.Generator, tokens: int, heads: int, extra: int, co
 
 
 def program(caches: dict[str, dsv4.KVCache], calls: list[dict[str, jax.Array]], sink: jax.Array, *, planned: bool, **options: Any) -> Any:
-    """A compiled program of all calls; with `planned`, one plan serves them all."""
+    """A compiled program of all calls -> the first and the last output; with `planned`, one plan serves them all.
+
+    A call's queries are the call before's output, as in a model. What a program returns has new addresses every time, and XLA updates
+    its graph for each: only temporaries are free.
+    """
 
     def run(caches: Any, calls: Any, sink: Any) -> Any:
         plan, outs = None, []
         for call in calls:
+            q = outs[-1] if outs else call["q"]
             scopes = [dsv4.Scope(caches[n], call[f"{n}_indices"], call[f"{n}_lengths"]) for n in BLOCKS if f"{n}_indices" in call]
             if planned and plan is None:
                 extra = {"extra_lengths": scopes[1].lengths, "extra_topk": scopes[1].indices.shape[1]} if len(scopes) > 1 else {}
                 plan = dsv4.plan_decode(scopes[0].lengths, num_heads=sink.shape[0], swa_topk=SWA, **extra, **options)
-            outs.append(dsv4.sparse_mla_decode(call["q"], *scopes, attn_sink=sink, plan=plan, **options))
-        return outs
+            outs.append(dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, plan=plan, **options))
+        return outs[0], outs[-1]
 
     compiled = jax.jit(run).lower(caches, calls, sink).compile()
     return lambda: compiled(caches, calls, sink)
