@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,7 +111,9 @@ class _CPU:
     # a few threads; more threads than items share an item's heads.
     geometry = Geometry(workers=16, granularity=64, overhead=2)
     # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead, kMaxHeadGroups; 64 bytes more to align.
-    max_lanes = 32
+    # One lane a thread; threads beyond the lanes stay idle. No more than this machine has cores: fresh pages cost more than the kernel's
+    # work on a small call.
+    lanes = min(32, os.cpu_count() or 1)
     lane_bytes_fixed = 160 * 1024 + 64
     lane_bytes_per_head = 5 * 1024
     counters_per_token = 8
@@ -147,7 +150,7 @@ class _CPU:
             jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # partial outputs
             jax.ShapeDtypeStruct((partials, heads), f32),  # partial lse
             jax.ShapeDtypeStruct((tokens, self.counters_per_token), i32),  # partials not yet done
-            jax.ShapeDtypeStruct((self.max_lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
+            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
         )
         return decode_call(q, scopes, attn_sink, scale, work, out_dtype, workspaces)
 
