@@ -168,7 +168,9 @@ def test_control_without_command_buffers() -> None:
         "print(t.calls()[0] - before[0], t.calls()[1])\n"
     )
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags}
+    )
     all_calls, captured = map(int, done.stdout.split())
     assert captured == 0
     assert all_calls >= 10 * (2 * LAYERS + 1)

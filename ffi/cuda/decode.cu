@@ -1,13 +1,13 @@
-// Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items. Its warps have one task each,
-// a loop over the keys of the items, and hand shared memory on through barriers:
+// Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items. Its warps have
+// one task each, a loop over the keys of the items, and hand shared memory on through barriers:
 //
 //   produce (4 warps)   slots to addresses, packed rows by cp.async, e4m3 to bf16, groups of 32 keys    -> full
 //   scores (4 warps)    S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P        -> p_full
 //   values (2 x 4)      O[64 heads, 256 of 512] += P . V, V being the very tile that was K; output  -> p_free, free
 //
-// So tensor cores, conversion and memory are busy with different keys at the same time. Heads beyond 64 are further blocks that walk
-// the same items at the same time and find the rows in L2. A token cut into several items leaves partials that a second, small kernel
-// combines in key order; that kernel also answers tokens that have no item.
+// So tensor cores, conversion and memory are busy with different keys at the same time. Heads beyond 64 are further
+// blocks that walk the same items at the same time and find the rows in L2. A token cut into several items leaves
+// partials that a second, small kernel combines in key order; that kernel also answers tokens that have no item.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -33,10 +33,11 @@ constexpr int kPlaneBytes = kKeyTile * kRowBytes;
 constexpr int kProducerWarps = 4;
 constexpr int kKeysPerWarp = kGroupKeys / kProducerWarps;
 constexpr int kLanesPerKey = 32 / kKeysPerWarp;
-constexpr int kChunks = kPackedRowBytes / 16 / kLanesPerKey;  // 16-byte pieces of a row per lane: piece j lies in scale tile j
-constexpr int kStepChunks = 3;                                // expanded at a time, for instruction-level parallelism
-constexpr int kSteps = kChunks / kStepChunks;                 // of a group
-constexpr int kStepsAhead = 4;                                // copies a warp has on their way
+constexpr int kChunks =
+    kPackedRowBytes / 16 / kLanesPerKey;       // 16-byte pieces of a row per lane: piece j lies in scale tile j
+constexpr int kStepChunks = 3;                 // expanded at a time, for instruction-level parallelism
+constexpr int kSteps = kChunks / kStepChunks;  // of a group
+constexpr int kStepsAhead = 4;                 // copies a warp has on their way
 static_assert(kKeysPerWarp == 8 && kLanesPerKey == 4 && kChunks == kScaleTiles + 2 && kStepsAhead == kSteps + 1);
 constexpr int kDone = -1;  // in place of a group: there are no more keys
 
@@ -49,8 +50,8 @@ constexpr int kValuesRegisters = 160;  // 128 of them accumulators
 static_assert(kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters == 65536 / kWarpgroup);
 
 constexpr float kLog2e = 1.4426950408889634f;
-// The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range, its relative
-// rounding is the same, and the accumulators are hardly ever rescaled.
+// The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range,
+// its relative rounding is the same, and the accumulators are hardly ever rescaled.
 constexpr float kRescaleThresholdLog2 = 8.f;
 
 struct __align__(1024) Shared {
@@ -58,8 +59,9 @@ struct __align__(1024) Shared {
   uint8_t q[kPlanes][kHeadsPerBlock * kRowBytes];
   uint8_t k[kTiles][kPlanes][kPlaneBytes];
   uint8_t p[kHeadsPerBlock * kRowBytes];  // [heads][64 keys]
-  uint4 raw[kProducerWarps][kStepsAhead][kStepChunks][32];  // packed bytes on their way; a lane reads only what it copied
-  uint2 scales[2][kProducerWarps][kKeysPerWarp];            // of two groups, copied by one lane for the four of a key
+  uint4 raw[kProducerWarps][kStepsAhead][kStepChunks]
+           [32];                                  // packed bytes on their way; a lane reads only what it copied
+  uint2 scales[2][kProducerWarps][kKeysPerWarp];  // of two groups, copied by one lane for the four of a key
   float factor[kHeadsPerBlock];  // rescales the accumulators before this P is added; the last one of an item normalises
   int32_t rescale[4];            // per warp of rows: whether `factor` holds anything but ones
   uint8_t valid[kTiles][kGroups * kProducerWarps];  // bit i of byte j: key 8 j + i of the tile is attended to
@@ -80,8 +82,8 @@ struct Item {
   int token, partial, begin, end, swa_length;
 };
 
-// The items of this block's worker, in order, without those that make no sense: a plan made for other lengths, or for another
-// call, must not lead anywhere outside the buffers.
+// The items of this block's worker, in order, without those that make no sense: a plan made for other lengths, or for
+// another call, must not lead anywhere outside the buffers.
 class Work {
  public:
   __device__ explicit Work(const DecodeParams& params) : params_(params) {
@@ -95,7 +97,8 @@ class Work {
   __device__ bool next(Item* item) {
     while (next_ < end_) {
       const int4* row = reinterpret_cast<const int4*>(params_.plan.work_info_set) + 2 * next_++;
-      const int4 head = row[0], tail = row[1];  // {batch_idx, partial_qo_loc, qo_start, qo_end}, {kv_start, kv_end, ...}
+      const int4 head = row[0],
+                 tail = row[1];  // {batch_idx, partial_qo_loc, qo_start, qo_end}, {kv_start, kv_end, ...}
       const int token = head.x;
       if (token < 0 || token >= params_.tokens || head.y < -1 || head.y >= params_.plan.max_partials) continue;
       const int swa = clamped_length(params_.scopes[0], token), extra = clamped_length(params_.scopes[1], token);
@@ -212,8 +215,8 @@ __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeyFetch fetch)
           cache.block_size * kPackedRowBytes - offset * (kPackedRowBytes - kPackedScaleBytes), fetch.place};
 }
 
-// Copies kBytes that are aligned to kAlign only, or zeros if `real` is false. Nothing aligned to less than 4 bytes can be copied
-// asynchronously: the bytes go through registers then, which is slow and right.
+// Copies kBytes that are aligned to kAlign only, or zeros if `real` is false. Nothing aligned to less than 4 bytes can
+// be copied asynchronously: the bytes go through registers then, which is slow and right.
 template <int kBytes, int kAlign>
 __device__ __forceinline__ void copy(void* dst, const uint8_t* src, bool real) {
   uint8_t* to = static_cast<uint8_t*>(dst);
@@ -228,7 +231,9 @@ __device__ __forceinline__ void copy(void* dst, const uint8_t* src, bool real) {
 }
 
 // An address for copies of no bytes.
-__device__ __forceinline__ const uint8_t* nowhere(const DecodeParams& params) { return static_cast<const uint8_t*>(params.q); }
+__device__ __forceinline__ const uint8_t* nowhere(const DecodeParams& params) {
+  return static_cast<const uint8_t*>(params.q);
+}
 
 __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -243,15 +248,16 @@ __device__ __forceinline__ uint32_t permute(uint32_t a) {
   return d;
 }
 
-// Two e4m3 of `word` as bf16 times 2^-120, exactly: exponent and mantissa moved to bf16's place, the sign to bit 15. kSelect spreads
-// the bytes over the halves and replicates their signs above them.
+// Two e4m3 of `word` as bf16 times 2^-120, exactly: exponent and mantissa moved to bf16's place, the sign to bit 15.
+// kSelect spreads the bytes over the halves and replicates their signs above them.
 template <uint32_t kSelect>
 __device__ __forceinline__ uint32_t spread_e4m3x2(uint32_t word) {
   return (permute<kSelect>(word) << 4) & 0x87f087f0u;
 }
 
-// 16 e4m3 to bf16 times 2^(e8m0 - 127), exactly, by one multiplication with 2^(e8m0 - 127 + 120). bf16 has no such power above e8m0
-// 134, a scale no quantiser of reasonable data gets near: with kAnyScale the rest is a second factor, and NaN for 255.
+// 16 e4m3 to bf16 times 2^(e8m0 - 127), exactly, by one multiplication with 2^(e8m0 - 127 + 120). bf16 has no such
+// power above e8m0 134, a scale no quantiser of reasonable data gets near: with kAnyScale the rest is a second factor,
+// and NaN for 255.
 constexpr uint32_t kLargestScale = 134;
 
 template <bool kAnyScale>
@@ -275,11 +281,13 @@ __device__ __forceinline__ void expand_scaled(uint4 packed, uint32_t e8m0, uint4
 }
 
 __device__ __forceinline__ bool needs_any_scale(uint2 scales) {
-  return (__vcmpgtu4(scales.x, kLargestScale * 0x01010101u) | __vcmpgtu4(scales.y & 0xffffffu, kLargestScale * 0x01010101u)) != 0;
+  return (__vcmpgtu4(scales.x, kLargestScale * 0x01010101u) |
+          __vcmpgtu4(scales.y & 0xffffffu, kLargestScale * 0x01010101u)) != 0;
 }
 
-// A warp has 8 keys of a group, a quarter of each 64-dimension tile to a lane, all the way from the copy to the store: no other thread
-// has to know when the bytes arrive. Copies run four steps (12 of a lane's pieces) ahead, reads from the ring one step.
+// A warp has 8 keys of a group, a quarter of each 64-dimension tile to a lane, all the way from the copy to the store:
+// no other thread has to know when the bytes arrive. Copies run four steps (12 of a lane's pieces) ahead, reads from
+// the ring one step.
 template <int kAlign>
 __device__ __forceinline__ void produce(const DecodeArgs& args, Shared& shared) {
   const DecodeParams& params = args.params;
@@ -295,7 +303,8 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Shared& shared) 
     for (int j = 0; j < kStepChunks; ++j) copy<16, kAlign>(&raw[slot][j][lane], src + 16 * kLanesPerKey * j, real);
     if (step == 0) {
       if (quarter == 0) {
-        copy<kPackedScaleBytes, kAlign>(&shared.scales[scales_at][warp][key], real ? from.row + from.scales : nowhere(params), real);
+        copy<kPackedScaleBytes, kAlign>(&shared.scales[scales_at][warp][key],
+                                        real ? from.row + from.scales : nowhere(params), real);
       }
       scales_at ^= 1;
     }
@@ -360,10 +369,11 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Shared& shared) 
           if (j < kScaleTiles) {
             uint4 wide[2];
             expand_scaled<kAnyScale>(packed[i], (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
-            // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and the odd units: no
-            // conflicts.
+            // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and
+            // the odd units: no conflicts.
 #pragma unroll
-            for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + u) ^ key)) = wide[u];
+            for (int u = 0; u < 2; ++u)
+              *reinterpret_cast<uint4*>(dst + j * kPlaneBytes + 16 * ((2 * quarter + u) ^ key)) = wide[u];
           } else {
             const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
             *reinterpret_cast<uint4*>(dst + (kPlanes - 1) * kPlaneBytes + 16 * (unit ^ key)) = packed[i];
@@ -460,7 +470,8 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
 }
 
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
                : "memory");
 }
 
@@ -583,13 +594,14 @@ __device__ __forceinline__ void store_float32(const DecodeParams& params, int to
                                               const float2 (&x)[4]) {
   const int head = first_head + lane / 4;
   if (head >= params.heads) return;
-  float2* out = reinterpret_cast<float2*>(static_cast<float*>(params.out) + out_offset(params, token, head, part)) + lane % 4;
+  float2* out =
+      reinterpret_cast<float2*>(static_cast<float*>(params.out) + out_offset(params, token, head, part)) + lane % 4;
 #pragma unroll
   for (int j = 0; j < 4; ++j) out[4 * j] = x[j];
 }
 
-// The four lanes of a head transpose their pairs, so that each stores 16 bytes rather than 4 bytes in 4 places: stores cost by the
-// lines they touch.
+// The four lanes of a head transpose their pairs, so that each stores 16 bytes rather than 4 bytes in 4 places: stores
+// cost by the lines they touch.
 __device__ __forceinline__ void store_bf16(const DecodeParams& params, int token, int first_head, int part, int lane,
                                            const float2 (&x)[4]) {
   uint32_t w[4];
@@ -614,14 +626,16 @@ __device__ __forceinline__ void store_bf16(const DecodeParams& params, int token
 
 // Partial outputs lie in the order in which warps hold them, so that a warp writes and reads them in one piece:
 // [row][heads / 8][part][2][lane][4]. -> this lane's x[0], x[1]; x[2], x[3] follow 32 further on.
-__device__ __forceinline__ float4* partial_part(const DecodeParams& params, int row, int first_head, int part, int lane) {
+__device__ __forceinline__ float4* partial_part(const DecodeParams& params, int row, int first_head, int part,
+                                                int lane) {
   const int64_t heads = (params.heads + kPartHeads - 1) / kPartHeads * kPartHeads;
-  return reinterpret_cast<float4*>(params.partial_out + (row * heads + first_head) * kLatentDim + part * (kPartHeads * kPartDims)) +
+  return reinterpret_cast<float4*>(params.partial_out + (row * heads + first_head) * kLatentDim +
+                                   part * (kPartHeads * kPartDims)) +
          lane;
 }
 
-__device__ __forceinline__ void accumulate_values(const Shared& shared, int buffer, int group, int half, bool accumulate,
-                                                  float (&o)[128]) {
+__device__ __forceinline__ void accumulate_values(const Shared& shared, int buffer, int group, int half,
+                                                  bool accumulate, float (&o)[128]) {
   const uint32_t p = smem_address(shared.p) + group * (2 * kGroupKeys);
   const uint32_t v = smem_address(shared.k[buffer][half * kPlanes / 2]) + group * (kGroupKeys * kRowBytes);
   wgmma_fence();
@@ -630,7 +644,8 @@ __device__ __forceinline__ void accumulate_values(const Shared& shared, int buff
     const uint64_t a = matrix_descriptor(p + step * 32, 0, 8 * kRowBytes);
     const uint32_t b = v + step * 16 * kRowBytes;
     wgmma_m64n128k16<0>(o, a, matrix_descriptor(b, kPlaneBytes, 8 * kRowBytes), accumulate || step > 0);
-    wgmma_m64n128k16<64>(o, a, matrix_descriptor(b + 2 * kPlaneBytes, kPlaneBytes, 8 * kRowBytes), accumulate || step > 0);
+    wgmma_m64n128k16<64>(o, a, matrix_descriptor(b + 2 * kPlaneBytes, kPlaneBytes, 8 * kRowBytes),
+                         accumulate || step > 0);
   }
   wgmma_commit();
 }
@@ -702,9 +717,11 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
         partial[32] = {x[2].x, x[2].y, x[3].x, x[3].y};
       });
     } else if (params.out_dtype == Dtype::kBf16) {
-      for_each_part([&](int head, int part, const float2(&x)[4]) { store_bf16(params, item.token, head, part, lane, x); });
+      for_each_part(
+          [&](int head, int part, const float2(&x)[4]) { store_bf16(params, item.token, head, part, lane, x); });
     } else {
-      for_each_part([&](int head, int part, const float2(&x)[4]) { store_float32(params, item.token, head, part, lane, x); });
+      for_each_part(
+          [&](int head, int part, const float2(&x)[4]) { store_float32(params, item.token, head, part, lane, x); });
     }
   }
 }
@@ -726,7 +743,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
     barrier_init_fence();
   }
   __syncthreads();
-  // The combining kernel may take the multiprocessors that this one leaves; it waits for all of this one before it reads.
+  // The combining kernel may take the multiprocessors that this one leaves; it waits for all of this one before it
+  // reads.
   cudaTriggerProgrammaticLaunchCompletion();
 
   const int role = threadIdx.x / kWarpgroup;
@@ -747,11 +765,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 constexpr int kCombineWarps = 8;
 constexpr int kCombineBlocks = 4 * 132;  // about what runs at once
 
-// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens that have no item
-// (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN). kPartialsAtOnce are in flight per warp: many
-// hide latency where a token is cut into many, few leave room for more blocks where most tokens are not cut.
+// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens
+// that have no item (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN).
+// kPartialsAtOnce are in flight per warp: many hide latency where a token is cut into many, few leave room for more
+// blocks where most tokens are not cut.
 template <int kPartialsAtOnce>
-__global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 3) combine_kernel(const __grid_constant__ DecodeParams params) {
+__global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 3)
+    combine_kernel(const __grid_constant__ DecodeParams params) {
   cudaGridDependencySynchronize();
   const int token = blockIdx.x, lane = threadIdx.x % 32;
   const Plan& plan = params.plan;
@@ -793,7 +813,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 
           const float shrink = expf(maximum - base), weight = expf(lse[k] - base);
           maximum = top;
           sum = fmaf(sum, shrink, weight);
-          auto add = [&](float2& to, float a, float b) { to = {fmaf(weight, a, to.x * shrink), fmaf(weight, b, to.y * shrink)}; };
+          auto add = [&](float2& to, float a, float b) {
+            to = {fmaf(weight, a, to.x * shrink), fmaf(weight, b, to.y * shrink)};
+          };
           add(o[0], x[k][0].x, x[k][0].y);
           add(o[1], x[k][0].z, x[k][0].w);
           add(o[2], x[k][1].x, x[k][1].y);
@@ -848,7 +870,8 @@ cudaError_t prepare_decode() {
         cudaFuncSetAttribute(decode_for(align), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
   }
-  // The same split of L1 and shared memory for both kernels: changing it takes time. Setting it loads the kernel as well.
+  // The same split of L1 and shared memory for both kernels: changing it takes time. Setting it loads the kernel as
+  // well.
   for (CombineKernel combine : {combine_kernel<kFewPartials>, combine_kernel<kManyPartials>}) {
     const cudaError_t status =
         cudaFuncSetAttribute(combine, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);

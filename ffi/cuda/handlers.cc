@@ -1,5 +1,5 @@
-// XLA FFI handlers on CUDA: bind, check, enqueue. All of them may be captured into a graph: kernels are loaded at the initialize stage,
-// buffers are XLA's, and nothing waits or reads back.
+// XLA FFI handlers on CUDA: bind, check, enqueue. All of them may be captured into a graph: kernels are loaded at the
+// initialize stage, buffers are XLA's, and nothing waits or reads back.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -16,7 +16,8 @@ namespace {
 using Out = ffi::Result<Buffer>;
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
-// Proof of capture (docs/hopper.md): a captured program calls its handlers while XLA records the graph and not when it runs.
+// Proof of capture (docs/hopper.md): a captured program calls its handlers while XLA records the graph and not when it
+// runs.
 std::atomic<int64_t> calls{0}, captured_calls{0};
 
 void count_call(cudaStream_t stream) {
@@ -38,7 +39,8 @@ ffi::Error initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   static std::atomic<bool> ready[kMaxDevices];
   int device;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess && device < kMaxDevices && ready[device].load(std::memory_order_acquire)) return ffi::Error::Success();
+  if (status == cudaSuccess && device < kMaxDevices && ready[device].load(std::memory_order_acquire))
+    return ffi::Error::Success();
   if (status == cudaSuccess) status = prepare_plan();
   if (status == cudaSuccess) status = prepare_decode();
   if (status == cudaSuccess) status = prepare_append();
@@ -46,23 +48,23 @@ ffi::Error initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   return status_of("jax_dsv4", status);
 }
 
-ffi::Error plan(cudaStream_t stream, Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out work_indptr, Out work_info_set,
-                Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk, int32_t extra_topk,
-                int32_t active_workers, int32_t granularity, int32_t overhead) {
+ffi::Error plan(cudaStream_t stream, Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out work_indptr,
+                Out work_info_set, Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk,
+                int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead) {
   count_call(stream);
   PlanParams p;
   ffi::Error error = bind_plan_params(
-      {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map, *reduce_partial_map,
-       swa_topk, extra_topk, active_workers, granularity, overhead},
+      {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
+       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead},
       &p);
   return error.success() ? status_of("plan_decode", launch_plan(p, stream)) : error;
 }
 
 ffi::Error decode(cudaStream_t stream, Buffer q, Buffer sink, Buffer swa_cache, Buffer swa_indices, Buffer swa_lengths,
                   Buffer extra_cache, Buffer extra_indices, Buffer extra_lengths, Buffer kv_lengths, Buffer work_indptr,
-                  Buffer work_info_set, Buffer reduce_indptr, Buffer reduce_final_map, Buffer reduce_partial_map, Out out, Out lse,
-                  Out partial_out, Out partial_lse, Out counters, float scale, bool has_sink, int32_t swa_block_size,
-                  int32_t swa_layout, int32_t extra_block_size, int32_t extra_layout) {
+                  Buffer work_info_set, Buffer reduce_indptr, Buffer reduce_final_map, Buffer reduce_partial_map,
+                  Out out, Out lse, Out partial_out, Out partial_lse, Out counters, float scale, bool has_sink,
+                  int32_t swa_block_size, int32_t swa_layout, int32_t extra_block_size, int32_t extra_layout) {
   count_call(stream);
   DecodeParams p;
   ffi::Error error = bind_decode({q,
@@ -114,7 +116,8 @@ ffi::Error append_rows(cudaStream_t stream, Buffer cache, Buffer latents, Buffer
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER(kInitialize, initialize, ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER(kInitialize, initialize,
+                       ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
 
 XLA_FFI_DEFINE_HANDLER(kPlan, plan,
                        ffi::Ffi::Bind()

@@ -1,5 +1,6 @@
-// What the kernels of this directory offer. Launchers take plain structs and a stream, enqueue, and return the launch's status: no
-// allocation, no synchronisation, nothing read back. prepare() comes before them, once per device and outside graph capture.
+// What the kernels of this directory offer. Launchers take plain structs and a stream, enqueue, and return the launch's
+// status: no allocation, no synchronisation, nothing read back. prepare() comes before them, once per device and
+// outside graph capture.
 #ifndef JAX_DSV4_CUDA_LAUNCH_H_
 #define JAX_DSV4_CUDA_LAUNCH_H_
 
@@ -14,8 +15,8 @@ namespace jax_dsv4::cuda {
 constexpr int kHeadsPerBlock = 64;
 // Keys that pass through the tensor cores at a time. Splits at multiples of it waste nothing.
 constexpr int kKeyTile = 64;
-// Partial outputs are stored for heads in groups of so many. The last group may reach past DecodeParams.heads: `max_partials` must be
-// the rows that fit with heads rounded up.
+// Partial outputs are stored for heads in groups of so many. The last group may reach past DecodeParams.heads:
+// `max_partials` must be the rows that fit with heads rounded up.
 constexpr int kPartialHeads = 8;
 
 // Loads the kernels onto the current device and sets their attributes.

@@ -1,4 +1,5 @@
-// The planner of common/plan.h on the device: one block. Threads turn lengths into blocks of keys, one thread scans them, threads write.
+// The planner of common/plan.h on the device: one block. Threads turn lengths into blocks of keys, one thread scans
+// them, threads write.
 #include "common/plan.h"
 
 #include <algorithm>
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     for (int i = threadIdx.x; i < count; i += kThreads) plan_token_write(p, first + i, lengths[i], places[i], cuts[i]);
   };
 
-  // Workers that are never closed end with the last item, so all items are counted before the first row is written. What one pass over
-  // the tokens leaves in shared memory serves for the second as well if it is all of them.
+  // Workers that are never closed end with the last item, so all items are counted before the first row is written.
+  // What one pass over the tokens leaves in shared memory serves for the second as well if it is all of them.
   int count = 0;
   for (int first = 0; first < p.tokens; first += kTokensAtOnce) count = scan(first);
   for (int w = threadIdx.x; w <= p.workers; w += kThreads) p.work_indptr[w] = w == 0 ? 0 : total_items;

@@ -178,7 +178,9 @@ class _CUDA:
             return Availability(False, f"JAX has no CUDA device: {error}".splitlines()[0])
         for device in devices:
             if device.compute_capability != "9.0":
-                return Availability(False, f"it needs Hopper (compute capability 9.0); {device.device_kind} has {device.compute_capability}")
+                return Availability(
+                    False, f"it needs compute capability 9.0 (Hopper); {device.device_kind} has {device.compute_capability}"
+                )
         library, detail = _ffi.load("libdsv4_cuda", "CUDA")
         return Availability(library is not None, detail if library is None else f"Hopper kernels, {detail}")
 
