@@ -1,6 +1,6 @@
 """Verifies, then times sparse_mla_decode against what a JAX user could write instead, in one run on one machine.
 
-    python -m benchmarks.decode [--rounds N] [--only TEXT] [--json FILE]
+    python -m benchmarks.decode [--rounds N] [--only TEXT] [--json FILE] [--platform cuda]
 
 Per case: our op, planning included, and the two best forms in plain JAX: a batched gather, and `lax.map` over tokens. All are called
 in turn, round by round (once untimed, then three times), so that a slow spell of the machine hits them alike; medians are compared.
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import Case, Problem, make, tagged
 from compare import LSE, OUT_BF16, assert_close
 
+from benchmarks import hopper
 from benchmarks.roofline import fma_meter
 
 PEERS = ("xla_batched", "xla_map")
@@ -114,7 +115,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="rounds of every case (default 11)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu", help="cuda: benchmarks/hopper.py (default cpu)")
     arguments = parser.parse_args()
+    if arguments.platform == "cuda":
+        hopper.main(arguments.json)
+        return
     peak = fma_meter()
     report = device()
     print(f"{report['device']}; {report['implementation']}; {report['versions']}; {report['date']}")

@@ -39,13 +39,17 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     """
     path = find_library(name)
     if path is None:
-        return None, f"{name}.so was not built; reinstall the package from source with a C++17 compiler (see README.md)"
+        compiler = "nvcc" if platform == "CUDA" else "a C++17 compiler"
+        return None, f"{name}.so was not built; reinstall the package from source with {compiler} (see README.md)"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
     for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform=platform)
+        stages = {"execute": jax.ffi.pycapsule(getattr(library, target))}
+        if hasattr(library, "dsv4_initialize"):  # what must not happen while a graph is captured
+            stages["initialize"] = jax.ffi.pycapsule(library.dsv4_initialize)
+        jax.ffi.register_ffi_target(target, stages, platform=platform)
     isa = os.environ.get("JAX_DSV4_CPU_ISA")
     if platform == "cpu" and isa:
         _checks.require(isa in CPU_ISAS, "jax_dsv4", "the variable JAX_DSV4_CPU_ISA", f"be one of {CPU_ISAS}", isa)

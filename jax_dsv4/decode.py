@@ -86,7 +86,7 @@ def sparse_mla_decode(
         _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), spelling(implementation), fused))
 
     caches = [s.cache for s in scopes]
-    chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches))
+    chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches, q.dtype))
     if tokens == 0:
         out, lse = jnp.zeros((0, heads, LATENT_DIM), q.dtype), jnp.zeros((0, heads), jnp.float32)
     else:

@@ -58,7 +58,16 @@ class Conformance:
     # own tests (about 2^-3); elsewhere for larger ones too.
     log2_magnitude: ClassVar[int] = 0
 
+    def supports(self, case: Case) -> bool:
+        """Whether the backend takes such a call; what it does not take is skipped, visibly."""
+        return True
+
+    def require(self, case: Case) -> None:
+        if not self.supports(case):
+            pytest.skip(f"{self.implementation} does not take {case}")
+
     def hold(self, case: Case, seed: int = 0, **options: bool) -> None:
+        self.require(case)
         out, lse = run(case, self.implementation, seed=seed, log2_magnitude=self.log2_magnitude, **options)
         check(case, out, lse, seed, self.log2_magnitude)
 
@@ -77,6 +86,7 @@ class Conformance:
 
     @pytest.mark.parametrize("case", tagged("corner")[::4], ids=str)
     def test_plan_made_before(self, case: Case) -> None:
+        self.require(case)
         if not self.plans:
             pytest.skip(f"{self.implementation} needs no plan")
         for fused in (True, False):

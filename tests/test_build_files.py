@@ -30,6 +30,7 @@ CMAKE_IRRELEVANT = {
     *("cmake_minimum_required", "project", "enable_language", "check_language", "option", "message", "install"),
     *("find_package", "find_program", "find_path", "execute_process"),
     "target_include_directories",
+    "add_subdirectory",  # ffi/cuda: what nvcc compiles is CMake's alone
 }
 
 

@@ -6,31 +6,33 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 namespace jax_dsv4 {
 
-static inline float bits_to_float(uint32_t bits) {
+JAX_DSV4_HD float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline uint32_t float_to_bits(float value) {
+JAX_DSV4_HD uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+JAX_DSV4_HD float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
 
 // Round to nearest even; a NaN stays one.
-static inline uint16_t float_to_bf16(float value) {
+JAX_DSV4_HD uint16_t float_to_bf16(float value) {
   uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // e4m3fn: bias 7, subnormals, no infinities, 0x7f and 0xff are NaN, largest 448.
-static inline float e4m3_to_float(uint8_t byte) {
+JAX_DSV4_HD float e4m3_to_float(uint8_t byte) {
   const uint32_t sign = static_cast<uint32_t>(byte & 0x80) << 24, magnitude = byte & 0x7f;
   if (magnitude == 0x7f) return bits_to_float(sign | 0x7fc00000u);
   if (magnitude < 8) {  // subnormal: magnitude * 2^-9
@@ -41,7 +43,7 @@ static inline float e4m3_to_float(uint8_t byte) {
 }
 
 // Round to nearest even; beyond 448 saturates (so do infinities); NaN gives 0x7f.
-static inline uint8_t float_to_e4m3(float value) {
+JAX_DSV4_HD uint8_t float_to_e4m3(float value) {
   const uint32_t bits = float_to_bits(value), sign = (bits >> 24) & 0x80, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return 0x7f;
   if (magnitude >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7e);  // >= 448
@@ -54,7 +56,7 @@ static inline uint8_t float_to_e4m3(float value) {
 }
 
 // ue8m0: 2^(byte - 127); 255 is NaN.
-static inline float ue8m0_to_float(uint8_t byte) {
+JAX_DSV4_HD float ue8m0_to_float(uint8_t byte) {
   if (byte == 255) return bits_to_float(0x7fc00000u);
   if (byte == 0) return bits_to_float(0x00400000u);  // 2^-127, subnormal
   return bits_to_float(static_cast<uint32_t>(byte) << 23);
@@ -62,7 +64,7 @@ static inline float ue8m0_to_float(uint8_t byte) {
 
 // The scale of a tile whose largest magnitude is `amax`: the smallest 2^k with amax <= 448 * 2^k, k >= -22 (amax is
 // taken to be at least 1e-4, as DeepSeek's quantiser does), k <= 127.
-static inline uint8_t ue8m0_scale_of(float amax) {
+JAX_DSV4_HD uint8_t ue8m0_scale_of(float amax) {
   if (!(amax > 1e-4f)) amax = 1e-4f;
   const uint32_t bits = float_to_bits(amax);
   if (bits >= 0x7f800000u) return 254;

@@ -11,13 +11,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/params.h"
-
-#if defined(__CUDACC__) || defined(__HIP__)
-#define JAX_DSV4_HD __host__ __device__ inline
-#else
-#define JAX_DSV4_HD inline
-#endif
 
 namespace jax_dsv4 {
 
@@ -60,6 +55,10 @@ struct PlanCut {
 JAX_DSV4_HD int32_t plan_min(int32_t a, int32_t b) { return a < b ? a : b; }
 JAX_DSV4_HD int32_t plan_max(int32_t a, int32_t b) { return a > b ? a : b; }
 JAX_DSV4_HD int32_t plan_ceil_div(int64_t a, int32_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+// The same in 32 bits, which a GPU divides several times faster.
+JAX_DSV4_HD int32_t plan_ceil_div(int32_t a, int32_t b) {
+  return static_cast<int32_t>((static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b));
+}
 
 // A token is cut only where a worker closes, so `workers` closings give at most this many partials.
 JAX_DSV4_HD int64_t plan_max_partials(int64_t tokens, int64_t workers) {
@@ -75,20 +74,19 @@ JAX_DSV4_HD int32_t plan_length(const PlanParams& p, int32_t token) {
   return sum;
 }
 
-JAX_DSV4_HD int32_t plan_cost(const PlanParams& p, int32_t length) {
-  return length == 0 ? 0 : plan_ceil_div(length, p.granularity) + p.overhead;
-}
+JAX_DSV4_HD int32_t plan_blocks(const PlanParams& p, int32_t length) { return plan_ceil_div(length, p.granularity); }
+
+JAX_DSV4_HD int32_t plan_cost(const PlanParams& p, int32_t blocks) { return blocks == 0 ? 0 : blocks + p.overhead; }
 
 // The payload of every worker, given the sum of all tokens' costs.
 JAX_DSV4_HD int32_t plan_payload(const PlanParams& p, int64_t total_cost) {
   return plan_ceil_div(total_cost, p.active_workers) + p.overhead;
 }
 
-// Cuts the token at the cursor and moves the cursor past it.
-JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32_t length, PlanCursor* cursor) {
-  const int32_t blocks = plan_ceil_div(length, p.granularity);
+// Cuts a token of so many blocks at the cursor and moves the cursor past it.
+JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32_t blocks, PlanCursor* cursor) {
   PlanCut cut{0, payload - p.overhead, 0};
-  if (length == 0) return cut;
+  if (blocks == 0) return cut;
   if (blocks + p.overhead <= cursor->remaining) {
     cut.first = blocks;
     cut.items = 1;
@@ -98,7 +96,7 @@ JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32
   }
   cut.first = plan_max(0, cursor->remaining - p.overhead);
   const int32_t rest = blocks - cut.first;
-  const int32_t fresh = plan_ceil_div(rest, cut.each);  // workers opened for this token
+  const int32_t fresh = rest <= cut.each ? 1 : plan_ceil_div(rest, cut.each);  // workers opened for this token
   cut.items = fresh + (cut.first > 0);
   cursor->worker += fresh;
   cursor->remaining = payload - (rest - (fresh - 1) * cut.each + p.overhead);
@@ -145,11 +143,11 @@ JAX_DSV4_HD void plan_token_write(const PlanParams& p, int32_t token, int32_t le
 // The whole plan on one thread.
 inline void plan_serial(const PlanParams& p) {
   int64_t total = 0;
-  for (int32_t t = 0; t < p.tokens; ++t) total += plan_cost(p, plan_length(p, t));
+  for (int32_t t = 0; t < p.tokens; ++t) total += plan_cost(p, plan_blocks(p, plan_length(p, t)));
   const int32_t payload = plan_payload(p, total);
   const PlanCursor start{0, payload, 0, 0};
   PlanCursor cursor = start;
-  for (int32_t t = 0; t < p.tokens; ++t) plan_token_place(p, payload, plan_length(p, t), &cursor);
+  for (int32_t t = 0; t < p.tokens; ++t) plan_token_place(p, payload, plan_blocks(p, plan_length(p, t)), &cursor);
   p.work_indptr[0] = 0;
   for (int32_t w = 1; w <= p.workers; ++w) p.work_indptr[w] = cursor.items;
   p.reduce_indptr[0] = 0;
@@ -157,7 +155,7 @@ inline void plan_serial(const PlanParams& p) {
   for (int32_t t = 0; t < p.tokens; ++t) {
     const PlanCursor at = cursor;
     const int32_t length = plan_length(p, t);
-    const PlanCut cut = plan_token_place(p, payload, length, &cursor);
+    const PlanCut cut = plan_token_place(p, payload, plan_blocks(p, length), &cursor);
     plan_token_write(p, t, length, at, cut);
   }
 }

@@ -20,7 +20,7 @@ from jax_dsv4.implementations._interface import Availability, Implementation
 from jax_dsv4.plan import PlanKey, WorkPlan
 
 # In order of preference.
-_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, xla.XLA)}
+_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, native.CUDA, xla.XLA)}
 
 Spelling = str | tuple[str, ...] | None
 

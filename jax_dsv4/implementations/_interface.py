@@ -28,7 +28,7 @@ class Implementation(Protocol):
     def exportable(self) -> bool:
         """Whether programs may be lowered to it on a machine without its platform."""
 
-    def unsupported(self, num_heads: int, caches: Sequence[KVCache]) -> str | None:
+    def unsupported(self, num_heads: int, caches: Sequence[KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         """Why it cannot take such a call; None if it can."""
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan | None:

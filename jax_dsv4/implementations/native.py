@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,48 @@ def plan_call(lengths: Sequence[jax.Array], topks: Sequence[int], geometry: Geom
     )
 
 
+def partial_rows(tokens: int, scopes: Sequence[kv.Scope], geometry: Geometry) -> int:
+    """Partial rows that a plan can name at most for a call on these scopes."""
+    _, partials = plan_capacity(tokens, geometry.workers)
+    topk = sum(s.indices.shape[1] for s in scopes)
+    return max(1, min(partials, tokens * -(-topk // geometry.granularity)))
+
+
+def decode_call(
+    q: jax.Array,
+    scopes: Sequence[kv.Scope],
+    attn_sink: jax.Array | None,
+    scale: float,
+    work: WorkPlan,
+    out_dtype: jax.typing.DTypeLike,
+    workspaces: Sequence[jax.ShapeDtypeStruct],
+) -> tuple[jax.Array, jax.Array]:
+    """The target dsv4_decode; `workspaces` are the results that a platform's kernels need besides out and lse."""
+    tokens, heads, _ = q.shape
+    results = (jax.ShapeDtypeStruct(q.shape, out_dtype), jax.ShapeDtypeStruct((tokens, heads), jnp.float32), *workspaces)
+    swa, extra = (*scopes, _absent_scope(tokens))[:2]
+    out, lse, *_ = jax.ffi.ffi_call("dsv4_decode", results)(
+        q,
+        jnp.zeros((heads,), jnp.float32) if attn_sink is None else attn_sink,
+        *(swa.cache.data, swa.indices, swa.lengths),
+        *(extra.cache.data, extra.indices, extra.lengths),
+        *work,
+        scale=np.float32(scale),
+        has_sink=attn_sink is not None,
+        swa_block_size=np.int32(swa.cache.block_size),
+        swa_layout=np.int32(kv.LAYOUTS[swa.cache.layout].code),
+        extra_block_size=np.int32(extra.cache.block_size),
+        extra_layout=np.int32(kv.LAYOUTS[extra.cache.layout].code),
+    )
+    return out, lse
+
+
+def append_call(cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
+    """The target dsv4_append, in place where XLA can."""
+    call = jax.ffi.ffi_call("dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
+    return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), layout=np.int32(kv.LAYOUTS[cache.layout].code))
+
+
 class _CPU:
     """The C++ kernels of ffi/cpu, on XLA's own threads."""
 
@@ -84,7 +127,7 @@ class _CPU:
     def exportable(self) -> bool:
         return False  # every process has a CPU: absent means absent
 
-    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache]) -> str | None:
+    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         return None
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
@@ -101,38 +144,91 @@ class _CPU:
     ) -> tuple[jax.Array, jax.Array]:
         assert work is not None
         tokens, heads, _ = q.shape
-        topk = sum(s.indices.shape[1] for s in scopes)
-        _, partials = plan_capacity(tokens, self.geometry.workers)
-        partials = max(1, min(partials, tokens * -(-topk // self.geometry.granularity)))
+        partials = partial_rows(tokens, scopes, self.geometry)
         f32, i32 = jnp.float32, jnp.int32
-        results = (
-            jax.ShapeDtypeStruct(q.shape, out_dtype),
-            jax.ShapeDtypeStruct((tokens, heads), f32),  # lse
-            jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # workspace: partial outputs
-            jax.ShapeDtypeStruct((partials, heads), f32),  # workspace: partial lse
-            jax.ShapeDtypeStruct((tokens, self.counters_per_token), i32),  # workspace: partials not yet done
+        workspaces = (
+            jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # partial outputs
+            jax.ShapeDtypeStruct((partials, heads), f32),  # partial lse
+            jax.ShapeDtypeStruct((tokens, self.counters_per_token), i32),  # partials not yet done
             jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
         )
-        swa, extra = (*scopes, _absent_scope(tokens))[:2]
-        out, lse, *_ = jax.ffi.ffi_call("dsv4_decode", results)(
-            q,
-            jnp.zeros((heads,), f32) if attn_sink is None else attn_sink,
-            *(swa.cache.data, swa.indices, swa.lengths),
-            *(extra.cache.data, extra.indices, extra.lengths),
-            *work,
-            scale=np.float32(scale),
-            has_sink=attn_sink is not None,
-            swa_block_size=np.int32(swa.cache.block_size),
-            swa_layout=np.int32(kv.LAYOUTS[swa.cache.layout].code),
-            extra_block_size=np.int32(extra.cache.block_size),
-            extra_layout=np.int32(kv.LAYOUTS[extra.cache.layout].code),
-        )
-        return out, lse
+        return decode_call(q, scopes, attn_sink, scale, work, out_dtype, workspaces)
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        call = jax.ffi.ffi_call("dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
-        code = kv.LAYOUTS[cache.layout].code
-        return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), layout=np.int32(code))
+        return append_call(cache, latents, slots)
+
+
+class _CUDA:
+    """The Hopper kernels of ffi/cuda."""
+
+    name = "cuda"
+    platforms: tuple[str, ...] = ("cuda",)
+    fuses = True
+    heads_per_block = 64  # ffi/cuda/launch.h: kHeadsPerBlock
+    partial_heads = 8  # and kPartialHeads
+
+    @functools.cached_property
+    def multiprocessors(self) -> int:
+        return _cuda_devices()[0].core_count
+
+    def availability(self) -> Availability:
+        try:
+            devices = _cuda_devices()
+        except RuntimeError as error:
+            return Availability(False, f"JAX has no CUDA device: {error}".splitlines()[0])
+        for device in devices:
+            if device.compute_capability != "9.0":
+                return Availability(
+                    False, f"it needs compute capability 9.0 (Hopper); {device.device_kind} has {device.compute_capability}"
+                )
+        library, detail = _ffi.load("libdsv4_cuda", "CUDA")
+        return Availability(library is not None, detail if library is None else f"Hopper kernels, {detail}")
+
+    def exportable(self) -> bool:
+        return False  # how many workers a plan has depends on the device
+
+    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
+        if q_dtype is not None and q_dtype != jnp.bfloat16:
+            return f"its kernels take q in bfloat16, not {jnp.dtype(q_dtype).name}"
+        for cache in caches:
+            if cache.layout != "fp8_ds_mla":
+                return f"its kernels read caches in layout 'fp8_ds_mla', not {cache.layout!r}"
+        return None
+
+    def geometry(self, num_heads: int) -> Geometry:
+        # Items end at multiples of the kernel's tile of 64 keys; starting one costs about as much as two tiles.
+        return Geometry(workers=max(1, self.multiprocessors // -(-num_heads // self.heads_per_block)), granularity=64, overhead=2)
+
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
+        return plan_call(lengths, topks, self.geometry(num_heads))
+
+    def decode(
+        self,
+        q: jax.Array,
+        scopes: Sequence[kv.Scope],
+        attn_sink: jax.Array | None,
+        scale: float,
+        work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        assert work is not None
+        tokens, heads, _ = q.shape
+        partials = partial_rows(tokens, scopes, self.geometry(heads))
+        stored_heads = -(-heads // self.partial_heads) * self.partial_heads
+        partials = -(-partials * stored_heads // heads)
+        workspaces = (
+            jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), jnp.float32),  # partial outputs
+            jax.ShapeDtypeStruct((partials, heads), jnp.float32),  # partial lse
+            jax.ShapeDtypeStruct((tokens, 0), jnp.int32),  # no counters
+        )
+        return decode_call(q, scopes, attn_sink, scale, work, out_dtype, workspaces)
+
+    def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
+        return append_call(cache, latents, slots)
+
+
+def _cuda_devices() -> list[jax.Device]:
+    return jax.devices("cuda")
 
 
 def _absent_scope(tokens: int) -> kv.Scope:
@@ -141,3 +237,4 @@ def _absent_scope(tokens: int) -> kv.Scope:
 
 
 CPU = _CPU()
+CUDA = _CUDA()

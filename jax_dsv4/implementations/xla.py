@@ -24,7 +24,7 @@ class _XLA:
     def exportable(self) -> bool:
         return True
 
-    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache]) -> str | None:
+    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         return None
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> None:
