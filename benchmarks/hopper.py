@@ -177,9 +177,9 @@ def run(json_path: Path | None) -> dict[str, Any]:
     print(f"{report['device']}; {report['versions']}; {report['date']}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s")
     print("heads  keys      tokens |   ours unplanned per-scope | flashmla unplanned |     xla | TFLOP/s  GB/s | of floor")
     with ThreadPoolExecutor(4) as pool:
-        for heads in HEADS:
-            sink = jnp.asarray(rng.standard_normal(heads), jnp.float32)
-            for extra in EXTRA:
+        for extra in EXTRA:
+            for heads in HEADS:
+                sink = jnp.asarray(rng.standard_normal(heads), jnp.float32)
                 for tokens in TOKENS:
                     calls = make_calls(rng, tokens, heads, extra, calls_of(tokens))
                     args = (caches if extra else {"swa": caches["swa"]}, calls, sink)
