@@ -1,0 +1,76 @@
+// The number formats of packed caches, one value at a time, exact. Kernels have faster forms of the same functions.
+#ifndef JAX_DSV4_COMMON_FP8_H_
+#define JAX_DSV4_COMMON_FP8_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace jax_dsv4 {
+
+static inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+static inline float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+
+// Round to nearest even; a NaN stays one.
+static inline uint16_t float_to_bf16(float value) {
+  uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e4m3fn: bias 7, subnormals, no infinities, 0x7f and 0xff are NaN, largest 448.
+static inline float e4m3_to_float(uint8_t byte) {
+  const uint32_t sign = static_cast<uint32_t>(byte & 0x80) << 24, magnitude = byte & 0x7f;
+  if (magnitude == 0x7f) return bits_to_float(sign | 0x7fc00000u);
+  if (magnitude < 8) {  // subnormal: magnitude * 2^-9
+    const float value = static_cast<float>(magnitude) * 0x1p-9f;
+    return sign ? -value : value;
+  }
+  return bits_to_float(sign | ((magnitude << 20) + ((127u - 7u) << 23)));
+}
+
+// Round to nearest even; beyond 448 saturates (so do infinities); NaN gives 0x7f.
+static inline uint8_t float_to_e4m3(float value) {
+  const uint32_t bits = float_to_bits(value), sign = (bits >> 24) & 0x80, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7f;
+  if (magnitude >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7e);  // >= 448
+  if (magnitude < ((127u - 6u) << 23)) {  // below 2^-6: a multiple of 2^-9, which adding 2^14 rounds to
+    const float shifted = bits_to_float(magnitude) + 0x1p14f;
+    return static_cast<uint8_t>(sign | (float_to_bits(shifted) - float_to_bits(0x1p14f)));
+  }
+  const uint32_t rounded = magnitude + 0x7ffff + ((magnitude >> 20) & 1) - ((127u - 7u) << 23);
+  return static_cast<uint8_t>(sign | (rounded >> 20));
+}
+
+// ue8m0: 2^(byte - 127); 255 is NaN.
+static inline float ue8m0_to_float(uint8_t byte) {
+  if (byte == 255) return bits_to_float(0x7fc00000u);
+  if (byte == 0) return bits_to_float(0x00400000u);  // 2^-127, subnormal
+  return bits_to_float(static_cast<uint32_t>(byte) << 23);
+}
+
+// The scale of a tile whose largest magnitude is `amax`: the smallest 2^k with amax <= 448 * 2^k, k >= -22 (amax is taken to be at
+// least 1e-4, as DeepSeek's quantiser does), k <= 127.
+static inline uint8_t ue8m0_scale_of(float amax) {
+  if (!(amax > 1e-4f)) amax = 1e-4f;
+  const uint32_t bits = float_to_bits(amax);
+  if (bits >= 0x7f800000u) return 254;
+  // amax = 1.m * 2^e and 448 = 1.75 * 2^8: k = e - 8, one more if 1.m > 1.75.
+  const int32_t k = static_cast<int32_t>(bits >> 23) - 127 - 8 + ((bits & 0x7fffffu) > 0x600000u);
+  return static_cast<uint8_t>(k + 127);
+}
+
+}  // namespace jax_dsv4
+
+#endif  // JAX_DSV4_COMMON_FP8_H_

@@ -1,0 +1,130 @@
+// What surrounds the kernels: which one runs, which tokens need none, and who combines.
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "common/fp8.h"
+#include "cpu/launch.h"
+
+namespace jax_dsv4::cpu {
+namespace {
+
+int32_t clamped_length(const Scope& scope, int32_t token) {
+  if (scope.topk == 0) return 0;
+  const int32_t length = scope.lengths[token];
+  return length < 0 ? 0 : length > scope.topk ? scope.topk : length;
+}
+
+void fill_token(const DecodeParams& p, int32_t token, float out, float lse) {
+  const int64_t rows = p.heads, first = static_cast<int64_t>(token) * rows;
+  for (int64_t h = first; h < first + rows; ++h) p.lse[h] = lse;
+  const int64_t count = rows * kLatentDim;
+  if (p.q_dtype == Dtype::kBf16) {
+    uint16_t* at = static_cast<uint16_t*>(p.out) + first * kLatentDim;
+    const uint16_t bits = float_to_bf16(out);
+    for (int64_t i = 0; i < count; ++i) at[i] = bits;
+  } else {
+    float* at = static_cast<float*>(p.out) + first * kLatentDim;
+    for (int64_t i = 0; i < count; ++i) at[i] = out;
+  }
+}
+
+#if defined(__x86_64__)
+using Select = const Kernels* (*)(const DecodeParams&);
+constexpr Select kSelects[] = {generic_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+
+int highest_isa() {
+  if (const char* name = std::getenv("JAX_DSV4_CPU_ISA")) {
+    for (int i = 0; i < 4; ++i) {
+      if (std::strcmp(name, kNames[i]) == 0) return i;
+    }
+  }
+  return 3;
+}
+#endif
+
+}  // namespace
+
+const Kernels& select_kernels(const DecodeParams& p) {
+#if defined(__x86_64__)
+  static const int highest = highest_isa();
+  for (int i = highest; i > 0; --i) {
+    if (const Kernels* kernels = kSelects[i](p)) return *kernels;
+  }
+#endif
+  return *generic_kernels(p);
+}
+
+int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
+  const Plan& plan = p.plan;
+  const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;
+  const int32_t claimed = plan.work_indptr[plan.workers];
+  const int32_t items = claimed < 0 ? 0 : claimed > plan.max_items ? plan.max_items : claimed;
+  int32_t* state = p.counters;  // [tokens, kMaxHeadGroups]; for now: 0 keys seen, 1 items seen, 2 whether an item is wrong
+  std::memset(state, 0, sizeof(int32_t) * kMaxHeadGroups * static_cast<size_t>(p.tokens));
+  for (int32_t i = 0; i < items; ++i) {
+    WorkInfo info;
+    std::memcpy(&info, plan.work_info_set + 8 * static_cast<int64_t>(i), sizeof info);
+    if (info.batch_idx < 0 || info.batch_idx >= p.tokens) continue;
+    int32_t* seen = state + static_cast<int64_t>(info.batch_idx) * kMaxHeadGroups;
+    const int64_t first = static_cast<int64_t>(info.batch_idx) * stride;
+    const bool in_bounds = info.kv_start >= first && info.kv_start < info.kv_end && info.kv_end <= first + stride &&
+                           info.partial_qo_loc >= -1 && info.partial_qo_loc < plan.max_partials;
+    if (!in_bounds || seen[1] > plan.max_partials) {
+      seen[2] = 1;
+      continue;
+    }
+    seen[0] += info.kv_end - info.kv_start;
+    seen[1] += 1;
+    // A whole token's item must be its only one.
+    if (info.partial_qo_loc < 0 && info.kv_end - info.kv_start != plan.kv_lengths[info.batch_idx]) seen[2] = 1;
+  }
+  for (int32_t t = 0; t < p.tokens; ++t) {
+    int32_t* seen = state + static_cast<int64_t>(t) * kMaxHeadGroups;
+    const int32_t length = clamped_length(p.scopes[0], t) + clamped_length(p.scopes[1], t);
+    const int32_t begin = plan.reduce_indptr[t], end = plan.reduce_indptr[t + 1];
+    bool valid = plan.kv_lengths[t] == length && seen[0] == length && seen[2] == 0;
+    int32_t partials = 0;
+    if (valid && end != begin) {
+      partials = seen[1];
+      valid = begin >= 0 && end <= plan.max_partials && static_cast<int64_t>(end) - begin == partials;
+      for (int32_t i = begin; valid && i < end; ++i) {
+        const int32_t row = plan.reduce_partial_map[i];
+        valid = row >= 0 && row < plan.max_partials;
+      }
+    }
+    if (!valid || length == 0) {
+      const float nan = std::numeric_limits<float>::quiet_NaN();
+      fill_token(p, t, valid ? 0 : nan, valid ? -std::numeric_limits<float>::infinity() : nan);
+      partials = -1;
+    }
+    for (int32_t g = 0; g < head_groups; ++g) seen[g] = partials;
+  }
+  return items;
+}
+
+void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups, int64_t task_index, uint8_t* scratch) {
+  const int64_t item = task_index / head_groups;
+  const int32_t group = static_cast<int32_t>(task_index % head_groups);
+  WorkInfo info;
+  std::memcpy(&info, p.plan.work_info_set + 8 * item, sizeof info);
+  if (info.batch_idx < 0 || info.batch_idx >= p.tokens) return;
+  int32_t* waiting = p.counters + static_cast<int64_t>(info.batch_idx) * kMaxHeadGroups + group;
+  if (__atomic_load_n(waiting, __ATOMIC_RELAXED) < 0) return;  // prepare_tokens has answered it
+  const int32_t first = info.batch_idx * (p.scopes[0].topk + p.scopes[1].topk);
+  Task task;
+  task.token = info.batch_idx;
+  task.kv_begin = info.kv_start - first;
+  task.kv_end = info.kv_end - first;
+  task.partial = info.partial_qo_loc;
+  task.head_begin = static_cast<int32_t>(static_cast<int64_t>(p.heads) * group / head_groups);
+  task.head_end = static_cast<int32_t>(static_cast<int64_t>(p.heads) * (group + 1) / head_groups);
+  kernels.attend(p, task, scratch);
+  // The last of a token's partials merges them all, in plan order: the result does not depend on who was last.
+  if (task.partial >= 0 && __atomic_fetch_sub(waiting, 1, __ATOMIC_ACQ_REL) == 1) {
+    kernels.combine(p, task.token, task.head_begin, task.head_end);
+  }
+}
+
+}  // namespace jax_dsv4::cpu

@@ -1,0 +1,122 @@
+// AVX2 with FMA and F16C. Compiled with those flags; called only where the processor has them.
+#include <immintrin.h>
+#include <math.h>
+
+#include "common/fp8.h"
+#include "cpu/launch.h"
+
+namespace jax_dsv4::cpu {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  static constexpr int kScoreHeads = 3, kScoreKeys = 4, kScoreGroup = 8;  // 12 accumulators, 3 queries, 1 row
+  static constexpr int kOutHeads = 6, kOutVectors = 2;                    // 12 accumulators, 2 rows, 1 weight
+  using V = __m256;
+
+  static V load(const float* p) { return _mm256_load_ps(p); }
+  static V loadu(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static void store(float* p, V v) { _mm256_store_ps(p, v); }
+  static void storeu(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V set1(float x) { return _mm256_set1_ps(x); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }  // b if either is NaN
+  static float first(V v) { return _mm256_cvtss_f32(v); }
+
+  static float hsum(V v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  static float hmax(V v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  // out[i] = sum of v[i]'s lanes.
+  static void sums(const V v[4], float* out) {
+    const V abcd = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
+
+  // 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
+  static V exp2(V x) {
+    const V clamped = _mm256_max_ps(set1(-126), x);
+    const V n = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V f = sub(clamped, n);
+    V y = set1(1.5252734e-5f);
+    y = fma(y, f, set1(1.5403530e-4f));
+    y = fma(y, f, set1(1.3333558e-3f));
+    y = fma(y, f, set1(9.6181291e-3f));
+    y = fma(y, f, set1(5.5504109e-2f));
+    y = fma(y, f, set1(2.4022651e-1f));
+    y = fma(y, f, set1(6.9314718e-1f));
+    y = fma(y, f, set1(1));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const V tiny = _mm256_cmp_ps(x, set1(-126), _CMP_LT_OQ);
+    const V nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_or_ps(_mm256_andnot_ps(tiny, mul(y, _mm256_castsi256_ps(power))), nan);
+  }
+
+  // 64 e4m3 numbers with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
+    const __m256i top = _mm256_set1_epi8(0x7f);
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 32));
+    const __m256i nan = _mm256_or_si256(_mm256_cmpeq_epi8(_mm256_and_si256(low, top), top),
+                                        _mm256_cmpeq_epi8(_mm256_and_si256(high, top), top));
+    if (scale > 246 || !_mm256_testz_si256(nan, nan)) {
+      for (int i = 0; i < kScaleTile; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
+      return;
+    }
+    const V factor = _mm256_castsi256_ps(_mm256_set1_epi32((scale + 8) << 23));
+    for (int i = 0; i < kScaleTile; i += 16) {
+      const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
+      const __m256i half = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3f80)),
+                                           _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16(-0x8000)));
+      store(dst + i, mul(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), factor));
+      store(dst + i + 8, mul(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), factor));
+    }
+  }
+
+  static void bf16_to_float(const uint8_t* src, float* dst, int n) {
+    for (int i = 0; i < n; i += kLanes) {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + 2 * i));
+      store(dst + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+    }
+  }
+
+  static void float_to_bf16(const float* src, uint8_t* dst, int n) {
+    for (int i = 0; i < n; i += kLanes) {
+      const V value = load(src + i);
+      const __m256i bits = _mm256_castps_si256(value);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      const V nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+      const __m256i result = _mm256_castps_si256(
+          _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+      const __m256i top = _mm256_srli_epi32(result, 16);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i),
+                       _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1)));
+    }
+  }
+};
+
+#include "cpu/keys-inl.h"
+#include "cpu/decode-inl.h"
+
+constexpr Kernels kKernels{"avx2", attend, combine};
+
+}  // namespace
+
+const Kernels* avx2_kernels(const DecodeParams&) {
+  const bool usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return usable ? &kKernels : nullptr;
+}
+
+}  // namespace jax_dsv4::cpu

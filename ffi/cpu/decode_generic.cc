@@ -1,0 +1,97 @@
+// Any processor: four-lane vectors of the compiler's own, no instruction set named.
+#include <math.h>
+
+#include "common/fp8.h"
+#include "cpu/launch.h"
+
+namespace jax_dsv4::cpu {
+namespace {
+
+// e4m3_to_float of every byte.
+struct Table {
+  float value[256];
+  Table() {
+    for (int i = 0; i < 256; ++i) value[i] = e4m3_to_float(static_cast<uint8_t>(i));
+  }
+};
+const Table kE4m3;
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  static constexpr int kScoreHeads = 2, kScoreKeys = 4, kScoreGroup = 8;
+  static constexpr int kOutHeads = 4, kOutVectors = 2;
+  typedef float V __attribute__((vector_size(16), may_alias));
+  typedef float U __attribute__((vector_size(16), may_alias, aligned(1)));
+  typedef int32_t I __attribute__((vector_size(16)));
+
+  static V load(const float* p) { return *reinterpret_cast<const V*>(p); }
+  static V loadu(const void* p) { return *static_cast<const U*>(p); }
+  static void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
+  static void storeu(float* p, V v) { *reinterpret_cast<U*>(p) = v; }
+  static V set1(float x) { return V{x, x, x, x}; }
+  static V add(V a, V b) { return a + b; }
+  static V sub(V a, V b) { return a - b; }
+  static V mul(V a, V b) { return a * b; }
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static V max(V a, V b) { return a > b ? a : b; }  // b if either is NaN
+  static float first(V v) { return v[0]; }
+  static float hsum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float hmax(V v) {
+    float m = v[0];
+    for (int i = 1; i < 4; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+  }
+  static void sums(const V v[4], float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = hsum(v[i]);
+  }
+
+  // 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
+  static V exp2(V x) {
+    const V clamped = max(set1(-126), x);
+    const V shifted = clamped + 0x1.8p23f;  // rounds to an integer, which is now in the low bits
+    const V f = clamped - (shifted - 0x1.8p23f);
+    V y = set1(1.5252734e-5f);
+    y = y * f + 1.5403530e-4f;
+    y = y * f + 1.3333558e-3f;
+    y = y * f + 9.6181291e-3f;
+    y = y * f + 5.5504109e-2f;
+    y = y * f + 2.4022651e-1f;
+    y = y * f + 6.9314718e-1f;
+    y = y * f + 1.0f;
+    const I power = (reinterpret_cast<I>(shifted) + 127) << 23;
+    V result = y * reinterpret_cast<V>(power);
+    for (int i = 0; i < 4; ++i) result[i] = x[i] < -126 ? 0 : x[i] != x[i] ? x[i] : result[i];
+    return result;
+  }
+
+  static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
+    const float factor = ue8m0_to_float(scale);
+    for (int i = 0; i < kScaleTile; ++i) dst[i] = kE4m3.value[src[i]] * factor;
+  }
+
+  static void bf16_to_float(const uint8_t* src, float* dst, int n) {
+    for (int i = 0; i < n; ++i) {
+      uint16_t bits;
+      __builtin_memcpy(&bits, src + 2 * i, 2);
+      dst[i] = jax_dsv4::bf16_to_float(bits);
+    }
+  }
+
+  static void float_to_bf16(const float* src, uint8_t* dst, int n) {
+    for (int i = 0; i < n; ++i) {
+      const uint16_t bits = jax_dsv4::float_to_bf16(src[i]);
+      __builtin_memcpy(dst + 2 * i, &bits, 2);
+    }
+  }
+};
+
+#include "cpu/keys-inl.h"
+#include "cpu/decode-inl.h"
+
+constexpr Kernels kKernels{"generic", attend, combine};
+
+}  // namespace
+
+const Kernels* generic_kernels(const DecodeParams&) { return &kKernels; }
+
+}  // namespace jax_dsv4::cpu

@@ -1,0 +1,112 @@
+// From a token's key numbers to rows of a cache. Included by each instruction set's file inside its own namespace (see decode-inl.h).
+
+// One valid cached position: where its bytes are.
+struct Row {
+  const uint8_t* data;    // packed: 448 e4m3 then 64 bf16; otherwise 512 numbers
+  const uint8_t* scales;  // packed: 7 ue8m0; otherwise null
+  Layout layout;
+};
+
+struct KeyCursor {
+  int32_t at;             // the next key number within the token
+  int32_t swa_length;     // key numbers below it are the swa scope's
+};
+
+inline int32_t clamped_length(const Scope& scope, int32_t token) {
+  if (scope.topk == 0) return 0;
+  const int32_t length = scope.lengths[token];
+  return length < 0 ? 0 : length > scope.topk ? scope.topk : length;
+}
+
+inline KeyCursor first_key(const DecodeParams& p, int32_t token, int32_t kv_begin) {
+  return {kv_begin, clamped_length(p.scopes[0], token)};
+}
+
+inline bool find_row(const Cache& cache, int32_t slot, Row* row) {
+  if (slot < 0) return false;
+  const int64_t block = slot / cache.block_size;
+  if (block >= cache.num_blocks) return false;
+  const int64_t offset = slot - block * cache.block_size;
+  const uint8_t* base = cache.data + block * cache.block_stride_bytes;
+  row->layout = cache.layout;
+  row->scales = nullptr;
+  switch (cache.layout) {
+    case Layout::kFp8DsMla:
+      row->data = base + offset * kPackedRowBytes;
+      row->scales = base + static_cast<int64_t>(cache.block_size) * kPackedRowBytes + offset * kPackedScaleBytes;
+      return true;
+    case Layout::kBf16:
+      row->data = base + offset * 2 * kLatentDim;
+      return true;
+    case Layout::kFloat32:
+      row->data = base + offset * 4 * kLatentDim;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The next valid rows before kv_end, at most a tile of them; invalid slots are passed over. Returns how many.
+inline int next_rows(const DecodeParams& p, int32_t token, int32_t kv_end, KeyCursor* cursor, Row* rows) {
+  int n = 0;
+  while (n < kTileKeys && cursor->at < kv_end) {
+    const int32_t key = cursor->at++;
+    const bool extra = key >= cursor->swa_length;
+    const Scope& scope = p.scopes[extra];
+    const int32_t entry = extra ? key - cursor->swa_length : key;
+    const int32_t slot = scope.indices[static_cast<int64_t>(token) * scope.topk + entry];
+    if (find_row(scope.cache, slot, &rows[n])) ++n;
+  }
+  return n;
+}
+
+inline void prefetch_row(const Row& row) {
+  const int bytes = row.layout == Layout::kFp8DsMla ? kPackedRowBytes : row.layout == Layout::kBf16 ? 2 * kLatentDim : 4 * kLatentDim;
+  for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row.data + b, 0, 2);
+  if (row.scales != nullptr) __builtin_prefetch(row.scales, 0, 2);
+}
+
+// Writes 512 numbers of one head in q's dtype; row = token * heads + head.
+inline void write_out(const DecodeParams& p, int64_t row, const float* values) {
+  if (p.q_dtype == Dtype::kBf16) {
+    Simd::float_to_bf16(values, static_cast<uint8_t*>(p.out) + 2 * row * kLatentDim, kLatentDim);
+  } else {
+    float* out = static_cast<float*>(p.out) + row * kLatentDim;
+    for (int d = 0; d < kLatentDim; d += Simd::kLanes) Simd::storeu(out + d, Simd::load(values + d));
+  }
+}
+
+// Merges a token's partials: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i, in the order of reduce_partial_map.
+inline void combine(const DecodeParams& p, int32_t token, int32_t head_begin, int32_t head_end) {
+  using V = Simd::V;
+  const int32_t* rows = p.plan.reduce_partial_map;
+  const int32_t begin = p.plan.reduce_indptr[token], end = p.plan.reduce_indptr[token + 1];
+  for (int32_t h = head_begin; h < head_end; ++h) {
+    float max = -__builtin_inff();
+    for (int32_t i = begin; i < end; ++i) {
+      const float lse = p.partial_lse[static_cast<int64_t>(rows[i]) * p.heads + h];
+      if (!(lse <= max)) max = lse;  // a NaN is kept
+    }
+    const int64_t row = static_cast<int64_t>(token) * p.heads + h;
+    alignas(64) float out[kLatentDim];
+    for (int d = 0; d < kLatentDim; ++d) out[d] = 0;
+    float sum = 0, lse = max;
+    if (max != -__builtin_inff()) {
+      for (int32_t i = begin; i < end; ++i) {
+        const int64_t at = static_cast<int64_t>(rows[i]) * p.heads + h;
+        const float weight = expf(p.partial_lse[at] - max);
+        sum += weight;
+        const V w = Simd::set1(weight);
+        for (int d = 0; d < kLatentDim; d += Simd::kLanes) {
+          Simd::store(out + d, Simd::fma(w, Simd::loadu(p.partial_out + at * kLatentDim + d), Simd::load(out + d)));
+        }
+      }
+      lse = max + logf(sum);
+      const float total = p.sink == nullptr ? sum : sum + expf(p.sink[h] - max);
+      const V inverse = Simd::set1(1 / total);
+      for (int d = 0; d < kLatentDim; d += Simd::kLanes) Simd::store(out + d, Simd::mul(Simd::load(out + d), inverse));
+    }
+    write_out(p, row, out);
+    p.lse[row] = lse;
+  }
+}

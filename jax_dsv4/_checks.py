@@ -1,0 +1,48 @@
+"""Checks of arguments, and the one form that their messages have: `op: argument must rule, got got`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+INT32_MAX = 2**31 - 1
+
+
+def require(condition: bool, op: str, argument: str, rule: str, got: object) -> None:
+    """Raises ValueError unless `condition` holds: the caller is wrong."""
+    if not condition:
+        raise ValueError(f"{op}: {argument} must {rule}, got {got}")
+
+
+def require_array(value: Any, op: str, argument: str) -> None:
+    require(hasattr(value, "shape") and hasattr(value, "dtype"), op, argument, "be an array", type(value).__name__)
+
+
+def require_dtype(value: Any, op: str, argument: str, *dtypes: Any) -> None:
+    require_array(value, op, argument)
+    names = " or ".join(jnp.dtype(d).name for d in dtypes)
+    require(value.dtype in [jnp.dtype(d) for d in dtypes], op, argument, f"have dtype {names}", value.dtype)
+
+
+def require_shape(value: Any, op: str, argument: str, names: str, expected: Sequence[int | None]) -> None:
+    """`expected` has None where any size will do."""
+    require_array(value, op, argument)
+    shape = tuple(value.shape)
+    same = len(shape) == len(expected) and all(e is None or s == e for s, e in zip(shape, expected))
+    wanted = "(" + ", ".join("*" if e is None else str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
+    require(same, op, argument, f"have shape {names} = {wanted}", shape)
+
+
+def require_int(value: Any, op: str, argument: str, low: int, high: int = INT32_MAX) -> int:
+    """A static Python integer in [low, high]."""
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    require(is_int, op, argument, "be a Python int", f"{type(value).__name__} {value!r}")
+    require(low <= value <= high, op, argument, f"be from {low} to {high}", value)
+    return int(value)
+
+
+def require_fits_int32(value: int, op: str, argument: str) -> None:
+    require(value <= INT32_MAX, op, argument, f"fit int32 (at most {INT32_MAX})", value)

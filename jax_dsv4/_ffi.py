@@ -1,0 +1,51 @@
+"""Finds and loads the native libraries, registers their handlers with XLA, and states why one is absent."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import jax
+
+TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
+
+
+def find_library(name: str) -> Path | None:
+    """Where `<name>.so` is: in the directory JAX_DSV4_LIBRARY_DIR if that is set, otherwise beside this package."""
+    import jax_dsv4
+
+    override = os.environ.get("JAX_DSV4_LIBRARY_DIR")
+    # An editable install has two directories: the sources, and the one that the libraries were installed to.
+    directories = [override] if override else list(jax_dsv4.__path__)
+    for directory in directories:
+        path = Path(directory) / f"{name}.so"
+        if path.exists():
+            return path
+    return None
+
+
+@functools.cache
+def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
+    """Loads a library and registers its handlers for `platform`.
+
+    Returns:
+      (library, where it was found) or (None, why it is absent).
+    """
+    path = find_library(name)
+    if path is None:
+        return None, f"{name}.so was not built; reinstall the package from source with a C++17 compiler (see README.md)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path} cannot be loaded: {error}"
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform=platform)
+    return library, str(path)
+
+
+def cpu_isa(library: ctypes.CDLL) -> str:
+    """The instruction set that the CPU kernels use on this machine."""
+    library.dsv4_cpu_isa.restype = ctypes.c_char_p
+    return library.dsv4_cpu_isa().decode()

@@ -1,0 +1,314 @@
+"""KVCache and Scope: the latents of cached positions, in paged blocks. This file is the sole definition of their bytes on the JAX side.
+
+Slot s is row `s % block_size` of block `s // block_size`. Layouts, for a latent of 448 "nope" and 64 rope numbers:
+
+`"fp8_ds_mla"`  584 bytes a slot, byte-compatible with FlashMLA's MODEL1 and vLLM. A block is `block_size` rows of 576 bytes (448
+                e4m3fn, then 64 bfloat16), then `block_size` groups of 8 bytes (7 ue8m0 scales, one for every 64 nope numbers, and a
+                pad byte), then whatever pads it to its stride.
+`"bf16"`        512 bfloat16 a slot.
+`"float32"`     512 float32 a slot, for exactness tests (CPU and XLA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_dsv4 import _checks
+
+LATENT_DIM = 512
+ROPE_DIM = 64
+NOPE_DIM = LATENT_DIM - ROPE_DIM
+SCALE_TILE = 64
+SCALE_TILES = NOPE_DIM // SCALE_TILE
+PACKED_ROW_BYTES = NOPE_DIM + 2 * ROPE_DIM
+PACKED_SCALE_BYTES = 8
+PACKED_TOKEN_BYTES = PACKED_ROW_BYTES + PACKED_SCALE_BYTES
+# Writers of fp8_ds_mla round a block's bytes up to a multiple of this.
+PACKED_STRIDE_MULTIPLE = 576
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of keeping a latent. `code` is `enum class Layout` of ffi/common/params.h."""
+
+    name: str
+    code: int
+    dtype: Any
+    token_bytes: int
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("fp8_ds_mla", 0, jnp.uint8, PACKED_TOKEN_BYTES),
+        Layout("bf16", 1, jnp.bfloat16, 2 * LATENT_DIM),
+        Layout("float32", 2, jnp.float32, 4 * LATENT_DIM),
+    )
+}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class KVCache:
+    """A paged cache of latents; a pytree whose one leaf is `data`.
+
+    Args:
+      data: the bytes. `"fp8_ds_mla"`: uint8 [num_blocks, block_stride_bytes], any stride of at least block_size * 584, so that the bytes
+        another engine wrote can be wrapped as they are. `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype.
+      block_size: slots in a block.
+      layout: one of `LAYOUTS`.
+
+    Bytes that no valid slot of a call names may be anything, NaN included.
+
+    Raises:
+      ValueError: a wrong dtype or shape, a stride that is too small, more slots than int32 can number.
+    """
+
+    data: jax.Array
+    block_size: int
+    layout: str
+    __slots__ = ("data", "block_size", "layout")
+    _OP: ClassVar[str] = "KVCache"
+
+    def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla"):
+        spec = _layout(layout, self._OP)
+        block_size = _checks.require_int(block_size, self._OP, "block_size", 1)
+        _checks.require_dtype(data, self._OP, "data", spec.dtype)
+        if layout == "fp8_ds_mla":
+            _checks.require_shape(data, self._OP, "data", "(num_blocks, block_stride_bytes)", (None, None))
+            least = block_size * PACKED_TOKEN_BYTES
+            rule = f"be at least block_size * {PACKED_TOKEN_BYTES} = {least} bytes"
+            _checks.require(data.shape[1] >= least, self._OP, "data's block stride", rule, data.shape[1])
+        else:
+            names, shape = "(num_blocks, block_size, 512)", (None, block_size, LATENT_DIM)
+            _checks.require_shape(data, self._OP, "data", names, shape)
+        _checks.require_fits_int32(data.shape[0] * block_size, self._OP, "num_blocks * block_size")
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "block_size", block_size)
+        object.__setattr__(self, "layout", layout)
+
+    @classmethod
+    def create(
+        cls, num_blocks: int, block_size: int, layout: str = "fp8_ds_mla", *, block_stride_bytes: int | None = None
+    ) -> KVCache:
+        """A cache of zeros. `block_stride_bytes` is for `"fp8_ds_mla"` alone; default: as FlashMLA and vLLM pad it, to a multiple of 576."""
+        op = "KVCache.create"
+        spec = _layout(layout, op)
+        num_blocks = _checks.require_int(num_blocks, op, "num_blocks", 0)
+        block_size = _checks.require_int(block_size, op, "block_size", 1)
+        _checks.require_fits_int32(num_blocks * block_size, op, "num_blocks * block_size")
+        if layout == "fp8_ds_mla":
+            if block_stride_bytes is None:
+                block_stride_bytes = -(-block_size * PACKED_TOKEN_BYTES // PACKED_STRIDE_MULTIPLE) * PACKED_STRIDE_MULTIPLE
+            stride = _checks.require_int(block_stride_bytes, op, "block_stride_bytes", block_size * PACKED_TOKEN_BYTES)
+            shape: tuple[int, ...] = (num_blocks, stride)
+        else:
+            _checks.require(block_stride_bytes is None, op, "block_stride_bytes", f"be left out for layout {layout!r}", block_stride_bytes)
+            shape = (num_blocks, block_size, LATENT_DIM)
+        return cls(jnp.zeros(shape, spec.dtype), block_size=block_size, layout=layout)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """num_blocks * block_size: slots are 0 to num_slots - 1."""
+        return self.data.shape[0] * self.block_size
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.data.shape, dtype=np.int64)) * self.data.dtype.itemsize
+
+    def replace(self, data: jax.Array) -> KVCache:
+        """The same cache with other bytes."""
+        return KVCache(data, block_size=self.block_size, layout=self.layout)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"KVCache is immutable; use append() or replace() instead of setting {name}")
+
+    def __repr__(self) -> str:
+        shape = getattr(self.data, "shape", None)
+        return f"KVCache(layout={self.layout!r}, block_size={self.block_size}, data={getattr(self.data, 'dtype', self.data)}{list(shape or [])})"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, str]]:
+        return ((jax.tree_util.GetAttrKey("data"), self.data),), (self.block_size, self.layout)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[int, str], children: Any) -> KVCache:
+        # Transformations put placeholders where arrays were: no checks here.
+        cache = object.__new__(cls)
+        for name, value in zip(cls.__slots__, (*children, *aux)):
+            object.__setattr__(cache, name, value)
+        return cache
+
+
+class Scope(NamedTuple):
+    """A cache, and the slots of it that each token attends to.
+
+    cache    a KVCache.
+    indices  int32 [*batch, topk]: slots, in any order. An entry that is -1, or any other value outside the cache, is passed over.
+    lengths  int32 [*batch]: how many leading entries of `indices` count; the rest may be anything. Clamped to [0, topk]; default topk.
+    """
+
+    cache: KVCache
+    indices: jax.Array
+    lengths: jax.Array | None = None
+
+
+def append(
+    cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementation: str | tuple[str, ...] | None = None
+) -> KVCache:
+    """Quantises latents and writes them to their slots.
+
+    Under jit the result is the argument's own buffer when that is donated or a loop carry: nothing is copied. Reading the *old* cache
+    after the append brings a copy back, so attend on what append returns.
+
+    `"fp8_ds_mla"` quantises every 64 nope numbers to e4m3fn with the scale 2^ceil(log2(max(amax, 1e-4) / 448)), stored as ue8m0; rope
+    stays bfloat16. Rounding is to nearest even; infinities saturate, NaN stays NaN.
+
+    Args:
+      cache: where to write.
+      latents: [*batch, 512] bfloat16 or float32.
+      slots: [*batch] int32. A slot outside [0, cache.num_slots) skips its row; of equal slots the last row wins.
+      implementation: as in `sparse_mla_decode`.
+
+    Returns:
+      The cache with those rows replaced.
+
+    Raises:
+      ValueError: a wrong shape or dtype.
+    """
+    op = "append"
+    _checks.require(isinstance(cache, KVCache), op, "cache", "be a KVCache", type(cache).__name__)
+    _checks.require_dtype(latents, op, "latents", jnp.bfloat16, jnp.float32)
+    _checks.require_dtype(slots, op, "slots", jnp.int32)
+    batch = latents.shape[:-1]
+    _checks.require_shape(latents, op, "latents", "(*batch, 512)", (*batch, LATENT_DIM))
+    _checks.require_shape(slots, op, "slots", "(*batch,)", batch)
+    from jax_dsv4.implementations import append_rows  # they build on this module
+
+    data = append_rows(cache, latents.reshape(-1, LATENT_DIM), slots.reshape(-1), implementation)
+    return cache.replace(data)
+
+
+def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:
+    """The latents as float32.
+
+    Args:
+      cache: what to read.
+      slots: int32 of any shape; default: every slot. A slot outside the cache reads as zeros.
+
+    Returns:
+      float32 [*slots.shape, 512].
+    """
+    op = "dequantize"
+    _checks.require(isinstance(cache, KVCache), op, "cache", "be a KVCache", type(cache).__name__)
+    if slots is None:
+        slots = jnp.arange(cache.num_slots, dtype=jnp.int32)
+    _checks.require_dtype(slots, op, "slots", jnp.int32)
+    valid = valid_slots(cache, slots)
+    return jnp.where(valid[..., None], read_rows(cache, jnp.where(valid, slots, 0)), 0)
+
+
+def valid_slots(cache: KVCache, slots: jax.Array) -> jax.Array:
+    return (slots >= 0) & (slots < cache.num_slots)
+
+
+def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
+    """The latents of valid slots as float32 [*slots.shape, 512]."""
+    if cache.num_slots == 0:
+        return jnp.zeros((*slots.shape, LATENT_DIM), jnp.float32)
+    block, offset = slots // cache.block_size, slots % cache.block_size
+    if cache.layout != "fp8_ds_mla":
+        return cache.data[block, offset].astype(jnp.float32)
+    rows = _gather_bytes(cache.data, block, offset * PACKED_ROW_BYTES, PACKED_ROW_BYTES)
+    scale_bytes = _gather_bytes(
+        cache.data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, SCALE_TILES
+    )
+    nope = jnp.take(jnp.asarray(_E4M3_VALUES), rows[..., :NOPE_DIM].astype(jnp.int32), axis=0)
+    scales = jnp.take(jnp.asarray(_UE8M0_VALUES), scale_bytes.astype(jnp.int32), axis=0)
+    nope = nope.reshape(*slots.shape, SCALE_TILES, SCALE_TILE) * scales[..., None]
+    rope = jax.lax.bitcast_convert_type(rows[..., NOPE_DIM:].reshape(*slots.shape, ROPE_DIM, 2), jnp.bfloat16)
+    return jnp.concatenate([nope.reshape(*slots.shape, NOPE_DIM), rope.astype(jnp.float32)], axis=-1)
+
+
+def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
+    """`cache.data` with latents [count, 512] at slots [count], in plain JAX."""
+    # Scatter does not say which of equal slots wins: keep the last of each run of a stable sort, and drop the others.
+    order = jnp.argsort(slots, stable=True)
+    in_order = slots[order]
+    last = jnp.concatenate([in_order[1:] != in_order[:-1], jnp.ones(min(1, slots.shape[0]), bool)])
+    keep = jnp.zeros(slots.shape, bool).at[order].set(last) & valid_slots(cache, slots)
+    block = jnp.where(keep, slots // cache.block_size, cache.num_blocks)  # past the end: dropped
+    offset = slots % cache.block_size
+    if cache.layout != "fp8_ds_mla":
+        return cache.data.at[block, offset].set(latents.astype(cache.data.dtype), mode="drop")
+    rows, scales = quantize(latents)
+    data = _scatter_bytes(cache.data, block, offset * PACKED_ROW_BYTES, rows)
+    return _scatter_bytes(data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, scales)
+
+
+def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Latents [count, 512] to uint8 rows [count, 576] and scale groups [count, 8] of `"fp8_ds_mla"`."""
+    latents = latents.astype(jnp.float32)
+    tiles = latents[:, :NOPE_DIM].reshape(-1, SCALE_TILES, SCALE_TILE)
+    amax = jnp.max(jnp.where(jnp.isnan(tiles), 0, jnp.abs(tiles)), axis=-1)
+    # The smallest k with amax <= 448 * 2^k, from amax's bits: amax = 1.m * 2^e and 448 = 1.75 * 2^8.
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(1e-4)), jnp.int32)
+    k = jnp.minimum((bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000), 127)
+    # 2^-k in two factors, for no factor may be subnormal (XLA may flush it).
+    half = k // 2
+    power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]
+    scaled = jnp.clip(tiles * power[0] * power[1], -448, 448)
+    nope = jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8)
+    nope = jnp.where(jnp.isnan(tiles), jnp.uint8(0x7F), nope)
+    rope = jax.lax.bitcast_convert_type(latents[:, NOPE_DIM:].astype(jnp.bfloat16), jnp.uint8)
+    rows = jnp.concatenate([nope.reshape(-1, NOPE_DIM), rope.reshape(-1, 2 * ROPE_DIM)], axis=-1)
+    return rows, jnp.pad((k + 127).astype(jnp.uint8), ((0, 0), (0, PACKED_SCALE_BYTES - SCALE_TILES)))
+
+
+def _e4m3_values() -> np.ndarray:
+    byte = np.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    value = np.where((byte & 0x7F) == 0x7F, np.nan, value)
+    return np.where(byte & 0x80, -value, value).astype(np.float32)
+
+
+def _ue8m0_values() -> np.ndarray:
+    return np.where(np.arange(256) == 255, np.nan, 2.0 ** (np.arange(256) - 127.0)).astype(np.float32)
+
+
+_E4M3_VALUES = _e4m3_values()
+_UE8M0_VALUES = _ue8m0_values()
+
+
+def _gather_bytes(data: jax.Array, block: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """data[block, start : start + count] for every entry of `block` and `start`."""
+    dims = jax.lax.GatherDimensionNumbers(
+        offset_dims=(block.ndim,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+    )
+    return jax.lax.gather(
+        data, jnp.stack([block, start], axis=-1), dims, (1, count), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    )
+
+
+def _scatter_bytes(data: jax.Array, block: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
+    """data[block, start : start + values.shape[1]] = values, rows whose block is out of range dropped."""
+    dims = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+    return jax.lax.scatter(
+        data, jnp.stack([block, start], axis=-1), values, dims, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
+    )
+
+
+def _layout(name: str, op: str) -> Layout:
+    rule = "be one of " + ", ".join(repr(n) for n in LAYOUTS)
+    _checks.require(isinstance(name, str) and name in LAYOUTS, op, "layout", rule, repr(name))
+    return LAYOUTS[name]

@@ -1,0 +1,151 @@
+"""The implementations of the ops, and how a call chooses among them.
+
+An implementation is chosen when a program is lowered, for the platform it is lowered for, so that one traced program can be exported
+for several. Each is an object with the methods of `Implementation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_dsv4 import _checks
+from jax_dsv4.cache import KVCache
+from jax_dsv4.implementations import native, xla
+from jax_dsv4.implementations._interface import Availability, Implementation
+from jax_dsv4.plan import PlanKey, WorkPlan
+
+
+# In order of preference.
+_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, xla.XLA)}
+
+Spelling = str | tuple[str, ...] | None
+
+
+def implementations() -> dict[str, Availability]:
+    """Which implementations can run in this process, in order of preference; for each absent one, why."""
+    return {name: implementation.availability() for name, implementation in _REGISTRY.items()}
+
+
+def spelling(implementation: str | Sequence[str] | None) -> Spelling:
+    """The `implementation=` argument in a hashable form."""
+    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+
+
+def choose(
+    op: str, implementation: str | Sequence[str] | None, unsupported: Callable[[Implementation], str | None]
+) -> dict[str, Implementation]:
+    """The implementation for each platform that has one ("" stands for any other platform).
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: none of those asked for can take the call; the message has each one's reason.
+    """
+    named = spelling(implementation)
+    names = tuple(_REGISTRY) if named is None else (named,) if isinstance(named, str) else named
+    chosen: dict[str, Implementation] = {}
+    reasons = []
+    for name in names:
+        rule = "be None or name " + ", ".join(repr(n) for n in _REGISTRY)
+        _checks.require(name in _REGISTRY, op, "implementation", rule, repr(name))
+        candidate = _REGISTRY[name]
+        available, detail = candidate.availability()
+        reason = None if available or (named is None and candidate.exportable()) else detail
+        reason = reason or unsupported(candidate)
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+            continue
+        for platform in candidate.platforms or ("",):
+            chosen.setdefault(platform, candidate)
+    if not chosen:
+        raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run this call. " + "; ".join(reasons))
+    return chosen
+
+
+def dispatch(chosen: dict[str, Implementation], call: Callable[..., Any], *operands: Any) -> Any:
+    """call(implementation, *operands) with the implementation chosen for the platform that is lowered for."""
+    if set(chosen) == {""}:
+        return call(chosen[""], *operands)
+    branches = {platform: partial(call, candidate) for platform, candidate in chosen.items() if platform}
+    default = partial(call, chosen[""]) if "" in chosen else None
+    return jax.lax.platform_dependent(*operands, default=default, **branches)
+
+
+def fuses(implementation: Implementation, fused: bool | None) -> bool:
+    """Whether a call of both scopes is one kernel call, given the `fused=` argument."""
+    return implementation.fuses if fused is None else fused
+
+
+def cannot_fuse(implementation: Implementation, fused: bool | None) -> str | None:
+    return "it calls its kernel per scope, and fused=True was asked for" if fused and not implementation.fuses else None
+
+
+def plan_work(lengths: Sequence[jax.Array], topks: Sequence[int], key: PlanKey) -> tuple[WorkPlan, ...]:
+    """The WorkPlans of a DecodePlan: for each kernel call of each implementation that may be chosen."""
+    op = "plan_decode"
+    chosen = choose(op, key.implementation, lambda i: cannot_fuse(i, key.fused) or i.unsupported(key.num_heads, ()))
+    # All platforms' plans have one structure: as many WorkPlans as the one that calls most often needs, blank ones for the others.
+    count = 1 if all(fuses(i, key.fused) for i in chosen.values()) else len(lengths)
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), native.plan_shapes(key.tokens))
+    if key.tokens == 0:
+        return (blank,) * count
+
+    def plan_on(implementation: Implementation, *lengths: jax.Array) -> tuple[WorkPlan, ...]:
+        calls = [(lengths, topks)] if fuses(implementation, key.fused) else [((n,), (k,)) for n, k in zip(lengths, topks)]
+        made = [implementation.plan(*call, key.num_heads) or blank for call in calls]
+        return (*made, *(blank,) * (count - len(made)))
+
+    return dispatch(chosen, plan_on, *lengths)
+
+
+def append_rows(
+    cache: KVCache, latents: jax.Array, slots: jax.Array, implementation: str | Sequence[str] | None
+) -> jax.Array:
+    """`cache.data` with latents [count, 512] written at slots [count]."""
+    op = "append"
+    chosen = choose(op, implementation, lambda i: i.unsupported(1, (cache,)))
+    if slots.shape[0] == 0:
+        return cache.data
+
+    def write(data: jax.Array, latents: jax.Array, slots: jax.Array) -> jax.Array:
+        return dispatch(chosen, lambda i, d, l, s: i.append(cache.replace(d), l, s), data, latents, slots)
+
+    if not any_native(chosen):
+        return write(cache.data, latents, slots)
+    call = jax.custom_batching.custom_vmap(no_derivative(op, write))
+
+    @call.def_vmap
+    def rule(axis_size, in_batched, data, latents, slots):  # type: ignore[no-untyped-def]
+        if not in_batched[0]:
+            raise NotImplementedError(f"{op}: under vmap the cache must be batched too: every entry writes to its own")
+        # The caches side by side are one cache; a slot outside its own must not reach a neighbour's.
+        latents, slots = (x if b else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, b in zip((latents, slots), in_batched[1:]))
+        per_cache = data.shape[1] * cache.block_size
+        _checks.require_fits_int32(axis_size * per_cache, op, "slots of all caches under vmap")
+        first = per_cache * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
+        slots = jnp.where((slots >= 0) & (slots < per_cache), slots + first, -1)
+        updated = call(data.reshape(-1, *data.shape[2:]), latents.reshape(-1, latents.shape[-1]), slots.reshape(-1))
+        return updated.reshape(data.shape), True
+
+    return call(cache.data, latents, slots)
+
+
+def any_native(chosen: dict[str, Implementation]) -> bool:
+    return any(platform for platform in chosen)
+
+
+def no_derivative(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with a clear error in place of its derivative."""
+    wrapped = jax.custom_jvp(function)
+
+    def fail(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{op}: native implementations have no derivative; pass implementation='xla' to differentiate"
+        )
+
+    wrapped.defjvp(fail)
+    return wrapped

@@ -1,0 +1,95 @@
+"""The ops in plain JAX: any platform, any layout, differentiable in q, attn_sink and unpacked caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_dsv4 import cache as kv
+from jax_dsv4.implementations._interface import Availability
+from jax_dsv4.plan import WorkPlan
+
+
+class _XLA:
+    name = "xla"
+    platforms: tuple[str, ...] = ()
+    fuses = True
+
+    def availability(self) -> Availability:
+        return Availability(True, "plain JAX, any platform")
+
+    def exportable(self) -> bool:
+        return True
+
+    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache]) -> str | None:
+        return None
+
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> None:
+        return None
+
+    def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
+        return kv.write_rows(cache, latents, slots)
+
+    def decode(
+        self,
+        q: jax.Array,
+        scopes: Sequence[kv.Scope],
+        attn_sink: jax.Array | None,
+        scale: float,
+        work: WorkPlan | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        if q.shape[0] == 1:
+            return _attend(q, scopes, attn_sink, scale)
+        # On CPU a batched gather materialises [tokens, topk, 512] floats and the batched product is slow: one token at a time is up to
+        # four times faster (benchmarks/decode.py times both). A GPU wants the batch.
+        return jax.lax.platform_dependent(
+            q, tuple(scopes), attn_sink, cpu=_token_by_token(scale), default=lambda *o: _attend(*o, scale)
+        )
+
+
+def _token_by_token(scale: float):  # type: ignore[no-untyped-def]
+    def attend(q, scopes, attn_sink):  # type: ignore[no-untyped-def]
+        def one(operands):  # type: ignore[no-untyped-def]
+            q_row, scope_rows = operands
+            # The barrier keeps XLA from hoisting the dequantisation of all tokens out of the loop.
+            q_row, scope_rows = jax.lax.optimization_barrier((q_row[None], jax.tree.map(lambda x: x[None], scope_rows)))
+            row_scopes = [s._replace(indices=i, lengths=n) for s, (i, n) in zip(scopes, scope_rows)]
+            out, lse = _attend(q_row, row_scopes, attn_sink, scale)
+            return out[0], lse[0]
+
+        return jax.lax.map(one, (q, [(s.indices, s.lengths) for s in scopes]))
+
+    return attend
+
+
+def _attend(
+    q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """q: t h d. rows: t k d, both scopes' keys side by side. One softmax over the union."""
+    rows, masks = [], []
+    for scope in scopes:
+        inside = jnp.arange(scope.indices.shape[1])[None] < scope.lengths[:, None]
+        mask = inside & kv.valid_slots(scope.cache, scope.indices)
+        # Unattended rows may hold NaN, and 0 * NaN is NaN: they must not reach a product.
+        row = kv.read_rows(scope.cache, jnp.where(mask, scope.indices, 0))
+        rows.append(jnp.where(mask[..., None], row, 0))
+        masks.append(mask)
+    keys, mask = jnp.concatenate(rows, axis=1), jnp.concatenate(masks, axis=1)[:, None]
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("thd,tkd->thk", q.astype(jnp.float32), keys, precision=highest) * scale
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1)
+    empty = ~jnp.any(mask, axis=-1)
+    lse = jnp.where(empty, -jnp.inf, top[..., 0] + jnp.log(jnp.where(empty, 1, total)))
+    denominator = total if attn_sink is None else total + jnp.exp(attn_sink[None] - top[..., 0])
+    out = jnp.einsum("thk,tkd->thd", weights, keys, precision=highest)
+    out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, denominator)[..., None])
+    return out.astype(q.dtype), lse
+
+
+XLA = _XLA()

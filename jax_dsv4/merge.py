@@ -1,0 +1,66 @@
+"""How softmax attention over disjoint sets of keys combines: scopes, and shards of a context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_dsv4 import _checks
+
+
+def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The attention over a union of keys, from the attention over each of its disjoint parts.
+
+        lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) * out_i
+
+    Args:
+      outs: arrays [*batch, heads, dim], one a part, normalised over its own keys (without sink).
+      lses: float32 arrays [*batch, heads], natural log; -inf for a part without keys, whose `out` is then not looked at.
+
+    Returns:
+      `out` in the parts' dtype and `lse` float32. Where every part is empty: zeros and -inf.
+
+    Raises:
+      ValueError: shapes or numbers of parts that do not fit.
+    """
+    op = "merge_scopes"
+    _checks.require(len(outs) > 0 and len(outs) == len(lses), op, "outs and lses", "be as many, at least one", (len(outs), len(lses)))
+    for i, (out, lse) in enumerate(zip(outs, lses)):
+        _checks.require_shape(out, op, f"outs[{i}]", "outs[0].shape", outs[0].shape)
+        _checks.require_shape(lse, op, f"lses[{i}]", "(*batch, heads)", outs[0].shape[:-1])
+    stacked = jnp.stack([lse.astype(jnp.float32) for lse in lses])
+    top = jnp.max(stacked, axis=0)
+    empty = jnp.isneginf(top)
+    weights = jnp.exp(stacked - jnp.where(empty, 0, top))
+    total = jnp.sum(weights, axis=0)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
+    parts = [
+        jnp.where((weight == 0)[..., None], 0, weight[..., None] * out.astype(jnp.float32))
+        for weight, out in zip(weights / jnp.where(empty, 1, total), outs)
+    ]
+    return sum(parts[1:], parts[0]).astype(outs[0].dtype), lse
+
+
+def apply_attn_sink(out: jax.Array, lse: jax.Array, attn_sink: jax.Array) -> jax.Array:
+    """Adds exp(attn_sink) to the softmax's denominator: out * 1 / (1 + exp(attn_sink - lse)).
+
+    Args:
+      out: [*batch, heads, dim] attention without sink.
+      lse: float32 [*batch, heads], natural log.
+      attn_sink: float32 [heads], not scaled. -inf: no sink; +inf: the result is zero.
+
+    Returns:
+      Like `out`; zeros where lse is -inf.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    op = "apply_attn_sink"
+    _checks.require_array(out, op, "out")
+    _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
+    _checks.require_shape(attn_sink, op, "attn_sink", "(heads,)", out.shape[-2:-1])
+    factor = jax.nn.sigmoid(lse - jnp.where(jnp.isneginf(lse), 0, attn_sink))
+    scaled = (out.astype(jnp.float32) * factor[..., None]).astype(out.dtype)
+    return jnp.where((factor == 0)[..., None], jnp.zeros((), out.dtype), scaled)

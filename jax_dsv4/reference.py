@@ -1,0 +1,195 @@
+"""The oracle: NumPy, float64, bit by bit, sharing no code with the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def bf16_to_float(bits: Array) -> Array:
+    """uint16 bfloat16 patterns to float32, exactly."""
+    return (np.asarray(bits, np.uint32) << 16).view(np.float32)
+
+
+def float_to_bf16(values: Array) -> Array:
+    """float32 to uint16 bfloat16 patterns, to nearest even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+
+
+def e4m3_to_float(code: Array) -> Array:
+    """uint8 e4m3fn patterns to float64: bias 7, no infinities, S.1111.111 is NaN."""
+    code = np.asarray(code, np.uint8).astype(np.int64)
+    sign, exponent, mantissa = np.where(code >= 128, -1.0, 1.0), (code // 8) % 16, code % 8
+    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return sign * np.where((exponent == 15) & (mantissa == 7), np.nan, magnitude)
+
+
+def float_to_e4m3(values: Array) -> Array:
+    """float64 to the nearest e4m3fn pattern (ties to even); saturates at 448; NaN gives 0x7f."""
+    values = np.asarray(values, np.float64)
+    grid = e4m3_to_float(np.arange(127, dtype=np.uint8))
+    magnitude = np.minimum(np.abs(values), 448.0)
+    above = np.clip(np.searchsorted(grid, magnitude), 1, 126)
+    low, high = grid[above - 1], grid[above]
+    middle = (low + high) / 2
+    take_high = (magnitude > middle) | ((magnitude == middle) & (above % 2 == 0))
+    code = np.where(take_high, above, above - 1) + np.where(np.signbit(values), 128, 0)
+    return np.where(np.isnan(values), 0x7F, code).astype(np.uint8)
+
+
+def pack_fp8_ds_mla(latents: Array, block_size: int, block_stride_bytes: int) -> Array:
+    """Latents float [num_blocks * block_size, 512] to uint8 [num_blocks, block_stride_bytes]; padding is zero."""
+    latents = np.asarray(latents, np.float32)
+    blocks = latents.reshape(-1, block_size, 512)
+    packed = np.zeros((blocks.shape[0], block_stride_bytes), np.uint8)
+    for block, rows in enumerate(blocks):
+        for offset, row in enumerate(rows):
+            data = packed[block, offset * 576 : (offset + 1) * 576]
+            group = packed[block, block_size * 576 + offset * 8 :][:8]
+            for tile in range(7):
+                values = row[tile * 64 : (tile + 1) * 64].astype(np.float64)
+                finite = np.abs(values[~np.isnan(values)])
+                amax = max(finite.max(initial=0.0), float(np.float32(1e-4)))
+                exponent = -22
+                while exponent < 127 and amax > 448 * 2.0**exponent:
+                    exponent += 1
+                with np.errstate(invalid="ignore"):
+                    data[tile * 64 : (tile + 1) * 64] = float_to_e4m3(values / 2.0**exponent)
+                group[tile] = exponent + 127
+            data[448:] = float_to_bf16(row[448:]).view(np.uint8)
+    return packed
+
+
+def unpack_fp8_ds_mla(packed: Array, block_size: int) -> Array:
+    """uint8 [num_blocks, block_stride_bytes] to float64 [num_blocks * block_size, 512]."""
+    packed = np.asarray(packed, np.uint8)
+    blocks = packed.shape[0]
+    rows = packed[:, : block_size * 576].reshape(blocks * block_size, 576)
+    groups = packed[:, block_size * 576 : block_size * 584].reshape(blocks * block_size, 8)[:, :7]
+    scales = np.where(groups == 255, np.nan, 2.0 ** (groups.astype(np.float64) - 127))
+    nope = e4m3_to_float(rows[:, :448]) * np.repeat(scales, 64, axis=1)
+    rope = bf16_to_float(np.ascontiguousarray(rows[:, 448:]).view(np.uint16)).astype(np.float64)
+    return np.concatenate([nope, rope], axis=1)
+
+
+class ReferenceScope(NamedTuple):
+    """latents float [num_slots, 512]; indices int [tokens, topk]; lengths int [tokens]."""
+
+    latents: Array
+    indices: Array
+    lengths: Array
+
+
+def decode(
+    q: Array, scopes: Sequence[ReferenceScope], attn_sink: Array | None = None, scale: float = 512**-0.5
+) -> tuple[Array, Array]:
+    """One softmax over the valid keys of all scopes, token by token and in float64.
+
+    Args:
+      q: float [tokens, heads, 512].
+      scopes: the keys.
+      attn_sink: float [heads], added to the denominator only.
+      scale: of the scores.
+
+    Returns:
+      out float64 [tokens, heads, 512] and lse float64 [tokens, heads] (natural log, sink excluded); 0 and -inf without a valid key.
+    """
+    q = np.asarray(q, np.float64)
+    tokens, heads, dim = q.shape
+    out, lse = np.zeros((tokens, heads, dim)), np.full((tokens, heads), -np.inf)
+    for token in range(tokens):
+        keys = []
+        for latents, indices, lengths in scopes:
+            count = min(max(int(lengths[token]), 0), indices.shape[1])
+            keys += [latents[s] for s in indices[token, :count].tolist() if 0 <= s < len(latents)]
+        if not keys:
+            continue
+        rows = np.asarray(keys, np.float64)
+        scores = scale * q[token] @ rows.T
+        top = scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=1)
+        lse[token] = top[:, 0] + np.log(total)
+        if attn_sink is not None:
+            with np.errstate(over="ignore"):
+                total = total + np.exp(np.asarray(attn_sink, np.float64) - top[:, 0])
+        out[token] = weights @ rows / total[:, None]
+    return out, lse
+
+
+def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+    """Attention over a union of disjoint key sets, float64: lse = log sum exp lse_i; out = sum exp(lse_i - lse) out_i."""
+    stacked = np.asarray(lses, np.float64)
+    lse = np.logaddexp.reduce(stacked, axis=0)
+    weights = np.where(np.isneginf(stacked), 0.0, np.exp(stacked - np.where(np.isneginf(lse), 0.0, lse)))
+    return sum(w[..., None] * np.asarray(o, np.float64) for w, o in zip(weights, outs)), lse
+
+
+def plan(
+    lengths: Sequence[int], stride: int, workers: int, granularity: int, overhead: int, active_workers: int | None = None
+) -> dict[str, Array]:
+    """The plan of one kernel call, as AITER's get_mla_metadata_v1 makes it (fast, sparse mode), empty tokens left out.
+
+    Workers are filled in order with a payload of equal cost. A token costs its blocks plus `overhead`; what does not fit goes on with
+    the next worker, cut at a block boundary.
+
+    Args:
+      lengths: keys of each token, clamped.
+      stride: key numbers between tokens (topk).
+      workers: entries of work_indptr less one.
+      granularity: keys per block.
+      overhead: an item's cost in blocks.
+      active_workers: how many workers share the work; default all.
+
+    Returns:
+      The arrays of `WorkPlan` without kv_lengths, cut to the rows in use; reduce_final_map has the split tokens' rows only.
+    """
+    blocks = [-(-n // granularity) for n in lengths]
+    cost = sum(b + overhead for b in blocks if b)
+    payload = -(-cost // (active_workers or workers)) + overhead
+    queues: list[list[list[int]]] = [[]]
+    left = payload
+    reduce_indptr, final, partial = [0], [], []
+    for token, (length, todo) in enumerate(zip(lengths, blocks)):
+        pieces: list[tuple[int, int, int]] = []
+        done = 0
+        while done < todo:
+            room = left - overhead
+            if room <= 0:
+                queues.append([])
+                left = payload
+                continue
+            take = min(room, todo - done)
+            pieces.append((len(queues) - 1, done * granularity, min((done + take) * granularity, length)))
+            done += take
+            left -= take + overhead
+            if done < todo:
+                queues.append([])
+                left = payload
+        for worker, begin, end in pieces:
+            row = -1
+            if len(pieces) > 1:
+                row = len(partial)
+                partial.append(row)
+            base = token * stride
+            queues[worker].append([token, row, token, token + 1, base + begin, base + end, length - end, 0])
+        if len(pieces) > 1:
+            final.append([token, token + 1])
+        reduce_indptr.append(len(partial))
+    counts = [len(queue) for queue in queues] + [0] * (workers - len(queues))
+    as_int = lambda rows, width: np.asarray(rows, np.int32).reshape(-1, width)  # noqa: E731
+    return {
+        "work_indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        "work_info_set": as_int([item for queue in queues for item in queue], 8),
+        "reduce_indptr": np.asarray(reduce_indptr, np.int32),
+        "reduce_final_map": as_int(final, 2),
+        "reduce_partial_map": np.asarray(partial, np.int32),
+    }
