@@ -651,7 +651,8 @@ void store_lds(Wave& w, I i, const Reader<u32>& address, const Operand& data, in
     u32 value[4];
     for (u32 k = 0; k < (bytes + 3) / 4; ++k) value[k] = w.v[reg + k][l] >> shift;
     memcpy(&w.group->lds[at], value, bytes);
-    if (w.hazards) writes_lds(w, i, at, bytes, 0);
+    // The write gets the next number when it is issued, below.
+    if (w.hazards) writes_lds(w, i, at, bytes, Counter::kLgkm, w.wait[1].issued + 1);
     w.group->launch->counters.lds_bytes_written += bytes;
   }
 }

@@ -43,18 +43,18 @@ void land(Wave& w, const Pending& op) {
   }
 }
 
-// "s_waitcnt lgkmcnt(4) at 0x3AB8 where 2 is needed", if the data were guarded by a wait at all.
-void report_weak_wait(Wave& w, const Instruction& i, Counter counter, uint64_t sequence, const std::string& what) {
-  const Wait& wait = w.wait[static_cast<int>(counter)];
-  const char* name = counter == Counter::kVm ? "vmcnt" : "lgkmcnt";
-  std::string text = what + " used at " + hex(i.address) + " (" + i.text + ") is still being loaded by " +
-                     hex(w.issue_address[static_cast<int>(counter)][sequence]);
-  if (wait.last_value >= 0 && wait.last_issued >= sequence)
-    text += "; the wait " + std::string(name) + "(" + std::to_string(wait.last_value) + ") at " + hex(wait.last_address) +
-            " would have to be " + name + "(" + std::to_string(wait.last_issued - sequence) + ")";
-  else
-    text += "; no " + std::string(name) + " wait lies between";
-  report(w, text);
+// "the wait lgkmcnt(4) at 0x3AB8 would have to be lgkmcnt(2)", if there was a wait at all.
+std::string needed_wait(const Wait& wait, Counter counter, uint64_t sequence) {
+  const std::string name = counter == Counter::kVm ? "vmcnt" : "lgkmcnt";
+  if (wait.last_value < 0 || wait.last_issued < sequence) return "no " + name + " wait lies between";
+  return "the wait " + name + "(" + std::to_string(wait.last_value) + ") at " + hex(wait.last_address) +
+         " would have to be " + name + "(" + std::to_string(wait.last_issued - sequence) + ")";
+}
+
+void report_register(Wave& w, const Instruction& i, Counter counter, uint64_t sequence, const std::string& name) {
+  const int c = static_cast<int>(counter);
+  report(w, name + " used at " + hex(i.address) + " (" + i.text + ") is still being loaded by " +
+                hex(w.issue_address[c][sequence]) + "; " + needed_wait(w.wait[c], counter, sequence));
 }
 
 std::string register_name(int reg) {
@@ -122,7 +122,7 @@ void issue(Wave& w, const Instruction& i, std::unique_ptr<Pending> op) {
       for (int k = 0; k < op->count; ++k) w.guard_scalar[op->reg + k] = op->sequence;
     } else if (op->target == Pending::kLds) {
       for (int l = 0; l < kLanes; ++l)
-        if (op->lanes >> l & 1) writes_lds(w, i, op->where[l], 4 * op->count, op->sequence);
+        if (op->lanes >> l & 1) writes_lds(w, i, op->where[l], 4 * op->count, Counter::kVm, op->sequence);
     }
   }
   w.pending[c].push_back(std::move(op));
@@ -144,8 +144,8 @@ void wait_for(Wave& w, const Instruction& i, Counter counter, int outstanding) {
 
 void uses_vgprs(Wave& w, const Instruction& i, int reg, int count) {
   for (int r = reg; r < reg + count; ++r) {
-    if (w.guard_vm[r] > w.wait[0].complete) report_weak_wait(w, i, Counter::kVm, w.guard_vm[r], register_name(r));
-    if (w.guard_lgkm[r] > w.wait[1].complete) report_weak_wait(w, i, Counter::kLgkm, w.guard_lgkm[r], register_name(r));
+    if (w.guard_vm[r] > w.wait[0].complete) report_register(w, i, Counter::kVm, w.guard_vm[r], register_name(r));
+    if (w.guard_lgkm[r] > w.wait[1].complete) report_register(w, i, Counter::kLgkm, w.guard_lgkm[r], register_name(r));
     w.guard_vm[r] = w.guard_lgkm[r] = 0;  // said once
   }
 }
@@ -153,7 +153,7 @@ void uses_vgprs(Wave& w, const Instruction& i, int reg, int count) {
 void uses_sgprs(Wave& w, const Instruction& i, int reg, int count) {
   for (int r = reg; r < reg + count; ++r) {
     if (w.guard_scalar[r] > w.wait[1].scalar_complete)
-      report_weak_wait(w, i, Counter::kLgkm, w.guard_scalar[r], "s" + std::to_string(r));
+      report_register(w, i, Counter::kLgkm, w.guard_scalar[r], "s" + std::to_string(r));
     w.guard_scalar[r] = 0;
   }
 }
@@ -162,21 +162,23 @@ void reads_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes) 
   Workgroup& g = *w.group;
   for (uint32_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
     LdsWord& state = g.lds_words[word];
-    const std::string where = "LDS written at " + hex(state.write_address) + " and read at " + hex(i.address) + " (" + i.text + ")";
-    if (state.writer >= 0 && state.by_vm) {
+    if (state.writer >= 0) {
       const bool own = state.writer == w.id;
-      if (!own && state.write_epoch == g.epoch) report(w, where + " by another wave without a barrier between");
-      else if (state.sequence > (own ? w.wait[0].complete : g.vm_complete_at_barrier[state.writer][g.epoch - 1]))
-        report(w, where + ": the direct load was not waited for" + (own ? "" : " before the barrier"));
-    } else if (state.writer >= 0 && state.writer != w.id && state.write_epoch == g.epoch) {
-      report(w, where + " by another wave without a barrier between");
+      const std::string what = "LDS written at " + hex(state.write_address) + " and read at " + hex(i.address) + " (" + i.text + ")";
+      if (!own && state.write_epoch == g.epoch) {
+        report(w, what + " by another wave without a barrier between");
+      } else if (!own || state.counter == Counter::kVm) {  // a wave's own LDS accesses stay in order
+        const Wait& wait = (own ? w.wait : g.at_barrier[state.writer][g.epoch - 1].data())[static_cast<int>(state.counter)];
+        if (state.sequence > wait.complete)
+          report(w, what + (own ? ": " : " by another wave: before the barrier, ") + needed_wait(wait, state.counter, state.sequence));
+      }
     }
     state.reader = state.read_epoch == g.epoch && state.reader != w.id ? -2 : static_cast<int8_t>(w.id);
     state.read_epoch = g.epoch, state.read_address = i.address;
   }
 }
 
-void writes_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes, uint64_t vm_sequence) {
+void writes_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes, Counter counter, uint64_t sequence) {
   Workgroup& g = *w.group;
   for (uint32_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
     LdsWord& state = g.lds_words[word];
@@ -184,7 +186,7 @@ void writes_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes,
       report(w, "LDS read at " + hex(state.read_address) + " by another wave is overwritten at " + hex(i.address) + " (" +
                     i.text + ") without a barrier between");
     state.writer = static_cast<int8_t>(w.id), state.write_epoch = g.epoch, state.write_address = i.address;
-    state.by_vm = vm_sequence != 0, state.sequence = vm_sequence;
+    state.counter = counter, state.sequence = sequence;
   }
 }
 
@@ -253,7 +255,7 @@ void run_workgroup(Launch& launch, const uint32_t at[3], const std::vector<uint8
   const int waves = static_cast<int>((threads + kLanes - 1) / kLanes);
   if (launch.options.hazards) {
     g.lds_words.resize(launch.kernel->lds_bytes / 4 + 1);
-    g.vm_complete_at_barrier.resize(waves);
+    g.at_barrier.resize(waves);
   }
   for (int k = 0; k < waves; ++k) {
     auto w = std::make_unique<Wave>();
@@ -281,7 +283,7 @@ void run_workgroup(Launch& launch, const uint32_t at[3], const std::vector<uint8
     if (!alive || waiting < alive) continue;
     for (auto& w : g.waves) {
       w->at_barrier = false;
-      if (launch.options.hazards) g.vm_complete_at_barrier[w->id].push_back(w->wait[0].complete);
+      if (launch.options.hazards) g.at_barrier[w->id].push_back({w->wait[0], w->wait[1]});
     }
     g.epoch++;
   }

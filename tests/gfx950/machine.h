@@ -156,7 +156,7 @@ struct LdsWord {
   uint64_t sequence = 0, write_address = 0, read_address = 0;
   int32_t write_epoch = -1, read_epoch = -1;
   int8_t writer = -1, reader = -1;  // reader -2: more than one
-  bool by_vm = false;
+  Counter counter = Counter::kLgkm;
 };
 
 struct Launch;
@@ -167,7 +167,7 @@ struct Workgroup {
   std::vector<uint8_t> lds;
   std::vector<LdsWord> lds_words;
   int epoch = 0;  // barriers passed
-  std::vector<std::vector<uint64_t>> vm_complete_at_barrier;  // per wave: loads certainly done at each barrier
+  std::vector<std::vector<std::array<Wait, 2>>> at_barrier;  // [wave][barrier]: what it had waited for
   uint64_t instructions = 0;
 };
 
@@ -201,7 +201,7 @@ void wait_for(Wave& w, const Instruction& i, Counter counter, int outstanding);
 void uses_vgprs(Wave& w, const Instruction& i, int reg, int count);
 void uses_sgprs(Wave& w, const Instruction& i, int reg, int count);
 void reads_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes);
-void writes_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes, uint64_t vm_sequence);
+void writes_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes, Counter counter, uint64_t sequence);
 uint8_t* locate(Wave& w, const Instruction& i, uint64_t address, uint32_t bytes, bool writes);
 
 // instructions.cc: the entry for a mnemonic (suffixes _e32, _e64, _dpp, _sdwa taken off), or null.

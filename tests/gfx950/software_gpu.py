@@ -149,3 +149,72 @@ def _compile(flags: list[str], suffix: str, source: bytes) -> bytes:
         path.write_bytes(source)
         subprocess.run([clang, *flags, str(path), "-o", str(out)], check=True)
         return out.read_bytes()
+
+
+def compile_hip(source: str, architecture: str = "gfx950") -> bytes:
+    """A code object from HIP source that uses only the compiler's builtins."""
+    flags = ["-x", "hip", "--cuda-device-only", "--no-gpu-bundle-output", f"--offload-arch={architecture}"]
+    return _compile([*flags, "-nogpuinc", "-nogpulib", "-O2"], ".hip", source.encode())
+
+
+_ASSEMBLY = """
+.text
+.globl kernel
+.p2align 8
+.type kernel,@function
+kernel:
+  s_load_dwordx4 s[4:7], s[0:1], 0x0   // inputs, outputs
+  v_and_b32 v0, 0x3ff, v0              // lane of the workgroup
+  v_lshlrev_b32 v1, 2, v0
+  s_waitcnt lgkmcnt(0)
+{loads}
+  s_waitcnt vmcnt(0)
+{body}
+{stores}
+  s_endpgm
+.rodata
+.p2align 6
+.amdhsa_kernel kernel
+  .amdhsa_group_segment_fixed_size {lds}
+  .amdhsa_user_sgpr_kernarg_segment_ptr 1
+  .amdhsa_next_free_vgpr 512
+  .amdhsa_next_free_sgpr 96
+  .amdhsa_accum_offset 256
+.end_amdhsa_kernel
+.amdgpu_metadata
+---
+amdhsa.version: [1, 2]
+amdhsa.kernels:
+  - .name: kernel
+    .symbol: kernel.kd
+    .kernarg_segment_size: 16
+    .kernarg_segment_align: 8
+    .group_segment_fixed_size: {lds}
+    .private_segment_fixed_size: 0
+    .wavefront_size: 64
+    .sgpr_count: 96
+    .vgpr_count: 512
+    .max_flat_workgroup_size: 1024
+    .args:
+      - {{.size: 8, .offset: 0, .value_kind: global_buffer, .address_space: global}}
+      - {{.size: 8, .offset: 8, .value_kind: global_buffer, .address_space: global}}
+...
+.end_amdgpu_metadata
+"""
+
+
+def run_assembly(gpu: SoftwareGpu, body: str, inputs, outputs: int, waves: int, lds_bytes: int) -> np.ndarray:
+    """uint32 [outputs, 64 * waves] from inputs of 64 * waves 32-bit numbers each. s[4:5] and s[6:7] point to both."""
+    lanes = 64 * waves
+    step = 4 * lanes
+    loads = "\n".join(f"  v_add_u32 v2, {k * step}, v1\n  global_load_dword v{10 + k}, v2, s[4:5]" for k in range(len(inputs)))
+    stores = "\n".join(f"  v_add_u32 v2, {k * step}, v1\n  global_store_dword v2, v{40 + k}, s[6:7]" for k in range(outputs))
+    code = assemble(_ASSEMBLY.format(loads=loads, body=body, stores=stores, lds=lds_bytes))
+    data = np.stack([np.ascontiguousarray(x).view(np.uint32) for x in inputs]) if len(inputs) else np.zeros(1, np.uint32)
+    source, target = gpu.array(data), gpu.array(np.zeros((outputs, lanes), np.uint32))
+    try:
+        arguments = np.uint64([source.pointer, target.pointer]).tobytes()
+        gpu.launch(gpu.function(code, "kernel"), 1, lanes, arguments)
+        return target.read()
+    finally:
+        source.free(), target.free()
