@@ -15,8 +15,8 @@
 #include <thread>
 #include <utility>
 
-#include "../../ffi/rocm/hip.h"
 #include "machine.h"
+#include "rocm/hip.h"
 
 using namespace gfx950;
 using namespace jax_dsv4::hip;
@@ -372,7 +372,7 @@ HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned g
       else return failed(kErrorInvalidValue);
     }
     int explicit_bytes = 0;
-    for (const KernelArgument& a : k.arguments)
+    for (const jax_dsv4::rocm::KernelArgument& a : k.arguments)
       if (a.kind.rfind("hidden_", 0) != 0) explicit_bytes = std::max(explicit_bytes, a.offset + a.size);
     if (!data || static_cast<int>(size) < explicit_bytes || size > kernarg.size()) {
       runtime().message = k.name + ": argument buffer of " + std::to_string(size) + " bytes, the kernel takes " + std::to_string(explicit_bytes);
@@ -381,7 +381,7 @@ HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned g
     memcpy(kernarg.data(), data, size);
   } else if (parameters) {
     int n = 0;
-    for (const KernelArgument& a : k.arguments)
+    for (const jax_dsv4::rocm::KernelArgument& a : k.arguments)
       if (a.kind.rfind("hidden_", 0) != 0) memcpy(&kernarg[a.offset], parameters[n++], a.size);
   } else if (!k.arguments.empty()) {
     return failed(kErrorInvalidValue);

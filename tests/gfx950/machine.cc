@@ -213,7 +213,7 @@ void put(std::vector<uint8_t>& kernarg, int offset, uint64_t value, int bytes) {
 
 // What the compiler's hidden arguments ask of the launcher. Those not named (host calls, heaps) stay null.
 void fill_hidden(Launch& launch) {
-  for (const KernelArgument& a : launch.kernel->arguments) {
+  for (const jax_dsv4::rocm::KernelArgument& a : launch.kernel->arguments) {
     for (int d = 0; d < 3; ++d) {
       const std::string axis(1, static_cast<char>('x' + d));
       if (a.kind == "hidden_block_count_" + axis) put(launch.kernarg, a.offset, launch.grid[d], 4);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "rocm/code_object.h"
 
 namespace gfx950 {
 
@@ -74,19 +75,11 @@ struct Instruction {
   std::string text;
 };
 
-struct KernelArgument {
-  std::string kind;  // value_kind of the notes: by_value, global_buffer, hidden_...
-  int offset = 0, size = 0;
-};
-
-struct Kernel {
-  std::string name;
+// A kernel: what its notes say (ffi/rocm/code_object.h), and what its descriptor says.
+struct Kernel : jax_dsv4::rocm::KernelNotes {
   int entry = 0;  // index into Program::instructions
-  int kernarg_bytes = 0, lds_bytes = 0, private_bytes = 0, max_workgroup = 1024;
-  int required_workgroup[3] = {0, 0, 0};
   uint32_t rsrc1 = 0, rsrc2 = 0;
   uint16_t properties = 0, preload = 0;
-  std::vector<KernelArgument> arguments;
 };
 
 // A loaded code object.

@@ -1,4 +1,4 @@
-// Loads a code object: the ELF image, the kernels' descriptors and notes, and the program that llvm-objdump prints.
+// Loads a code object: the ELF image, the kernels' descriptors, and the program that llvm-objdump prints.
 #include <elf.h>
 #include <unistd.h>
 
@@ -12,98 +12,6 @@
 
 namespace gfx950 {
 namespace {
-
-constexpr uint32_t kMachMask = 0xff, kMachGfx950 = 0x4f;
-constexpr int kNoteMetadata = 32;  // NT_AMDGPU_METADATA
-
-// ---- The notes: msgpack, of which the metadata uses maps, arrays, strings, integers and booleans.
-
-struct Value {
-  enum Kind { kNil, kInt, kString, kArray, kMap } kind = kNil;
-  int64_t number = 0;
-  std::string text;
-  std::vector<Value> items;
-  std::map<std::string, Value> fields;
-
-  const Value* field(const char* name) const {
-    auto it = fields.find(name);
-    return it == fields.end() ? nullptr : &it->second;
-  }
-  int64_t integer(const char* name, int64_t otherwise) const {
-    const Value* f = field(name);
-    return f && f->kind == kInt ? f->number : otherwise;
-  }
-  std::string string(const char* name) const {
-    const Value* f = field(name);
-    return f && f->kind == kString ? f->text : "";
-  }
-};
-
-class MsgPack {
- public:
-  MsgPack(const uint8_t* data, size_t size) : p_(data), end_(data + size) {}
-
-  Value value() {
-    uint8_t tag = byte();
-    Value v;
-    if (tag <= 0x7f || tag >= 0xe0) return integer(static_cast<int8_t>(tag));
-    if (tag <= 0x8f) return map(tag & 0xf);
-    if (tag <= 0x9f) return array(tag & 0xf);
-    if (tag <= 0xbf) return string(tag & 0x1f);
-    switch (tag) {
-      case 0xc0: return v;
-      case 0xc2: case 0xc3: return integer(tag & 1);
-      case 0xcc: case 0xcd: case 0xce: case 0xcf: return integer(static_cast<int64_t>(big_endian(1 << (tag - 0xcc))));
-      case 0xd0: return integer(static_cast<int8_t>(big_endian(1)));
-      case 0xd1: return integer(static_cast<int16_t>(big_endian(2)));
-      case 0xd2: return integer(static_cast<int32_t>(big_endian(4)));
-      case 0xd3: return integer(static_cast<int64_t>(big_endian(8)));
-      case 0xd9: case 0xda: case 0xdb: return string(big_endian(1 << (tag - 0xd9)));
-      case 0xdc: case 0xdd: return array(big_endian(2 << (tag - 0xdc)));
-      case 0xde: case 0xdf: return map(big_endian(2 << (tag - 0xde)));
-    }
-    throw Fault("code object notes: unexpected msgpack tag " + std::to_string(tag));
-  }
-
- private:
-  uint8_t byte() {
-    if (p_ == end_) throw Fault("code object notes: truncated");
-    return *p_++;
-  }
-  uint64_t big_endian(int bytes) {
-    uint64_t v = 0;
-    while (bytes--) v = v << 8 | byte();
-    return v;
-  }
-  static Value integer(int64_t n) {
-    Value v;
-    v.kind = Value::kInt;
-    v.number = n;
-    return v;
-  }
-  Value string(uint64_t size) {
-    Value v;
-    v.kind = Value::kString;
-    while (size--) v.text += static_cast<char>(byte());
-    return v;
-  }
-  Value array(uint64_t size) {
-    Value v;
-    v.kind = Value::kArray;
-    while (size--) v.items.push_back(value());
-    return v;
-  }
-  Value map(uint64_t size) {
-    Value v;
-    v.kind = Value::kMap;
-    while (size--) {
-      std::string key = value().text;
-      v.fields[key] = value();
-    }
-    return v;
-  }
-  const uint8_t *p_, *end_;
-};
 
 // ---- The text of one instruction.
 
@@ -379,46 +287,19 @@ const T* at(const void* elf, size_t size, uint64_t offset) {
   return reinterpret_cast<const T*>(static_cast<const uint8_t*>(elf) + offset);
 }
 
-Kernel describe_kernel(const Value& notes) {
-  Kernel kernel;
-  kernel.name = notes.string(".name");
-  kernel.kernarg_bytes = static_cast<int>(notes.integer(".kernarg_segment_size", 0));
-  kernel.lds_bytes = static_cast<int>(notes.integer(".group_segment_fixed_size", 0));
-  kernel.private_bytes = static_cast<int>(notes.integer(".private_segment_fixed_size", 0));
-  kernel.max_workgroup = static_cast<int>(notes.integer(".max_flat_workgroup_size", 1024));
-  if (const Value* required = notes.field(".reqd_workgroup_size"))
-    for (int k = 0; k < 3; ++k) kernel.required_workgroup[k] = static_cast<int>(required->items.at(k).number);
-  if (const Value* args = notes.field(".args"))
-    for (const Value& a : args->items)
-      kernel.arguments.push_back({a.string(".value_kind"), static_cast<int>(a.integer(".offset", 0)),
-                                  static_cast<int>(a.integer(".size", 0))});
-  return kernel;
-}
-
 }  // namespace
 
 std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memory) {
-  const auto* header = at<Elf64_Ehdr>(elf, size, 0);
-  if (memcmp(header->e_ident, ELFMAG, SELFMAG) != 0 || header->e_machine != 224)
-    throw Fault("code object: not an AMDGPU ELF file");
-  if ((header->e_flags & kMachMask) != kMachGfx950) throw Fault("code object: not for gfx950");
+  jax_dsv4::rocm::CodeObjectNotes notes;
+  std::string reason;
+  if (!jax_dsv4::rocm::read_notes(elf, size, &notes, &reason)) throw Fault("code object: " + reason);
+  if (notes.architecture != "gfx950") throw Fault("code object: not for gfx950");
 
   auto program = std::make_shared<Program>();
-  std::vector<Value> kernels;
+  const auto* header = at<Elf64_Ehdr>(elf, size, 0);
   for (int k = 0; k < header->e_phnum; ++k) {
     const auto* segment = at<Elf64_Phdr>(elf, size, header->e_phoff + k * sizeof(Elf64_Phdr));
     if (segment->p_type == PT_LOAD) program->image_bytes = std::max(program->image_bytes, segment->p_vaddr + segment->p_memsz);
-    if (segment->p_type != PT_NOTE) continue;
-    for (uint64_t offset = segment->p_offset; offset < segment->p_offset + segment->p_filesz;) {
-      const auto* note = at<Elf64_Nhdr>(elf, size, offset);
-      const uint64_t text = offset + sizeof *note + (note->n_namesz + 3) / 4 * 4;
-      if (note->n_type == kNoteMetadata) {
-        at<uint8_t>(elf, size, text + note->n_descsz - 1);
-        Value metadata = MsgPack(static_cast<const uint8_t*>(elf) + text, note->n_descsz).value();
-        if (const Value* list = metadata.field("amdhsa.kernels")) kernels = list->items;
-      }
-      offset = text + (note->n_descsz + 3) / 4 * 4;
-    }
   }
   program->image = std::make_unique<uint8_t[]>(program->image_bytes);
   for (int k = 0; k < header->e_phnum; ++k) {
@@ -440,9 +321,9 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
       const auto* symbol = at<Elf64_Sym>(elf, size, section->sh_offset + s);
       const std::string name = at<char>(elf, size, strings->sh_offset + symbol->st_name);
       if (name.size() < 3 || name.substr(name.size() - 3) != ".kd") continue;
-      for (const Value& notes : kernels) {
-        if (notes.string(".symbol") != name) continue;
-        Kernel kernel = describe_kernel(notes);
+      for (const jax_dsv4::rocm::KernelNotes& described : notes.kernels) {
+        if (described.descriptor != name) continue;
+        Kernel kernel{described};
         const uint8_t* kd = program->image.get() + symbol->st_value;
         int64_t entry;
         memcpy(&entry, kd + 16, 8);
@@ -458,7 +339,6 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
       }
     }
   }
-  if (program->kernels.empty()) throw Fault("code object: no kernels");
   return program;
 }
 

@@ -14,7 +14,8 @@ import tempfile
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = ("memory.cc", "program.cc", "machine.cc", "instructions.cc", "hip.cc")
+FFI = HERE.parents[1] / "ffi"
+SOURCES = (*(HERE / f"{name}.cc" for name in ("memory", "program", "machine", "instructions", "hip")), FFI / "rocm/code_object.cc")
 # -ffp-contract=off: a * b + c must round twice unless the instruction is an fma. -Wno-restrict: GCC bug 105651.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-restrict")
 
@@ -45,15 +46,14 @@ def cache_directory() -> pathlib.Path:
 
 def library() -> pathlib.Path:
     """Compiles libamdhip64.so once per state of the sources (15 s) and returns its path."""
-    inputs = sorted(HERE.glob("*.cc")) + sorted(HERE.glob("*.h")) + [HERE.parents[1] / "ffi/rocm/hip.h"]
+    inputs = [*SOURCES, *sorted(HERE.glob("*.h")), FFI / "rocm/hip.h", FFI / "rocm/code_object.h"]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in inputs) + " ".join(FLAGS).encode() + _machine())
     out = cache_directory() / f"gfx950-{digest.hexdigest()[:16]}" / "libamdhip64.so"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             built = os.path.join(scratch, "libamdhip64.so")
-            sources = [str(HERE / s) for s in SOURCES]
-            subprocess.run(["g++", *FLAGS, "-shared", "-o", built, *sources], check=True)
+            subprocess.run(["g++", *FLAGS, f"-I{FFI}", "-shared", "-o", built, *map(str, SOURCES)], check=True)
             # Renamed into place, so that a run beside this one never loads half a library.
             partial = out.with_suffix(f".{os.getpid()}")
             shutil.copy(built, partial)
