@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 from pathlib import Path
 
 import jax
 
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
+AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
 
 
 def find_library(name: str) -> Path | None:
@@ -43,6 +45,36 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform=platform)
     return library, str(path)
+
+
+@functools.cache
+def load_rocm() -> tuple[ctypes.CDLL | None, str]:
+    """Loads the ROCm handlers, tells them where AITER's kernels and our own are, and registers them. Returns as `load` does."""
+    path = find_library("libdsv4_rocm")
+    if path is None:
+        return None, "libdsv4_rocm.so was not built; reinstall the package from source with a C++17 compiler (see README.md)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path} cannot be loaded: {error}"
+    aiter = aiter_directory()
+    library.dsv4_rocm_directories(os.fsencode(aiter) if aiter else b"", os.fsencode(path.parent))
+    for target in AITER_TARGETS:
+        stages = {"initialize": f"{target}_initialize", "execute": target}
+        handlers = {stage: jax.ffi.pycapsule(getattr(library, symbol)) for stage, symbol in stages.items()}
+        jax.ffi.register_ffi_target(target, handlers, platform="ROCM")
+    return library, str(path)
+
+
+def aiter_directory() -> Path | None:
+    """AITER's hsa directory: the one that JAX_DSV4_AITER_HSA names, or that of an installed amd-aiter, which is not imported."""
+    if named := os.environ.get("JAX_DSV4_AITER_HSA"):
+        return Path(named)
+    spec = importlib.util.find_spec("aiter_meta")
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        if (hsa := Path(location) / "hsa").is_dir():
+            return hsa
+    return None
 
 
 def cpu_isa(library: ctypes.CDLL) -> str:

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 struct ihipStream_t;
 struct ihipModule_t;
@@ -40,6 +41,7 @@ enum Error : int {
   kErrorStreamCaptureMerge = 902,
   kErrorStreamCaptureUnmatched = 903,
   kErrorStreamCaptureUnjoined = 904,
+  kErrorStreamCaptureIsolation = 905,
   kErrorStreamCaptureImplicit = 906,
   kErrorCapturedEvent = 907,
   kErrorStreamCaptureWrongThread = 908,
@@ -62,6 +64,28 @@ struct DeviceProperties {
   char rest[56];
 };
 static_assert(sizeof(DeviceProperties) == 1472, "hipDeviceProp_tR0600");
+
+// The functions that are used, found in the HIP library when first asked for.
+struct Api {
+  Error (*GetDeviceCount)(int* count);
+  Error (*GetDevice)(int* device);
+  Error (*SetDevice)(int device);
+  Error (*DeviceGetAttribute)(int* value, DeviceAttribute attribute, int device);
+  Error (*GetDeviceProperties)(DeviceProperties* properties, int device);
+  Error (*ModuleLoadData)(Module* module, const void* image);
+  Error (*ModuleGetFunction)(Function* function, Module module, const char* name);
+  Error (*ModuleLaunchKernel)(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                              unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters,
+                              void** extra);
+  Error (*MemsetD32Async)(void* to, int value, size_t count, Stream stream);
+  Error (*MemcpyAsync)(void* to, const void* from, size_t bytes, MemcpyKind kind, Stream stream);
+  Error (*StreamIsCapturing)(Stream stream, CaptureStatus* status);
+  const char* (*GetErrorString)(Error error);
+};
+
+// The HIP library: the one that JAX_DSV4_HIP_LIBRARY names, or libamdhip64.so.7, or libamdhip64.so. Null, with the reason, if
+// there is none. The same answer for the life of the process.
+const Api* api(std::string* reason);
 
 }  // namespace jax_dsv4::hip
 

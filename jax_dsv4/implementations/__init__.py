@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
-from jax_dsv4.cache import KVCache
-from jax_dsv4.implementations import native, xla
+from jax_dsv4.cache import LAYOUTS, KVCache
+from jax_dsv4.implementations import aiter, native, xla
 from jax_dsv4.implementations._interface import Availability, Implementation
 from jax_dsv4.plan import PlanKey, WorkPlan
 
 
 # In order of preference.
-_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, xla.XLA)}
+_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, aiter.AITER, xla.XLA)}
 
 Spelling = str | tuple[str, ...] | None
 
@@ -127,7 +127,8 @@ def append_rows(
         per_cache = data.shape[1] * cache.block_size
         _checks.require_fits_int32(axis_size * per_cache, op, "slots of all caches under vmap")
         first = per_cache * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
-        slots = jnp.where((slots >= 0) & (slots < per_cache), slots + first, -1)
+        valid = per_cache - LAYOUTS[cache.layout].zero_blocks * cache.block_size
+        slots = jnp.where((slots >= 0) & (slots < valid), slots + first, -1)
         updated = call(data.reshape(-1, *data.shape[2:]), latents.reshape(-1, latents.shape[-1]), slots.reshape(-1))
         return updated.reshape(data.shape), True
 

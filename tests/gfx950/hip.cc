@@ -273,6 +273,7 @@ HIP const char* hipGetErrorName(Error e) {
     case kErrorStreamCaptureMerge: return "hipErrorStreamCaptureMerge";
     case kErrorStreamCaptureUnmatched: return "hipErrorStreamCaptureUnmatched";
     case kErrorStreamCaptureUnjoined: return "hipErrorStreamCaptureUnjoined";
+    case kErrorStreamCaptureIsolation: return "hipErrorStreamCaptureIsolation";
     case kErrorStreamCaptureImplicit: return "hipErrorStreamCaptureImplicit";
     case kErrorCapturedEvent: return "hipErrorCapturedEvent";
     case kErrorStreamCaptureWrongThread: return "hipErrorStreamCaptureWrongThread";
@@ -425,7 +426,7 @@ HIP Error hipStreamWaitEvent(Stream s, Event e, unsigned) {
   std::shared_ptr<Capture> from = e->captured ? e->capture.lock() : nullptr;
   if (e->captured && !from) return failed(kErrorCapturedEvent);
   Capture* mine = capture_of(s);
-  if (!from) return mine ? refuse(*mine, static_cast<Error>(905)) : kSuccess;  // a capture may not wait for work outside it
+  if (!from) return mine ? refuse(*mine, kErrorStreamCaptureIsolation) : kSuccess;  // a capture may not wait for work outside it
   if (!s) return refuse(*from, kErrorStreamCaptureImplicit);
   if (mine && mine != from.get()) return refuse(*mine, kErrorStreamCaptureMerge);
   s->capture = from;
@@ -526,7 +527,18 @@ HIP void gfx950_options(int hazards, int exact_lgkm, int lds_latency, int vm_lat
   runtime().options = {hazards != 0, exact_lgkm != 0, lds_latency < 0 ? kLdsLatency : lds_latency,
                        vm_latency < 0 ? kVmLatency : vm_latency};
 }
-// One line per counter: "name value". The buffers of these three belong to the library, until the next call.
+// What a code object holds that is not modelled: one line per instruction that cannot be read, with the reason.
+HIP const char* gfx950_not_modelled(const void* image) {
+  Lock lock(runtime().mutex);
+  static std::string text;
+  text.clear();
+  Module module;
+  if (hipModuleLoadData(&module, image)) return runtime().message.c_str();
+  for (const Instruction& i : module->program->instructions)
+    if (i.not_modelled) text += i.text + "\n";
+  return text.c_str();
+}
+// One line per counter: "name value". The buffers of these belong to the library, until the next call.
 HIP const char* gfx950_counters(int reset) {
   Lock lock(runtime().mutex);
   static std::string text;

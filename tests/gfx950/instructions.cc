@@ -256,6 +256,7 @@ using i64 = int64_t;
 
 i32 low24(u32 x) { return static_cast<i32>(x << 8) >> 8; }
 u32 bfe(u32 x, u32 offset, u32 width) { return width ? x >> offset & (~0u >> (32 - width)) : 0; }
+u64 bfe64(u64 x, u32 offset, u32 width) { return width ? x >> offset & (~u64{0} >> (64 - width)) : 0; }
 i32 bfe_signed(i32 x, u32 offset, u32 width) {
   if (!width) return 0;
   if (offset + width >= 32) return x >> offset;
@@ -1192,6 +1193,14 @@ void add_scalars(Table& t) {
       {"s_lshl4_add_u32", scalar([](bool& c, u32 a, u32 b) { const u64 r = (u64{a} << 4) + b; c = r >> 32 != 0; return static_cast<u32>(r); })},
       {"s_bfe_u32", scalar([](bool& c, u32 a, u32 b) { const u32 r = bfe(a, b & 31, std::min(b >> 16 & 0x7f, 32u)); c = r != 0; return r; })},
       {"s_bfe_i32", scalar([](bool& c, i32 a, u32 b) { const i32 r = bfe_signed(a, b & 31, std::min(b >> 16 & 0x7f, 32u)); c = r != 0; return r; })},
+      {"s_bfe_u64", scalar([](bool& c, u64 a, u32 b) { const u64 r = bfe64(a, b & 63, std::min(b >> 16 & 0x7f, 64u)); c = r != 0; return r; })},
+      {"s_bfe_i64", scalar([](bool& c, u64 a, u32 b) {
+         const u32 width = std::min(b >> 16 & 0x7f, 64u);
+         const u64 field = bfe64(a, b & 63, width);
+         const i64 r = width ? static_cast<i64>(field << (64 - width)) >> (64 - width) : 0;
+         c = r != 0;
+         return r;
+       })},
       {"s_bfm_b32", scalar([](bool&, u32 a, u32 b) { return ((1u << (a & 31)) - 1) << (b & 31); })},
       {"s_sext_i32_i8", scalar([](bool&, u32 a) { return static_cast<i32>(static_cast<int8_t>(a)); })},
       {"s_sext_i32_i16", scalar([](bool&, u32 a) { return static_cast<i32>(static_cast<i16>(a)); })},

@@ -61,7 +61,7 @@ struct Instruction {
   uint16_t immediate = 0;  // SOPP's and SOPK's simm16, from the encoding
   int target = -1;         // index of the instruction that a branch goes to
   uint8_t op_sel = 0, op_sel_hi = 0xff, neg_lo = 0, neg_hi = 0;
-  bool lds = false, offen = false, returns = false, clamp = false, nontrivial = false;
+  bool lds = false, offen = false, returns = false, clamp = false, nontrivial = false, not_modelled = false;
   uint8_t gpr_index_mode = 0;
   float scale = 1.0f;  // omod
   // DPP: the lane that each lane's first source comes from, -1 where there is none, and the lanes it may write.

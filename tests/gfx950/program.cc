@@ -228,7 +228,7 @@ Instruction parse_or_defer(const std::string& line, uint64_t address, uint32_t e
     return parse(line, address, encoding);
   } catch (const Fault& reason) {
     Instruction i;
-    i.text = reason.what(), i.address = address, i.kind = Class::kControl;
+    i.text = reason.what(), i.address = address, i.kind = Class::kControl, i.not_modelled = true;
     i.execute = [](Wave& w, const Instruction& self) { fault(w, self, "not modelled"); };
     return i;
   }

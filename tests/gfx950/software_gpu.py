@@ -98,7 +98,7 @@ class SoftwareGpu:
 
     def __init__(self):
         self.lib = ctypes.CDLL(str(library()))
-        for name in ("gfx950_message", "gfx950_counters", "gfx950_workgroups", "gfx950_hazards", "hipGetErrorName"):
+        for name in ("gfx950_message", "gfx950_counters", "gfx950_workgroups", "gfx950_hazards", "gfx950_not_modelled", "hipGetErrorName"):
             getattr(self.lib, name).restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments) -> None:
@@ -121,6 +121,10 @@ class SoftwareGpu:
         size = ctypes.c_size_t(len(arguments))
         extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 3)
         self.call("hipModuleLaunchKernel", function, grid, 1, 1, block, 1, 1, 0, stream, None, extra)
+
+    def not_modelled(self, code_object: bytes) -> list[str]:
+        """The instructions of a code object that the interpreter does not know; they fault when they are reached."""
+        return self.lib.gfx950_not_modelled(code_object).decode().splitlines()
 
     def options(self, hazards=False, exact_lgkm=False, lds_latency=-1, vm_latency=-1) -> None:
         self.lib.gfx950_options(int(hazards), int(exact_lgkm), lds_latency, vm_latency)
