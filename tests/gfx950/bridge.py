@@ -1,6 +1,7 @@
 """Registers the ROCm handlers on platform cpu, where they drive the software gfx950. Test only; see xla_bridge.cc."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import pathlib
@@ -28,12 +29,20 @@ def build(name: str, sources, flags=()) -> pathlib.Path:
     return out
 
 
-def connect(handlers: pathlib.Path, gpu_library: pathlib.Path) -> ctypes.CDLL:
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The bridge, its targets registered."""
     bridge = ctypes.CDLL(str(build("xla_bridge", [pathlib.Path(__file__).parent / "xla_bridge.cc"])))
     bridge.bridge_connect.restype = ctypes.c_char_p
     bridge.bridge_replayed.restype = ctypes.c_int64
-    if reason := bridge.bridge_connect(os.fsencode(handlers), os.fsencode(gpu_library)):
-        raise RuntimeError(reason.decode())
     for name in TARGETS:
         jax.ffi.register_ffi_target(f"dsv4_aiter_{name}", jax.ffi.pycapsule(getattr(bridge, f"on_cpu_{name}")), platform="cpu")
+    return bridge
+
+
+def connect(handlers: pathlib.Path, gpu_library: pathlib.Path) -> ctypes.CDLL:
+    """Sends calls to this library of handlers, over that GPU."""
+    bridge = load()
+    if reason := bridge.bridge_connect(os.fsencode(handlers), os.fsencode(gpu_library)):
+        raise RuntimeError(reason.decode())
     return bridge

@@ -33,45 +33,54 @@ def assembler(gpu):
     return run
 
 
-@pytest.fixture(scope="session")
-def shared_rocm(shared_gpu, tmp_path_factory):
-    """The ROCm implementation of jax_dsv4 on platform cpu, over the software GPU of 8 units. -> (handlers, bridge)
+@pytest.fixture(scope="session", params=["wheel", "tree"])
+def shared_rocm(request, shared_gpu, tmp_path_factory):
+    """The ROCm handlers over the software GPU of 8 units, with the kernels of AITER's wheel or of a source tree.
 
     The library of handlers is a copy: its process-wide state (the HIP library, the kernels found) stays this fixture's own.
     """
     import aiter_kernel
-    import bridge
     from jax_dsv4 import _ffi
 
     built = _ffi.find_library("libdsv4_rocm")
     if built is None or not built.with_name("dsv4_gfx950.co").exists():
         pytest.skip("libdsv4_rocm.so and dsv4_gfx950.co are not installed: install jax-dsv4 where clang-22 and lld-22 are")
-    hsa = aiter_kernel.tree_directory() or aiter_kernel.wheel_directory()
+    hsa = aiter_kernel.wheel_directory() if request.param == "wheel" else aiter_kernel.tree_directory()
     if hsa is None:
-        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+        install = {"wheel": "pip install --no-deps amd-aiter", "tree": "name an AITER source tree in JAX_DSV4_AITER_SOURCE"}
+        pytest.skip(f"AITER's kernels are not here: {install[request.param]}")
     copy = tmp_path_factory.mktemp("rocm") / "libdsv4_rocm.so"
     shutil.copy(built, copy)
-    gpu_library = software_gpu.library()
-    environment = {"JAX_DSV4_HIP_LIBRARY": str(gpu_library), "GFX950_UNITS": "8"}
-    os.environ.update(environment)
     handlers = ctypes.CDLL(str(copy))
     handlers.dsv4_rocm_directories(os.fsencode(hsa), os.fsencode(built.parent))
-    yield handlers, bridge.connect(copy, gpu_library)
-    for name in environment:
-        del os.environ[name]
+    return handlers, copy
 
 
 @pytest.fixture
 def rocm(gpu, shared_rocm, monkeypatch):
-    """As shared_rocm, with `implementation="aiter"` available on platform cpu for the time of a test."""
+    """`implementation="aiter"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
+    import bridge
+    import jax
     from jax_dsv4 import _ffi
     from jax_dsv4.implementations import aiter
 
-    handlers, bridge = shared_rocm
-    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, "the software GPU"))
+    handlers, path = shared_rocm
+    monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
+    monkeypatch.setenv("GFX950_UNITS", "8")
+    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
     monkeypatch.setattr(aiter.AITER, "platforms", ("cpu",))
     aiter.choose_kernel.cache_clear()
-    bridge.bridge_replay(0)
-    yield bridge
-    bridge.bridge_replay(0)
+    connected = bridge.connect(path, software_gpu.library())
+    connected.bridge_replay(0)
+    yield connected
+    connected.bridge_replay(0)
     aiter.choose_kernel.cache_clear()
+    jax.clear_caches()  # programs keep the sizes of the kernel that they were traced for
+
+
+@pytest.fixture
+def reports_lse(rocm):
+    """Whether the 16-head kernel writes the lse of unsplit rows itself."""
+    from jax_dsv4.implementations import aiter
+
+    return bool(aiter.choose_kernel(16, 0).reports_lse)

@@ -178,7 +178,7 @@ EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library)
                        reinterpret_cast<Handler>(dlsym(library, symbol.c_str()))};
     if (!b.targets[name].initialize || !b.targets[name].execute) return dlerror();
   }
-  gpu<hip::Error(hip::Stream*)>("hipStreamCreate")(&b.stream);
+  if (!b.stream) gpu<hip::Error(hip::Stream*)>("hipStreamCreate")(&b.stream);
   return nullptr;
 }
 
