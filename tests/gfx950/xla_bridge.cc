@@ -183,6 +183,7 @@ EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library)
 }
 
 EXPORT void bridge_replay(int on) {
+  const std::lock_guard<std::mutex> lock(bridge().mutex);
   bridge().replay = on != 0;
   bridge().graphs.clear();
   bridge().replayed = 0;
