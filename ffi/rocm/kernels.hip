@@ -61,6 +61,17 @@ __device__ int64_t sum_over_threads(int64_t value) {
   return sum;
 }
 
+// The largest value in a wave.
+__device__ float max_over_wave(float value) {
+  const int lane = thread_id() % kWave;
+  for (int step = 1; step < kWave; step <<= 1) {
+    const int other = __builtin_amdgcn_ds_bpermute(4 * (lane ^ step), __builtin_bit_cast(int, value));
+    const float theirs = __builtin_bit_cast(float, other);
+    value = theirs > value ? theirs : value;
+  }
+  return value;
+}
+
 }  // namespace
 
 // ---- Plan: one workgroup. One thread places tokens, a chunk at a time; all write their rows.
@@ -103,7 +114,7 @@ JAX_DSV4_KERNEL void dsv4_plan(PlanParams p) {
 
 // Each of kAmaxBlocks workgroups leaves the largest finite |q| it has seen.
 JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
-  __shared__ float largest[kThreads];
+  __shared__ float largest[kThreads / kWave];
   const int t = thread_id();
   const int64_t count = static_cast<int64_t>(p.tokens) * p.heads * kLatentDim;
   float top = 0;
@@ -111,12 +122,11 @@ JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
     const float magnitude = __builtin_fabsf(load(p.q, p.q_dtype, i));
     if (magnitude > top && magnitude < infinity()) top = magnitude;
   }
-  largest[t] = top;
-  for (int step = kThreads / 2; step; step >>= 1) {
-    barrier();
-    if (t < step && largest[t + step] > largest[t]) largest[t] = largest[t + step];
-  }
-  if (t == 0) p.amax[block_id()] = largest[0];
+  top = max_over_wave(top);
+  if (t % kWave == 0) largest[t / kWave] = top;
+  barrier();
+  for (float other : largest) top = other > top ? other : top;
+  if (t == 0) p.amax[block_id()] = top;
 }
 
 // One workgroup per token and padded head.
@@ -125,8 +135,8 @@ JAX_DSV4_KERNEL void dsv4_pack_q(DecodeScopeParams p) {
   const int64_t row = block_id();
   const int64_t token = row / padded;
   const int head = static_cast<int>(row % padded);
-  float top = 0;
-  for (int i = 0; i < kAmaxBlocks; ++i) top = p.amax[i] > top ? p.amax[i] : top;
+  static_assert(kAmaxBlocks == kWave, "one for each lane");
+  const float top = max_over_wave(p.amax[thread_id() % kWave]);
   // The least scale is one whose inverse is finite; it is reached when all of q is zero or next to it.
   const float scale = top > 1e-30f ? top / kMaxE4m3 : 1e-30f;
   const float inverse = 1 / scale;

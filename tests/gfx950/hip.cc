@@ -64,6 +64,7 @@ struct Runtime {
   Memory memory;
   Counters counters;
   std::vector<uint64_t> last_by_workgroup;
+  std::map<std::string, uint64_t> instructions_by_kernel;
   std::map<std::string, uint64_t> hazards;
   std::string message;  // of the last fault
   std::map<std::string, std::shared_ptr<Program>> programs;  // by content: a code object is disassembled once
@@ -165,6 +166,7 @@ Error launch_now(const ihipModuleSymbol_t& f, const uint32_t grid[3], const uint
   sum.instructions += one.instructions, sum.workgroups += one.workgroups, sum.launches += one.launches;
   sum.bytes_read += one.bytes_read, sum.bytes_written += one.bytes_written;
   sum.lds_bytes_read += one.lds_bytes_read, sum.lds_bytes_written += one.lds_bytes_written;
+  r.instructions_by_kernel[f.kernel->name] += one.instructions;
   r.last_by_workgroup = launch.instructions_by_workgroup;
   for (auto& [text, times] : launch.hazards) r.hazards[f.kernel->name + ": " + text] += times;
   return error;
@@ -550,6 +552,8 @@ HIP const char* gfx950_counters(int reset) {
   out << "bytes_read " << c.bytes_read << "\nbytes_written " << c.bytes_written << "\nlds_bytes_read " << c.lds_bytes_read
       << "\nlds_bytes_written " << c.lds_bytes_written << "\nlaunches_under_capture " << runtime().launches_under_capture
       << "\ncalls_refused_under_capture " << runtime().calls_refused_under_capture << "\n";
+  for (auto& [name, instructions] : runtime().instructions_by_kernel) out << "kernel:" << name << " " << instructions << "\n";
+  if (reset) runtime().instructions_by_kernel.clear();
   if (reset) c = Counters(), runtime().launches_under_capture = runtime().calls_refused_under_capture = 0;
   text = out.str();
   return text.c_str();
