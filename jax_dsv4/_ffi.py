@@ -10,8 +10,12 @@ from pathlib import Path
 
 import jax
 
+from jax_dsv4 import _checks
+
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
 AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
+# The CPU kernels' instruction sets, in ascending order (ffi/cpu/decode.cc).
+CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def find_library(name: str) -> Path | None:
@@ -44,6 +48,10 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{path} cannot be loaded: {error}"
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform=platform)
+    isa = os.environ.get("JAX_DSV4_CPU_ISA")
+    if platform == "cpu" and isa:
+        _checks.require(isa in CPU_ISAS, "jax_dsv4", "the variable JAX_DSV4_CPU_ISA", f"be one of {CPU_ISAS}", isa)
+        limit_cpu_isa(library, isa)
     return library, str(path)
 
 
@@ -81,3 +89,8 @@ def cpu_isa(library: ctypes.CDLL) -> str:
     """The instruction set that the CPU kernels use on this machine."""
     library.dsv4_cpu_isa.restype = ctypes.c_char_p
     return library.dsv4_cpu_isa().decode()
+
+
+def limit_cpu_isa(library: ctypes.CDLL, name: str) -> None:
+    """Keeps the CPU kernels from using anything beyond `name`, for this process."""
+    library.dsv4_cpu_limit_isa(ctypes.c_int(CPU_ISAS.index(name)))

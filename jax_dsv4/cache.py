@@ -86,7 +86,7 @@ class KVCache:
     block_size: int
     layout: str
     scale: float
-    __slots__ = ("data", "block_size", "layout", "scale")
+    __slots__ = ("block_size", "data", "layout", "scale")
     _OP: ClassVar[str] = "KVCache"
 
     def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla", scale: float = 1.0):
@@ -120,7 +120,10 @@ class KVCache:
         block_stride_bytes: int | None = None,
         scale: float = 1.0,
     ) -> KVCache:
-        """A cache of zeros. `block_stride_bytes` is for `"fp8_ds_mla"` alone; default: as FlashMLA and vLLM pad it, to a multiple of 576."""
+        """A cache of zeros.
+
+        `block_stride_bytes` is for `"fp8_ds_mla"` alone; default: as FlashMLA and vLLM pad a block, to a multiple of 576.
+        """
         op = "KVCache.create"
         spec = _layout(layout, op)
         num_blocks = _checks.require_int(num_blocks, op, "num_blocks", 0)
@@ -157,8 +160,8 @@ class KVCache:
         raise AttributeError(f"KVCache is immutable; use append() or replace() instead of setting {name}")
 
     def __repr__(self) -> str:
-        shape = getattr(self.data, "shape", None)
-        return f"KVCache(layout={self.layout!r}, block_size={self.block_size}, data={getattr(self.data, 'dtype', self.data)}{list(shape or [])})"
+        kind, shape = getattr(self.data, "dtype", self.data), list(getattr(self.data, "shape", ()))
+        return f"KVCache(layout={self.layout!r}, block_size={self.block_size}, data={kind}{shape})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, str, float]]:
         return ((jax.tree_util.GetAttrKey("data"), self.data),), (self.block_size, self.layout, self.scale)
@@ -167,7 +170,7 @@ class KVCache:
     def tree_unflatten(cls, aux: tuple[int, str, float], children: Any) -> KVCache:
         # Transformations put placeholders where arrays were: no checks here.
         cache = object.__new__(cls)
-        for name, value in zip(cls.__slots__, (*children, *aux)):
+        for name, value in zip(("data", "block_size", "layout", "scale"), (*children, *aux)):
             object.__setattr__(cache, name, value)
         return cache
 
@@ -185,9 +188,7 @@ class Scope(NamedTuple):
     lengths: jax.Array | None = None
 
 
-def append(
-    cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementation: str | tuple[str, ...] | None = None
-) -> KVCache:
+def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementation: str | tuple[str, ...] | None = None) -> KVCache:
     """Quantises latents and writes them to their slots.
 
     Under jit the result is the argument's own buffer when that is donated or a loop carry: nothing is copied. Reading the *old* cache
@@ -256,9 +257,7 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     if cache.layout != "fp8_ds_mla":
         return cache.data[block, offset].astype(jnp.float32)
     rows = _gather_bytes(cache.data, block, offset * PACKED_ROW_BYTES, PACKED_ROW_BYTES)
-    scale_bytes = _gather_bytes(
-        cache.data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, SCALE_TILES
-    )
+    scale_bytes = _gather_bytes(cache.data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, SCALE_TILES)
     nope = jnp.take(jnp.asarray(_E4M3_VALUES), rows[..., :NOPE_DIM].astype(jnp.int32), axis=0)
     scales = jnp.take(jnp.asarray(_UE8M0_VALUES), scale_bytes.astype(jnp.int32), axis=0)
     nope = nope.reshape(*slots.shape, SCALE_TILES, SCALE_TILE) * scales[..., None]
@@ -292,7 +291,7 @@ def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     amax = jnp.max(jnp.where(jnp.isnan(tiles), 0, jnp.abs(tiles)), axis=-1)
     # The smallest k with amax <= 448 * 2^k, from amax's bits: amax = 1.m * 2^e and 448 = 1.75 * 2^8.
     bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(1e-4)), jnp.int32)
-    k = jnp.minimum((bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000), 127)
+    k = jnp.minimum((bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32), 127)
     # 2^-k in two factors, for no factor may be subnormal (XLA may flush it).
     half = k // 2
     power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]
@@ -331,22 +330,14 @@ _UE8M0_VALUES = _ue8m0_values()
 
 def _gather_bytes(data: jax.Array, block: jax.Array, start: jax.Array, count: int) -> jax.Array:
     """data[block, start : start + count] for every entry of `block` and `start`."""
-    dims = jax.lax.GatherDimensionNumbers(
-        offset_dims=(block.ndim,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
-    )
-    return jax.lax.gather(
-        data, jnp.stack([block, start], axis=-1), dims, (1, count), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    )
+    dims = jax.lax.GatherDimensionNumbers(offset_dims=(block.ndim,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    return jax.lax.gather(data, jnp.stack([block, start], axis=-1), dims, (1, count), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _scatter_bytes(data: jax.Array, block: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
     """data[block, start : start + values.shape[1]] = values, rows whose block is out of range dropped."""
-    dims = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
-    )
-    return jax.lax.scatter(
-        data, jnp.stack([block, start], axis=-1), values, dims, mode=jax.lax.GatherScatterMode.FILL_OR_DROP
-    )
+    dims = jax.lax.ScatterDimensionNumbers(update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1))
+    return jax.lax.scatter(data, jnp.stack([block, start], axis=-1), values, dims, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
 def _require_scale(scale: float, spec: Layout, op: str) -> None:

@@ -83,12 +83,10 @@ def sparse_mla_decode(
     topks = tuple(s.indices.shape[1] for s in scopes)
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
-        _check_plan(plan, PlanKey(tokens, heads, *(*topks, 0)[:2], spelling(implementation), fused))
+        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), spelling(implementation), fused))
 
     caches = [s.cache for s in scopes]
-    chosen = choose(
-        _OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches)
-    )
+    chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches))
     if tokens == 0:
         out, lse = jnp.zeros((0, heads, LATENT_DIM), q.dtype), jnp.zeros((0, heads), jnp.float32)
     else:
@@ -106,7 +104,7 @@ def _flat_scope(name: str, scope: Scope, batch: tuple[int, ...], tokens: int) ->
     cache, indices, lengths = scope
     _checks.require(isinstance(cache, KVCache), _OP, f"{name}.cache", "be a KVCache", type(cache).__name__)
     _checks.require_dtype(indices, _OP, f"{name}.indices", jnp.int32)
-    topk = indices.shape[-1] if indices.ndim else None
+    topk = indices.shape[-1] if indices.ndim else 0
     _checks.require_shape(indices, _OP, f"{name}.indices", "(*batch, topk)", (*batch, topk))
     if lengths is None:
         lengths = jnp.full(batch, topk, jnp.int32)
@@ -137,14 +135,16 @@ def _attend_on(
         for i, call in enumerate(calls):
             lengths, topks = [s.lengths for s in call], [s.indices.shape[1] for s in call]
             planned = implementation.plan(lengths, topks, q.shape[1]) if work is None else work[i]
-            sink = attn_sink if len(calls) == 1 else None
-            out, lse = implementation.decode(q, call, sink, scale, planned)
+            alone = len(calls) == 1
+            out_dtype = q.dtype if alone else jnp.float32
+            out, lse = implementation.decode(q, call, attn_sink if alone else None, scale, planned, out_dtype)
             outs.append(out)
             lses.append(lse)
         if len(calls) == 1:
             return outs[0], lses[0]
         out, lse = merge_scopes(outs, lses)
-        return (out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)), lse
+        out = out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)
+        return out.astype(q.dtype), lse
 
     return dispatch(chosen, attend, q, scopes, attn_sink, work)
 
@@ -155,7 +155,7 @@ def _with_transforms(attend: Any) -> Any:
 
     @call.def_vmap
     def rule(axis_size, in_batched, q, scopes, attn_sink, work):  # type: ignore[no-untyped-def]
-        q_batched, scopes_batched, sink_batched, work_batched = in_batched
+        q_batched, scopes_batched, sink_batched, _ = in_batched
         if work is not None:
             raise NotImplementedError(
                 f"{_OP}: plan must be left out under vmap, or made for all tokens at once: give q one more batch axis instead"

@@ -33,12 +33,12 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[
     stacked = jnp.stack([lse.astype(jnp.float32) for lse in lses])
     top = jnp.max(stacked, axis=0)
     empty = jnp.isneginf(top)
-    weights = jnp.exp(stacked - jnp.where(empty, 0, top))
+    weights = jnp.exp(stacked - jnp.where(empty, 0, top)[None])
     total = jnp.sum(weights, axis=0)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
     parts = [
         jnp.where((weight == 0)[..., None], 0, weight[..., None] * out.astype(jnp.float32))
-        for weight, out in zip(weights / jnp.where(empty, 1, total), outs)
+        for weight, out in zip(weights / jnp.where(empty, 1, total)[None], outs)
     ]
     return sum(parts[1:], parts[0]).astype(outs[0].dtype), lse
 
@@ -61,6 +61,7 @@ def apply_attn_sink(out: jax.Array, lse: jax.Array, attn_sink: jax.Array) -> jax
     _checks.require_array(out, op, "out")
     _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
     _checks.require_shape(attn_sink, op, "attn_sink", "(heads,)", out.shape[-2:-1])
-    factor = jax.nn.sigmoid(lse - jnp.where(jnp.isneginf(lse), 0, attn_sink))
+    sink = jnp.where(jnp.isneginf(lse), 0, jnp.broadcast_to(attn_sink, lse.shape))
+    factor = jax.nn.sigmoid(lse - sink)
     scaled = (out.astype(jnp.float32) * factor[..., None]).astype(out.dtype)
     return jnp.where((factor == 0)[..., None], jnp.zeros((), out.dtype), scaled)

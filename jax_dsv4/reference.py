@@ -48,23 +48,20 @@ def float_to_e4m3(values: Array) -> Array:
 def pack_fp8_ds_mla(latents: Array, block_size: int, block_stride_bytes: int) -> Array:
     """Latents float [num_blocks * block_size, 512] to uint8 [num_blocks, block_stride_bytes]; padding is zero."""
     latents = np.asarray(latents, np.float32)
-    blocks = latents.reshape(-1, block_size, 512)
-    packed = np.zeros((blocks.shape[0], block_stride_bytes), np.uint8)
-    for block, rows in enumerate(blocks):
-        for offset, row in enumerate(rows):
-            data = packed[block, offset * 576 : (offset + 1) * 576]
-            group = packed[block, block_size * 576 + offset * 8 :][:8]
-            for tile in range(7):
-                values = row[tile * 64 : (tile + 1) * 64].astype(np.float64)
-                finite = np.abs(values[~np.isnan(values)])
-                amax = max(finite.max(initial=0.0), float(np.float32(1e-4)))
-                exponent = -22
-                while exponent < 127 and amax > 448 * 2.0**exponent:
-                    exponent += 1
-                with np.errstate(invalid="ignore"):
-                    data[tile * 64 : (tile + 1) * 64] = float_to_e4m3(values / 2.0**exponent)
-                group[tile] = exponent + 127
-            data[448:] = float_to_bf16(row[448:]).view(np.uint8)
+    blocks = len(latents) // block_size
+    tiles = latents[:, :448].astype(np.float64).reshape(-1, 7, 64)
+    amax = np.max(np.where(np.isnan(tiles), 0, np.abs(tiles)), axis=-1)
+    # The smallest k with amax <= 448 * 2^k: frexp gives amax / 448 = mantissa * 2^k with mantissa in [0.5, 1).
+    mantissa, exponent = np.frexp(np.clip(amax, float(np.float32(1e-4)), 448 * 2.0**127) / 448)
+    exponent = np.where(mantissa == 0.5, exponent - 1, exponent)
+    rows = np.empty((len(latents), 576), np.uint8)
+    rows[:, :448] = float_to_e4m3(tiles / 2.0 ** exponent[..., None]).reshape(-1, 448)
+    rows[:, 448:] = float_to_bf16(latents[:, 448:]).view(np.uint8)
+    groups = np.zeros((len(latents), 8), np.uint8)
+    groups[:, :7] = exponent + 127
+    packed = np.zeros((blocks, block_stride_bytes), np.uint8)
+    packed[:, : block_size * 576] = rows.reshape(blocks, -1)
+    packed[:, block_size * 576 : block_size * 584] = groups.reshape(blocks, -1)
     return packed
 
 
@@ -88,9 +85,7 @@ class ReferenceScope(NamedTuple):
     lengths: Array
 
 
-def decode(
-    q: Array, scopes: Sequence[ReferenceScope], attn_sink: Array | None = None, scale: float = 512**-0.5
-) -> tuple[Array, Array]:
+def decode(q: Array, scopes: Sequence[ReferenceScope], attn_sink: Array | None = None, scale: float = 512**-0.5) -> tuple[Array, Array]:
     """One softmax over the valid keys of all scopes, token by token and in float64.
 
     Args:
@@ -157,7 +152,9 @@ def plan(
     payload = -(-cost // (active_workers or workers)) + overhead
     queues: list[list[list[int]]] = [[]]
     left = payload
-    reduce_indptr, final, partial = [0], [], []
+    reduce_indptr: list[int] = [0]
+    final: list[list[int]] = []
+    partial: list[int] = []
     for token, (length, todo) in enumerate(zip(lengths, blocks)):
         pieces: list[tuple[int, int, int]] = []
         done = 0

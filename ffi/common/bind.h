@@ -1,5 +1,5 @@
-// The operands, results and attributes of the targets that CPU and CUDA share, bound and checked into the launchers' structs. The order
-// is that of jax_dsv4/implementations/native.py.
+// The operands, results and attributes of the targets that CPU and CUDA share, bound and checked into the launchers'
+// structs. The order is that of jax_dsv4/implementations/native.py.
 #ifndef JAX_DSV4_COMMON_BIND_H_
 #define JAX_DSV4_COMMON_BIND_H_
 
@@ -43,7 +43,9 @@ inline ffi::Error bind_decode(const DecodeOperands& o, int64_t counters_per_toke
     return check.error();
   }
   check.narrow(tokens * (static_cast<int64_t>(p->scopes[0].topk) + p->scopes[1].topk), "tokens * topk");
-  check.buffer(o.out, "out", o.q.element_type(), "(tokens, heads, 512)", {tokens, heads, kLatentDim});
+  // A scope that will be merged with another asks for fp32: rounding both to bf16 first would cost accuracy.
+  if (!bind_float_dtype(check, o.out, "out", &p->out_dtype)) return check.error();
+  check.shape(o.out, "out", "(tokens, heads, 512)", {tokens, heads, kLatentDim});
   check.buffer(o.lse, "lse", ffi::DataType::F32, "(tokens, heads)", {tokens, heads});
   check.buffer(o.partial_out, "partial_out", ffi::DataType::F32, "(max_partials, heads, 512)", {-1, heads, kLatentDim});
   if (!check.ok()) return check.error();
@@ -90,9 +92,10 @@ inline ffi::Error bind_plan_params(const PlanOperands& o, PlanParams* p) {
   check.narrow(tokens * (static_cast<int64_t>(o.swa_topk) + o.extra_topk), "tokens * topk");
   check.require(o.active_workers >= 1 && o.active_workers <= plan.workers, "active_workers",
                 "be from 1 to workers = " + std::to_string(plan.workers), std::to_string(o.active_workers));
-  check.require(plan.max_items >= tokens + o.active_workers - 1, "work_info_set",
-                "have at least tokens + active_workers - 1 = " + std::to_string(tokens + o.active_workers - 1) + " rows",
-                std::to_string(plan.max_items));
+  check.require(
+      plan.max_items >= tokens + o.active_workers - 1, "work_info_set",
+      "have at least tokens + active_workers - 1 = " + std::to_string(tokens + o.active_workers - 1) + " rows",
+      std::to_string(plan.max_items));
   const int64_t partials = plan_max_partials(tokens, o.active_workers);
   check.require(plan.max_partials >= partials, "reduce_partial_map",
                 "have at least " + std::to_string(partials) + " entries", std::to_string(plan.max_partials));

@@ -70,11 +70,16 @@ class Checker {
 
   static std::string text(ffi::DataType type) {
     switch (type) {
-      case ffi::DataType::BF16: return "bfloat16";
-      case ffi::DataType::F32: return "float32";
-      case ffi::DataType::S32: return "int32";
-      case ffi::DataType::U8: return "uint8";
-      default: return "XLA type " + std::to_string(static_cast<int>(type));
+      case ffi::DataType::BF16:
+        return "bfloat16";
+      case ffi::DataType::F32:
+        return "float32";
+      case ffi::DataType::S32:
+        return "int32";
+      case ffi::DataType::U8:
+        return "uint8";
+      default:
+        return "XLA type " + std::to_string(static_cast<int>(type));
     }
   }
 
@@ -84,10 +89,14 @@ class Checker {
 
 inline int64_t layout_token_bytes(Layout layout) {
   switch (layout) {
-    case Layout::kFp8DsMla: return kPackedTokenBytes;
-    case Layout::kBf16: return 2 * kLatentDim;
-    case Layout::kFloat32: return 4 * kLatentDim;
-    default: return 0;
+    case Layout::kFp8DsMla:
+      return kPackedTokenBytes;
+    case Layout::kBf16:
+      return 2 * kLatentDim;
+    case Layout::kFloat32:
+      return 4 * kLatentDim;
+    default:
+      return 0;
   }
 }
 
@@ -97,7 +106,8 @@ inline bool bind_float_dtype(Checker& check, const ffi::AnyBuffer& buffer, const
   return f32 || check.dtype(buffer, argument, ffi::DataType::BF16);
 }
 
-// A cache buffer is [num_blocks, ...]: uint8 [num_blocks, block_stride_bytes] for fp8_ds_mla, [num_blocks, block_size, 512] else.
+// A cache buffer is [num_blocks, ...]: uint8 [num_blocks, block_stride_bytes] for fp8_ds_mla, [num_blocks, block_size,
+// 512] else.
 inline bool bind_cache(Checker& check, const ffi::AnyBuffer& buffer, const std::string& argument, int32_t block_size,
                        int32_t layout, Cache* cache) {
   cache->layout = static_cast<Layout>(layout);
@@ -117,10 +127,10 @@ inline bool bind_cache(Checker& check, const ffi::AnyBuffer& buffer, const std::
   cache->num_blocks = dims[0];
   cache->block_size = block_size;
   cache->block_stride_bytes = cache->layout == Layout::kFp8DsMla ? dims[1] : block_size * token_bytes;
-  return check.require(cache->block_stride_bytes >= block_size * token_bytes, argument + ".block_stride_bytes",
-                       "be at least block_size * " + std::to_string(token_bytes) + " = " +
-                           std::to_string(block_size * token_bytes),
-                       std::to_string(cache->block_stride_bytes));
+  return check.require(
+      cache->block_stride_bytes >= block_size * token_bytes, argument + ".block_stride_bytes",
+      "be at least block_size * " + std::to_string(token_bytes) + " = " + std::to_string(block_size * token_bytes),
+      std::to_string(cache->block_stride_bytes));
 }
 
 inline bool bind_scope(Checker& check, const std::string& name, int64_t tokens, const ffi::AnyBuffer& cache,
@@ -137,9 +147,10 @@ inline bool bind_scope(Checker& check, const std::string& name, int64_t tokens, 
   return check.ok();
 }
 
-inline bool bind_plan(Checker& check, int64_t tokens, const ffi::AnyBuffer& kv_lengths, const ffi::AnyBuffer& work_indptr,
-                      const ffi::AnyBuffer& work_info_set, const ffi::AnyBuffer& reduce_indptr,
-                      const ffi::AnyBuffer& reduce_final_map, const ffi::AnyBuffer& reduce_partial_map, Plan* plan) {
+inline bool bind_plan(Checker& check, int64_t tokens, const ffi::AnyBuffer& kv_lengths,
+                      const ffi::AnyBuffer& work_indptr, const ffi::AnyBuffer& work_info_set,
+                      const ffi::AnyBuffer& reduce_indptr, const ffi::AnyBuffer& reduce_final_map,
+                      const ffi::AnyBuffer& reduce_partial_map, Plan* plan) {
   constexpr ffi::DataType kInt = ffi::DataType::S32;
   if (!check.buffer(kv_lengths, "plan.kv_lengths", kInt, "(tokens,)", {tokens}) ||
       !check.buffer(work_indptr, "plan.work_indptr", kInt, "(workers + 1,)", {-1}) ||

@@ -60,8 +60,8 @@ static inline float ue8m0_to_float(uint8_t byte) {
   return bits_to_float(static_cast<uint32_t>(byte) << 23);
 }
 
-// The scale of a tile whose largest magnitude is `amax`: the smallest 2^k with amax <= 448 * 2^k, k >= -22 (amax is taken to be at
-// least 1e-4, as DeepSeek's quantiser does), k <= 127.
+// The scale of a tile whose largest magnitude is `amax`: the smallest 2^k with amax <= 448 * 2^k, k >= -22 (amax is
+// taken to be at least 1e-4, as DeepSeek's quantiser does), k <= 127.
 static inline uint8_t ue8m0_scale_of(float amax) {
   if (!(amax > 1e-4f)) amax = 1e-4f;
   const uint32_t bits = float_to_bits(amax);

@@ -7,21 +7,22 @@
 
 namespace jax_dsv4 {
 
-constexpr int kLatentDim = 512;                   // numbers per cached position: K and V alike
-constexpr int kRopeDim = 64;                      // the last of them
-constexpr int kNopeDim = kLatentDim - kRopeDim;   // 448
-constexpr int kScaleTile = 64;                    // nope numbers that share one ue8m0 scale
+constexpr int kLatentDim = 512;                  // numbers per cached position: K and V alike
+constexpr int kRopeDim = 64;                     // the last of them
+constexpr int kNopeDim = kLatentDim - kRopeDim;  // 448
+constexpr int kScaleTile = 64;                   // nope numbers that share one ue8m0 scale
 constexpr int kScaleTiles = kNopeDim / kScaleTile;
 // fp8_ds_mla: a block is block_size rows (448 e4m3, 64 bf16), then block_size scale groups (7 ue8m0, 1 pad byte).
-constexpr int kPackedRowBytes = kNopeDim + 2 * kRopeDim;                   // 576
+constexpr int kPackedRowBytes = kNopeDim + 2 * kRopeDim;  // 576
 constexpr int kPackedScaleBytes = 8;
-constexpr int kPackedTokenBytes = kPackedRowBytes + kPackedScaleBytes;     // 584
+constexpr int kPackedTokenBytes = kPackedRowBytes + kPackedScaleBytes;  // 584
 static_assert(kPackedTokenBytes == 584, "fp8_ds_mla is byte-compatible with FlashMLA's MODEL1");
 
 enum class Layout : int32_t { kFp8DsMla = 0, kBf16 = 1, kFloat32 = 2, kAiterFp8 = 3 };
 enum class Dtype : int32_t { kBf16 = 0, kFloat32 = 1 };
 
-// A cache. Slot s is row s % block_size of block s / block_size; a slot outside [0, num_blocks * block_size) is invalid.
+// A cache. Slot s is row s % block_size of block s / block_size; a slot outside [0, num_blocks * block_size) is
+// invalid.
 struct Cache {
   const uint8_t* data;  // [num_blocks, block_stride_bytes]
   int64_t num_blocks;
@@ -38,9 +39,9 @@ struct Scope {
   int32_t topk;            // 0: the scope is absent
 };
 
-// Who computes what, in AITER's format (ffi/common/plan.h makes it). A token's keys are numbered as one list: the swa scope's
-// entries 0 .. length-1, directly followed by the extra scope's. Token i owns the numbers [i * stride, i * stride + kv_lengths[i]),
-// stride = the sum of the scopes' topk.
+// Who computes what, in AITER's format (ffi/common/plan.h makes it). A token's keys are numbered as one list: the swa
+// scope's entries 0 .. length-1, directly followed by the extra scope's. Token i owns the numbers [i * stride, i *
+// stride + kv_lengths[i]), stride = the sum of the scopes' topk.
 struct Plan {
   const int32_t* kv_lengths;          // [tokens] the (clamped, summed) lengths that the plan was made for
   const int32_t* work_indptr;         // [workers + 1] worker w runs items work_indptr[w] .. work_indptr[w + 1]
@@ -72,7 +73,7 @@ struct DecodeParams {
   const float* sink;  // [heads], or null: no sink
   Scope scopes[2];    // swa, extra
   Plan plan;
-  void* out;           // [tokens, heads, 512] of q_dtype
+  void* out;           // [tokens, heads, 512] of out_dtype
   float* lse;          // [tokens, heads]
   float* partial_out;  // [max_partials, heads, 512] workspace, uninitialised
   float* partial_lse;  // [max_partials, heads] workspace, uninitialised
@@ -81,14 +82,15 @@ struct DecodeParams {
   int32_t heads;
   float scale;  // times the natural-log scores
   Dtype q_dtype;
+  Dtype out_dtype;  // q's, or fp32 for a scope that will be merged with another
 };
 
 // Quantises latents and writes them to their slots. Invalid slots are skipped; of equal slots the last row wins.
 struct AppendParams {
-  const void* latents;    // [count, 512] of dtype
-  const int32_t* slots;   // [count]
-  Cache cache;            // written through `data_out`
-  uint8_t* data_out;      // = cache.data, writable
+  const void* latents;   // [count, 512] of dtype
+  const int32_t* slots;  // [count]
+  Cache cache;           // written through `data_out`
+  uint8_t* data_out;     // = cache.data, writable
   int64_t count;
   Dtype dtype;
 };

@@ -1,10 +1,11 @@
-// The planner: turns lengths into work items, in the format and with the arithmetic of AITER's get_mla_metadata_v1, for every
-// platform. It differs from AITER's in one point: an empty token gets no work item (AITER's kernel ends its whole workgroup at one).
+// The planner: turns lengths into work items, in the format and with the arithmetic of AITER's get_mla_metadata_v1, for
+// every platform. It differs from AITER's in one point: an empty token gets no work item (AITER's kernel ends its whole
+// workgroup at one).
 //
-// A token of n blocks (ceil(length / granularity)) costs n + overhead. A worker takes at most `payload` of cost; a token that does
-// not fit into what is left is cut at a block boundary and goes on with the next worker. So the plan is a scan over tokens that
-// carries a PlanCursor (plan_token_place), and the rows of one token follow from its cursor alone (plan_token_write): on a GPU one
-// thread scans and all threads write.
+// A token of n blocks (ceil(length / granularity)) costs n + overhead. A worker takes at most `payload` of cost; a
+// token that does not fit into what is left is cut at a block boundary and goes on with the next worker. So the plan is
+// a scan over tokens that carries a PlanCursor (plan_token_place), and the rows of one token follow from its cursor
+// alone (plan_token_write): on a GPU one thread scans and all threads write.
 #ifndef JAX_DSV4_COMMON_PLAN_H_
 #define JAX_DSV4_COMMON_PLAN_H_
 
@@ -20,17 +21,18 @@
 
 namespace jax_dsv4 {
 
-// The planner's operands. Outputs are those of struct Plan; rows past what is used are left to the caller (zero them first).
+// The planner's operands. Outputs are those of struct Plan; rows past what is used are left to the caller (zero them
+// first).
 struct PlanParams {
   const int32_t* lengths[2];  // [tokens] per scope, any value; null where topk is 0
   int32_t topk[2];            // lengths are clamped to [0, topk]
   int32_t tokens;
-  int32_t workers;         // work_indptr has workers + 1 entries
-  int32_t active_workers;  // of which this many get work
-  int32_t granularity;     // keys per block: cuts happen at its multiples
-  int32_t overhead;        // blocks' worth of cost per item
-  int32_t max_items;       // rows of work_info_set, >= tokens + active_workers - 1
-  int32_t max_partials;    // rows of reduce_partial_map, >= plan_max_partials(...)
+  int32_t workers;              // work_indptr has workers + 1 entries
+  int32_t active_workers;       // of which this many get work
+  int32_t granularity;          // keys per block: cuts happen at its multiples
+  int32_t overhead;             // blocks' worth of cost per item
+  int32_t max_items;            // rows of work_info_set, >= tokens + active_workers - 1
+  int32_t max_partials;         // rows of reduce_partial_map, >= plan_max_partials(...)
   int32_t* kv_lengths;          // [tokens]
   int32_t* work_indptr;         // [workers + 1]
   int32_t* work_info_set;       // [max_items, 8]
@@ -47,7 +49,8 @@ struct PlanCursor {
   int32_t partials;
 };
 
-// How a token is cut: `first` blocks go to the cursor's worker (0: that worker is closed as it is), then whole workers of `each`.
+// How a token is cut: `first` blocks go to the cursor's worker (0: that worker is closed as it is), then whole workers
+// of `each`.
 struct PlanCut {
   int32_t first;
   int32_t each;
@@ -104,8 +107,8 @@ JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32
   return cut;
 }
 
-// Writes one token's rows; `at` is the cursor before the token was placed. work_indptr[1 .. workers] must hold the total number of
-// items beforehand: only workers that are closed before the last one are written here.
+// Writes one token's rows; `at` is the cursor before the token was placed. work_indptr[1 .. workers] must hold the
+// total number of items beforehand: only workers that are closed before the last one are written here.
 JAX_DSV4_HD void plan_token_write(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut) {
   const bool split = cut.items > 1;
   const int32_t stride = p.topk[0] + p.topk[1];

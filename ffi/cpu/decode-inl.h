@@ -1,6 +1,6 @@
-// The fp32 decode kernel, written once over a vector type. Each instruction set's file defines `Simd` in its own namespace, includes this
-// file there, and is compiled with its own flags; so nothing here may call an inline function of the standard library (the linker would
-// keep one copy for all, in whichever instruction set).
+// The fp32 decode kernel, written once over a vector type. Each instruction set's file defines `Simd` in its own
+// namespace, includes this file there, and is compiled with its own flags; so nothing here may call an inline function
+// of the standard library (the linker would keep one copy for all, in whichever instruction set).
 //
 // Per tile of up to 64 valid keys, all heads of the task:
 //   rows[k, d]   = the tile's latents in fp32                         (load_tile)
@@ -8,7 +8,10 @@
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
 //   o[h, d]      = o[h, d] * alpha[h] + sum_k p[h, k] * rows[k, d]    (accumulate)
 
-constexpr int kRowStride = kLatentDim + 16;  // floats: an odd number of cache lines, or a column of rows would share few cache sets
+#include "cpu/keys-inl.h"
+
+constexpr int kRowStride =
+    kLatentDim + 16;  // floats: an odd number of cache lines, or a column of rows would share few cache sets
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr int kL = Simd::kLanes;
 using V = Simd::V;
@@ -128,12 +131,24 @@ inline void for_head_blocks(int32_t heads, const Block& block) {
     const int32_t blocks = (heads - h + kMax - 1) / kMax;
     const int32_t size = (heads - h + blocks - 1) / blocks;
     switch (size) {
-      case 1: block.template run<1>(h); break;
-      case 2: block.template run<2>(h); break;
-      case 3: block.template run<3>(h); break;
-      case 4: block.template run<4>(h); break;
-      case 5: block.template run<(kMax >= 5 ? 5 : 1)>(h); break;
-      default: block.template run<(kMax >= 6 ? 6 : 1)>(h); break;
+      case 1:
+        block.template run<1>(h);
+        break;
+      case 2:
+        block.template run<2>(h);
+        break;
+      case 3:
+        block.template run<3>(h);
+        break;
+      case 4:
+        block.template run<4>(h);
+        break;
+      case 5:
+        block.template run<(kMax >= 5 ? 5 : 1)>(h);
+        break;
+      default:
+        block.template run<(kMax >= 6 ? 6 : 1)>(h);
+        break;
     }
     h += size;
   }

@@ -1,5 +1,5 @@
 // What surrounds the kernels: which one runs, which tokens need none, and who combines.
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
 #include <limits>
 
@@ -19,7 +19,7 @@ void fill_token(const DecodeParams& p, int32_t token, float out, float lse) {
   const int64_t rows = p.heads, first = static_cast<int64_t>(token) * rows;
   for (int64_t h = first; h < first + rows; ++h) p.lse[h] = lse;
   const int64_t count = rows * kLatentDim;
-  if (p.q_dtype == Dtype::kBf16) {
+  if (p.out_dtype == Dtype::kBf16) {
     uint16_t* at = static_cast<uint16_t*>(p.out) + first * kLatentDim;
     const uint16_t bits = float_to_bf16(out);
     for (int64_t i = 0; i < count; ++i) at[i] = bits;
@@ -29,30 +29,23 @@ void fill_token(const DecodeParams& p, int32_t token, float out, float lse) {
   }
 }
 
-#if defined(__x86_64__)
 using Select = const Kernels* (*)(const DecodeParams&);
+#if defined(__x86_64__)
 constexpr Select kSelects[] = {generic_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels};
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
-
-int highest_isa() {
-  if (const char* name = std::getenv("JAX_DSV4_CPU_ISA")) {
-    for (int i = 0; i < 4; ++i) {
-      if (std::strcmp(name, kNames[i]) == 0) return i;
-    }
-  }
-  return 3;
-}
+#else
+constexpr Select kSelects[] = {generic_kernels};
 #endif
+constexpr int kNumSelects = sizeof kSelects / sizeof *kSelects;
+std::atomic<int> isa_limit{kNumSelects - 1};
 
 }  // namespace
 
+void limit_isa(int highest) { isa_limit = highest < 0 ? 0 : highest < kNumSelects ? highest : kNumSelects - 1; }
+
 const Kernels& select_kernels(const DecodeParams& p) {
-#if defined(__x86_64__)
-  static const int highest = highest_isa();
-  for (int i = highest; i > 0; --i) {
+  for (int i = isa_limit.load(std::memory_order_relaxed); i > 0; --i) {
     if (const Kernels* kernels = kSelects[i](p)) return *kernels;
   }
-#endif
   return *generic_kernels(p);
 }
 
@@ -61,7 +54,8 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
   const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;
   const int32_t claimed = plan.work_indptr[plan.workers];
   const int32_t items = claimed < 0 ? 0 : claimed > plan.max_items ? plan.max_items : claimed;
-  int32_t* state = p.counters;  // [tokens, kMaxHeadGroups]; for now: 0 keys seen, 1 items seen, 2 whether an item is wrong
+  int32_t* state =
+      p.counters;  // [tokens, kMaxHeadGroups]; for now: 0 keys seen, 1 items seen, 2 whether an item is wrong
   std::memset(state, 0, sizeof(int32_t) * kMaxHeadGroups * static_cast<size_t>(p.tokens));
   for (int32_t i = 0; i < items; ++i) {
     WorkInfo info;
@@ -104,7 +98,8 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
   return items;
 }
 
-void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups, int64_t task_index, uint8_t* scratch) {
+void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups, int64_t task_index,
+              uint8_t* scratch) {
   const int64_t item = task_index / head_groups;
   const int32_t group = static_cast<int32_t>(task_index % head_groups);
   WorkInfo info;

@@ -1,4 +1,5 @@
 // AVX2 with FMA and F16C. Compiled with those flags; called only where the processor has them.
+#if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
 
@@ -98,8 +99,8 @@ struct Simd {
       const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
       const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
       const V nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-      const __m256i result = _mm256_castps_si256(
-          _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+      const __m256i result =
+          _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
       const __m256i top = _mm256_srli_epi32(result, 16);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i),
                        _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1)));
@@ -107,7 +108,6 @@ struct Simd {
   }
 };
 
-#include "cpu/keys-inl.h"
 #include "cpu/decode-inl.h"
 
 constexpr Kernels kKernels{"avx2", attend, combine};
@@ -120,3 +120,5 @@ const Kernels* avx2_kernels(const DecodeParams&) {
 }
 
 }  // namespace jax_dsv4::cpu
+
+#endif  // __x86_64__

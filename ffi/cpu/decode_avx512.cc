@@ -1,4 +1,5 @@
 // AVX-512 (F, BW, DQ, VL). Compiled with those flags; called only where the processor has them.
+#if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
 
@@ -93,7 +94,6 @@ struct Simd {
   }
 };
 
-#include "cpu/keys-inl.h"
 #include "cpu/decode-inl.h"
 
 constexpr Kernels kKernels{"avx512", attend, combine};
@@ -107,3 +107,5 @@ const Kernels* avx512_kernels(const DecodeParams&) {
 }
 
 }  // namespace jax_dsv4::cpu
+
+#endif  // __x86_64__

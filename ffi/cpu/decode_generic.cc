@@ -85,7 +85,6 @@ struct Simd {
   }
 };
 
-#include "cpu/keys-inl.h"
 #include "cpu/decode-inl.h"
 
 constexpr Kernels kKernels{"generic", attend, combine};

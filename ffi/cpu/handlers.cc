@@ -25,8 +25,8 @@ ffi::Future done(const ffi::Error& error) {
   return future;
 }
 
-// What the lanes of one call share. It is on the heap because XLA's pool may start a lane after the call has completed: such a lane
-// finds no task left and touches no buffer.
+// What the lanes of one call share. It is on the heap because XLA's pool may start a lane after the call has completed:
+// such a lane finds no task left and touches no buffer.
 template <typename Body>
 struct Call {
   Call(int64_t tasks, Body body) : tasks(tasks), body(std::move(body)), unfinished(tasks) {}
@@ -43,8 +43,8 @@ struct Call {
   }
 };
 
-// Runs body(task, lane) for all tasks on up to `max_lanes` threads: the caller's and XLA's. The caller never waits for another lane:
-// the result completes with the last task.
+// Runs body(task, lane) for all tasks on up to `max_lanes` threads: the caller's and XLA's. The caller never waits for
+// another lane: the result completes with the last task.
 template <typename Body>
 ffi::Future parallel(ffi::ThreadPool pool, int64_t tasks, int64_t max_lanes, Body body) {
   if (tasks == 0) return done(ffi::Error::Success());
@@ -63,10 +63,10 @@ ffi::Error plan(Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out wo
                 Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk, int32_t extra_topk,
                 int32_t active_workers, int32_t granularity, int32_t overhead) {
   PlanParams p;
-  ffi::Error error = bind_plan_params({swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set,
-                                       *reduce_indptr, *reduce_final_map, *reduce_partial_map, swa_topk, extra_topk, active_workers,
-                                       granularity, overhead},
-                                      &p);
+  ffi::Error error = bind_plan_params(
+      {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
+       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead},
+      &p);
   if (!error.success()) return error;
   std::memset(p.work_info_set, 0, work_info_set->size_bytes());
   std::memset(p.reduce_final_map, 0, reduce_final_map->size_bytes());
@@ -75,7 +75,8 @@ ffi::Error plan(Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out wo
   return ffi::Error::Success();
 }
 
-// A call is cut into items * head groups. More groups than 1 dequantise the same keys again, so only as many as keep the threads busy.
+// A call is cut into items * head groups. More groups than 1 dequantise the same keys again, so only as many as keep
+// the threads busy.
 int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
   int32_t groups = 1;
   while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads && heads / (2 * groups) >= 16) {
@@ -84,18 +85,39 @@ int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
   return groups;
 }
 
-ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache, Buffer swa_indices, Buffer swa_lengths,
-                   Buffer extra_cache, Buffer extra_indices, Buffer extra_lengths, Buffer kv_lengths, Buffer work_indptr,
-                   Buffer work_info_set, Buffer reduce_indptr, Buffer reduce_final_map, Buffer reduce_partial_map,
-                   Out out, Out lse, Out partial_out, Out partial_lse, Out counters, Out workspace, float scale,
-                   bool has_sink, int32_t swa_block_size, int32_t swa_layout, int32_t extra_block_size,
-                   int32_t extra_layout) {
+ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache, Buffer swa_indices,
+                   Buffer swa_lengths, Buffer extra_cache, Buffer extra_indices, Buffer extra_lengths,
+                   Buffer kv_lengths, Buffer work_indptr, Buffer work_info_set, Buffer reduce_indptr,
+                   Buffer reduce_final_map, Buffer reduce_partial_map, Out out, Out lse, Out partial_out,
+                   Out partial_lse, Out counters, Out workspace, float scale, bool has_sink, int32_t swa_block_size,
+                   int32_t swa_layout, int32_t extra_block_size, int32_t extra_layout) {
   DecodeParams p;
-  ffi::Error error = bind_decode(
-      {q, sink, swa_cache, swa_indices, swa_lengths, extra_cache, extra_indices, extra_lengths, kv_lengths, work_indptr,
-       work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map, *out, *lse, *partial_out, *partial_lse, *counters,
-       scale, has_sink, swa_block_size, swa_layout, extra_block_size, extra_layout},
-      kMaxHeadGroups, &p);
+  ffi::Error error = bind_decode({q,
+                                  sink,
+                                  swa_cache,
+                                  swa_indices,
+                                  swa_lengths,
+                                  extra_cache,
+                                  extra_indices,
+                                  extra_lengths,
+                                  kv_lengths,
+                                  work_indptr,
+                                  work_info_set,
+                                  reduce_indptr,
+                                  reduce_final_map,
+                                  reduce_partial_map,
+                                  *out,
+                                  *lse,
+                                  *partial_out,
+                                  *partial_lse,
+                                  *counters,
+                                  scale,
+                                  has_sink,
+                                  swa_block_size,
+                                  swa_layout,
+                                  extra_block_size,
+                                  extra_layout},
+                                 kMaxHeadGroups, &p);
   if (!error.success()) return done(error);
   Checker check("sparse_mla_decode");
   check.dtype(*workspace, "workspace", ffi::DataType::U8);
@@ -103,7 +125,8 @@ ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache
   if (!check.ok()) return done(check.error());
   const int64_t stride = workspace->dimensions()[1], lanes = workspace->dimensions()[0];
   check.require(lanes > 0 && stride >= static_cast<int64_t>(lane_bytes(p.heads)) + 64, "workspace",
-                "have lanes of at least " + std::to_string(lane_bytes(p.heads) + 64) + " bytes", std::to_string(stride));
+                "have lanes of at least " + std::to_string(lane_bytes(p.heads) + 64) + " bytes",
+                std::to_string(stride));
   if (!check.ok()) return done(check.error());
   uint8_t* scratch = data_of<uint8_t>(*workspace);
 
@@ -118,8 +141,8 @@ ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache
                   });
 }
 
-ffi::Future append_rows(ffi::ThreadPool pool, Buffer cache, Buffer latents, Buffer slots, Out updated, int32_t block_size,
-                        int32_t layout) {
+ffi::Future append_rows(ffi::ThreadPool pool, Buffer cache, Buffer latents, Buffer slots, Out updated,
+                        int32_t block_size, int32_t layout) {
   AppendParams p;
   ffi::Error error = bind_append(cache, latents, slots, *updated, block_size, layout, &p);
   if (!error.success()) return done(error);
@@ -128,9 +151,8 @@ ffi::Future append_rows(ffi::ThreadPool pool, Buffer cache, Buffer latents, Buff
   constexpr int64_t kRowsPerShard = 64;
   const int64_t wanted = (p.count + kRowsPerShard - 1) / kRowsPerShard, threads = pool.num_threads();
   const int32_t shards = static_cast<int32_t>(wanted < threads ? wanted : threads);
-  return parallel(pool, shards, shards, [p, shards](int64_t shard, int64_t) {
-    append(p, static_cast<int32_t>(shard), shards);
-  });
+  return parallel(pool, shards, shards,
+                  [p, shards](int64_t shard, int64_t) { append(p, static_cast<int32_t>(shard), shards); });
 }
 
 }  // namespace
@@ -204,4 +226,5 @@ JAX_DSV4_EXPORT const char* dsv4_cpu_isa() {
   jax_dsv4::DecodeParams p{};
   return jax_dsv4::cpu::select_kernels(p).name;
 }
+JAX_DSV4_EXPORT void dsv4_cpu_limit_isa(int highest) { jax_dsv4::cpu::limit_isa(highest); }
 }

@@ -1,4 +1,5 @@
-// From a token's key numbers to rows of a cache. Included by each instruction set's file inside its own namespace (see decode-inl.h).
+// From a token's key numbers to rows of a cache. Included by each instruction set's file inside its own namespace (see
+// decode-inl.h).
 
 // One valid cached position: where its bytes are.
 struct Row {
@@ -8,8 +9,8 @@ struct Row {
 };
 
 struct KeyCursor {
-  int32_t at;             // the next key number within the token
-  int32_t swa_length;     // key numbers below it are the swa scope's
+  int32_t at;          // the next key number within the token
+  int32_t swa_length;  // key numbers below it are the swa scope's
 };
 
 inline int32_t clamped_length(const Scope& scope, int32_t token) {
@@ -61,14 +62,16 @@ inline int next_rows(const DecodeParams& p, int32_t token, int32_t kv_end, KeyCu
 }
 
 inline void prefetch_row(const Row& row) {
-  const int bytes = row.layout == Layout::kFp8DsMla ? kPackedRowBytes : row.layout == Layout::kBf16 ? 2 * kLatentDim : 4 * kLatentDim;
+  const int bytes = row.layout == Layout::kFp8DsMla ? kPackedRowBytes
+                    : row.layout == Layout::kBf16   ? 2 * kLatentDim
+                                                    : 4 * kLatentDim;
   for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row.data + b, 0, 2);
   if (row.scales != nullptr) __builtin_prefetch(row.scales, 0, 2);
 }
 
-// Writes 512 numbers of one head in q's dtype; row = token * heads + head.
+// Writes 512 numbers of one head in the result's dtype; row = token * heads + head.
 inline void write_out(const DecodeParams& p, int64_t row, const float* values) {
-  if (p.q_dtype == Dtype::kBf16) {
+  if (p.out_dtype == Dtype::kBf16) {
     Simd::float_to_bf16(values, static_cast<uint8_t*>(p.out) + 2 * row * kLatentDim, kLatentDim);
   } else {
     float* out = static_cast<float*>(p.out) + row * kLatentDim;
@@ -76,7 +79,8 @@ inline void write_out(const DecodeParams& p, int64_t row, const float* values) {
   }
 }
 
-// Merges a token's partials: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i, in the order of reduce_partial_map.
+// Merges a token's partials: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i, in the order of
+// reduce_partial_map.
 inline void combine(const DecodeParams& p, int32_t token, int32_t head_begin, int32_t head_end) {
   using V = Simd::V;
   const int32_t* rows = p.plan.reduce_partial_map;

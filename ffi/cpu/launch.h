@@ -17,9 +17,7 @@ constexpr size_t kLaneBytesPerHead = 5 * 1024;
 // A token's counters: one per head group.
 constexpr int kMaxHeadGroups = 8;
 
-constexpr size_t lane_bytes(int32_t heads) {
-  return kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads);
-}
+constexpr size_t lane_bytes(int32_t heads) { return kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads); }
 
 // One unit of work: some heads of one work item.
 struct Task {
@@ -44,12 +42,15 @@ const Kernels* avx2_kernels(const DecodeParams& p);
 const Kernels* avx512_kernels(const DecodeParams& p);
 const Kernels* avx512_bf16_kernels(const DecodeParams& p);
 
-// The fastest of them for this call on this machine. JAX_DSV4_CPU_ISA=generic|avx2|avx512|avx512_bf16 sets the highest one used.
+// The fastest of them for this call on this machine, none beyond the limit.
 const Kernels& select_kernels(const DecodeParams& p);
 
-// Writes the tokens that no kernel will touch: zeros and -inf for a token without keys; NaN for one whose plan is not for its lengths,
-// does not cover it, or names what is out of bounds. Sets counters[token][g] to the number of partials that g must wait for, and -1 for a
-// token that is done. Returns how many rows of work_info_set hold items.
+// 0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 products. Default: no limit.
+void limit_isa(int highest);
+
+// Writes the tokens that no kernel will touch: zeros and -inf for a token without keys; NaN for one whose plan is not
+// for its lengths, does not cover it, or names what is out of bounds. Sets counters[token][g] to the number of partials
+// that g must wait for, and -1 for a token that is done. Returns how many rows of work_info_set hold items.
 int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups);
 
 // Runs tasks on behalf of one lane until `next_task()` is exhausted.

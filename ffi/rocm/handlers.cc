@@ -98,7 +98,8 @@ ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buf
   check.narrow(tokens * stride, "tokens * topk");
   check.narrow(tokens * padded, "tokens * padded heads");
 
-  check.buffer(*out, "out", q.element_type(), "(tokens, heads, 512)", {tokens, heads, kLatentDim});
+  check.shape(*out, "out", "(tokens, heads, 512)", {tokens, heads, kLatentDim});
+  if (!check.ok() || !bind_float_dtype(check, *out, "out", &p.out_dtype)) return check.error();
   check.buffer(*lse, "lse", kFloat, "(tokens, heads)", {tokens, heads});
   check.buffer(*q_packed, "q_packed", ffi::DataType::U8, "(tokens, padded heads, 576)", {tokens, padded, kRowBytes});
   check.buffer(*rows, "rows", kInt, "(tokens, max(topk, 1))", {tokens, stride});
@@ -145,7 +146,7 @@ ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buf
   p.topk = static_cast<int32_t>(topk);
   p.row_stride = static_cast<int32_t>(stride);
   p.workers = workers;
-  p.direct = kernel->reports_lse && padded == heads && p.q_dtype == Dtype::kBf16;
+  p.direct = kernel->reports_lse && padded == heads && p.out_dtype == Dtype::kBf16;
   p.scale = scale;
   p.cache_scale = cache_scale;
 

@@ -272,7 +272,7 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
   }
   for (int k = 0; k < kPerThread; ++k) {
     const float value = !sound ? quiet_nan() : empty ? 0 : sum[k] / total;
-    store(p.out, p.q_dtype, row * kLatentDim + thread_id() + k * kThreads, value);
+    store(p.out, p.out_dtype, row * kLatentDim + thread_id() + k * kThreads, value);
   }
   if (thread_id() == 0) {
     p.lse[row] = !sound ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;

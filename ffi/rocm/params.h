@@ -36,7 +36,7 @@ struct DecodeScopeParams {
   const int32_t* indices;  // [tokens, topk]
   const int32_t* lengths;  // [tokens]
   Plan plan;
-  void* out;   // [tokens, heads, 512] of q_dtype
+  void* out;   // [tokens, heads, 512] of out_dtype
   float* lse;  // [tokens, heads]
   // Workspaces, all uninitialised.
   uint8_t* q_packed;        // [tokens, folds * kernel_heads, 576] e4m3
@@ -62,7 +62,7 @@ struct DecodeScopeParams {
   int32_t direct;      // whether an unsplit item writes out and lse itself
   float scale;
   float cache_scale;
-  Dtype q_dtype;
+  Dtype q_dtype, out_dtype;
 };
 
 struct AppendFp8Params {

@@ -19,7 +19,6 @@ from jax_dsv4.implementations import aiter, native, xla
 from jax_dsv4.implementations._interface import Availability, Implementation
 from jax_dsv4.plan import PlanKey, WorkPlan
 
-
 # In order of preference.
 _REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, aiter.AITER, xla.XLA)}
 
@@ -102,9 +101,7 @@ def plan_work(lengths: Sequence[jax.Array], topks: Sequence[int], key: PlanKey) 
     return dispatch(chosen, plan_on, *lengths)
 
 
-def append_rows(
-    cache: KVCache, latents: jax.Array, slots: jax.Array, implementation: str | Sequence[str] | None
-) -> jax.Array:
+def append_rows(cache: KVCache, latents: jax.Array, slots: jax.Array, implementation: str | Sequence[str] | None) -> jax.Array:
     """`cache.data` with latents [count, 512] written at slots [count]."""
     op = "append"
     chosen = choose(op, implementation, lambda i: i.unsupported(1, (cache,)))
@@ -112,7 +109,7 @@ def append_rows(
         return cache.data
 
     def write(data: jax.Array, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        return dispatch(chosen, lambda i, d, l, s: i.append(cache.replace(d), l, s), data, latents, slots)
+        return dispatch(chosen, lambda i, data, *rows: i.append(cache.replace(data), *rows), data, latents, slots)
 
     if not any_native(chosen):
         return write(cache.data, latents, slots)
@@ -144,9 +141,7 @@ def no_derivative(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     wrapped = jax.custom_jvp(function)
 
     def fail(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"{op}: native implementations have no derivative; pass implementation='xla' to differentiate"
-        )
+        raise NotImplementedError(f"{op}: native implementations have no derivative; pass implementation='xla' to differentiate")
 
     wrapped.defjvp(fail)
     return wrapped

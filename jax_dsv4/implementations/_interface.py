@@ -31,13 +31,20 @@ class Implementation(Protocol):
     def unsupported(self, num_heads: int, caches: Sequence[KVCache]) -> str | None:
         """Why it cannot take such a call; None if it can."""
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
-        """Plans one kernel call over the given scopes."""
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan | None:
+        """Plans one kernel call over the given scopes; None if it needs no plan."""
 
     def decode(
-        self, q: jax.Array, scopes: Sequence[Scope], attn_sink: jax.Array | None, scale: float, work: WorkPlan | None
+        self,
+        q: jax.Array,
+        scopes: Sequence[Scope],
+        attn_sink: jax.Array | None,
+        scale: float,
+        work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """out [tokens, heads, 512] and lse [tokens, heads] of one kernel call; `work` is None where `plan` gives none."""
+        """out [tokens, heads, 512] of `out_dtype` (q's, or float32 when it will be merged with another scope's) and lse [tokens,
+        heads] of one kernel call; `work` is None where `plan` gives none."""
 
     def append(self, cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
         """`cache.data` with latents [count, 512] written at slots [count]."""

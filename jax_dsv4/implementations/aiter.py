@@ -91,6 +91,7 @@ class _AITER:
         attn_sink: jax.Array | None,
         scale: float,
         work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         from jax_dsv4.merge import apply_attn_sink
 
@@ -107,7 +108,7 @@ class _AITER:
         partials = max(1, min(partials, tokens * -(-topk // choice.tile))) + tokens + 1
         u8, i32, f32 = jnp.uint8, jnp.int32, jnp.float32
         shapes = (
-            (q.shape, q.dtype),  # out
+            (q.shape, out_dtype),  # out
             ((tokens, heads), f32),  # lse
             # The rest are workspaces; ffi/rocm/params.h says what is in them.
             ((tokens, padded, kv.AITER_ROW_BYTES), u8),  # q_packed

@@ -35,7 +35,7 @@ def plan_capacity(tokens: int, workers: int) -> tuple[int, int]:
 def plan_shapes(tokens: int, workers: int = MAX_WORKERS) -> WorkPlan:
     items, partials = plan_capacity(tokens, workers)
     shapes = ((tokens,), (workers + 1,), (items, 8), (tokens + 1,), (tokens, 2), (partials,))
-    return WorkPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+    return WorkPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))  # type: ignore[arg-type]
 
 
 def plan_call(
@@ -102,6 +102,7 @@ class _CPU:
         attn_sink: jax.Array | None,
         scale: float,
         work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
         assert work is not None
         tokens, heads, _ = q.shape
@@ -110,7 +111,7 @@ class _CPU:
         partials = max(1, min(partials, tokens * -(-topk // self.geometry.granularity)))
         f32, i32 = jnp.float32, jnp.int32
         results = (
-            jax.ShapeDtypeStruct(q.shape, q.dtype),  # out
+            jax.ShapeDtypeStruct(q.shape, out_dtype),
             jax.ShapeDtypeStruct((tokens, heads), f32),  # lse
             jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # workspace: partial outputs
             jax.ShapeDtypeStruct((partials, heads), f32),  # workspace: partial lse
@@ -134,9 +135,7 @@ class _CPU:
         return out, lse
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        call = jax.ffi.ffi_call(
-            "dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0}
-        )
+        call = jax.ffi.ffi_call("dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
         code = kv.LAYOUTS[cache.layout].code
         return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), layout=np.int32(code))
 

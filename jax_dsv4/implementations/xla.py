@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,17 @@ class _XLA:
         attn_sink: jax.Array | None,
         scale: float,
         work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
+        out, lse = self._decode(q, scopes, attn_sink, scale)
+        return out.astype(out_dtype), lse
+
+    def _decode(self, q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
         if q.shape[0] == 1:
             return _attend(q, scopes, attn_sink, scale)
         # On CPU a batched gather materialises [tokens, topk, 512] floats and the batched product is slow: one token at a time is up to
         # four times faster (benchmarks/decode.py times both). A GPU wants the batch.
-        return jax.lax.platform_dependent(
-            q, tuple(scopes), attn_sink, cpu=_token_by_token(scale), default=lambda *o: _attend(*o, scale)
-        )
+        return jax.lax.platform_dependent(q, tuple(scopes), attn_sink, cpu=_token_by_token(scale), default=partial(_attend, scale=scale))
 
 
 def _token_by_token(scale: float):  # type: ignore[no-untyped-def]
@@ -64,12 +68,11 @@ def _token_by_token(scale: float):  # type: ignore[no-untyped-def]
     return attend
 
 
-def _attend(
-    q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """q: t h d. rows: t k d, both scopes' keys side by side. One softmax over the union."""
+def _attend(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
+    """q: t h d. rows: t k d, both scopes' keys side by side. One softmax over the union, in float32."""
     rows, masks = [], []
     for scope in scopes:
+        assert scope.lengths is not None  # decode.py fills it in
         inside = jnp.arange(scope.indices.shape[1])[None] < scope.lengths[:, None]
         mask = inside & kv.valid_slots(scope.cache, scope.indices)
         # Unattended rows may hold NaN, and 0 * NaN is NaN: they must not reach a product.
@@ -89,7 +92,7 @@ def _attend(
     denominator = total if attn_sink is None else total + jnp.exp(attn_sink[None] - top[..., 0])
     out = jnp.einsum("thk,tkd->thd", weights, keys, precision=highest)
     out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, denominator)[..., None])
-    return out.astype(q.dtype), lse
+    return out, lse
 
 
 XLA = _XLA()
