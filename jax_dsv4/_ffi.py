@@ -13,7 +13,7 @@ import jax
 from jax_dsv4 import _checks
 
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
-AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
+AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
 # The CPU kernels' instruction sets, in ascending order (ffi/cpu/decode.cc).
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
@@ -66,12 +66,20 @@ def load_rocm() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
     aiter = aiter_directory()
-    library.dsv4_rocm_directories(os.fsencode(aiter) if aiter else b"", os.fsencode(path.parent))
+    builder = aiter_plan_builder()
+    library.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in (aiter, path.parent, builder)))
     for target in AITER_TARGETS:
         stages = {"initialize": f"{target}_initialize", "execute": target}
         handlers = {stage: jax.ffi.pycapsule(getattr(library, symbol)) for stage, symbol in stages.items()}
         jax.ffi.register_ffi_target(target, handlers, platform="ROCM")
     return library, str(path)
+
+
+def aiter_plan_builder() -> Path | None:
+    """AITER's plan builder, if `python -m jax_dsv4.build_aiter` has compiled it. JAX_DSV4_PLANNER=own leaves it aside."""
+    from jax_dsv4.build_aiter import built_library
+
+    return None if os.environ.get("JAX_DSV4_PLANNER") == "own" else built_library("gfx950")
 
 
 def aiter_directory() -> Path | None:

@@ -45,6 +45,37 @@ ffi::Error plan(hip::Stream stream, int32_t device, Buffer swa_lengths, Buffer e
   return error.success() ? status("plan_decode", enqueue_plan(device, stream, p)) : error;
 }
 
+// ---- dsv4_aiter_metadata_plan: the same plan from AITER's builder, with workspaces for what it reads.
+
+ffi::Error initialize_metadata(hip::Stream stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  const std::string error = load_modules(device, nullptr);
+  return status("plan_decode", error.empty() ? load_metadata(device, stream) : error);
+}
+
+ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_lengths, Out work_indptr, Out work_info_set,
+                    Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, Out qo_indptr, Out kv_indptr,
+                    Out last_page_lens, Out work_pointers, int32_t topk, int32_t units, int32_t granularity, int32_t heads) {
+  constexpr ffi::DataType kInt = ffi::DataType::S32;
+  MetadataParams p{};
+  // AITER's builder counts an item as 16 blocks; it needs no more room than ours.
+  ffi::Error error = bind_plan_params({lengths, lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
+                                       *reduce_partial_map, topk, 0, units, granularity, 16},
+                                      &p.plan);
+  if (!error.success()) return error;
+  const int64_t tokens = p.plan.tokens;
+  Checker check("plan_decode");
+  check.require((granularity & (granularity - 1)) == 0, "granularity", "be a power of two", std::to_string(granularity));
+  check.buffer(*qo_indptr, "qo_indptr", kInt, "(tokens + 1,)", {tokens + 1});
+  check.buffer(*kv_indptr, "kv_indptr", kInt, "(tokens + 1,)", {tokens + 1});
+  check.buffer(*last_page_lens, "last_page_lens", kInt, "(tokens,)", {tokens});
+  check.buffer(*work_pointers, "work_pointers", kInt, "(4,)", {4});
+  if (!check.ok()) return check.error();
+  p.qo_indptr = data_of<int32_t>(*qo_indptr);
+  p.kv_indptr = data_of<int32_t>(*kv_indptr);
+  p.last_page_lens = data_of<int32_t>(*last_page_lens);
+  return status("plan_decode", enqueue_metadata(device, stream, p, heads, data_of<uint64_t>(*work_pointers)));
+}
+
 // ---- dsv4_aiter_decode: one scope.
 
 ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::RemainingRets, ffi::Dictionary) {
@@ -218,6 +249,36 @@ XLA_FFI_DEFINE_HANDLER(kPlan, plan,
                            .Attr<int32_t>("overhead"),
                        {kCapturable});
 
+XLA_FFI_DEFINE_HANDLER(kInitializeMetadata, initialize_metadata,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::PlatformStream<hip::Stream>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {kCapturable});
+
+XLA_FFI_DEFINE_HANDLER(kMetadata, metadata,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<hip::Stream>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Arg<Buffer>()  // lengths
+                           .Ret<Buffer>()  // kv_lengths
+                           .Ret<Buffer>()  // work_indptr
+                           .Ret<Buffer>()  // work_info_set
+                           .Ret<Buffer>()  // reduce_indptr
+                           .Ret<Buffer>()  // reduce_final_map
+                           .Ret<Buffer>()  // reduce_partial_map
+                           .Ret<Buffer>()  // qo_indptr
+                           .Ret<Buffer>()  // kv_indptr
+                           .Ret<Buffer>()  // last_page_lens
+                           .Ret<Buffer>()  // work_pointers
+                           .Attr<int32_t>("topk")
+                           .Attr<int32_t>("units")
+                           .Attr<int32_t>("granularity")
+                           .Attr<int32_t>("heads"),
+                       {kCapturable});
+
 XLA_FFI_DEFINE_HANDLER(kDecode, decode,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<hip::Stream>>()
@@ -272,13 +333,17 @@ extern "C" {
   JAX_DSV4_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame* frame) { return jax_dsv4::rocm::handler(frame); }
 JAX_DSV4_HANDLER(dsv4_aiter_plan, kPlan)
 JAX_DSV4_HANDLER(dsv4_aiter_plan_initialize, kInitializePlan)
+JAX_DSV4_HANDLER(dsv4_aiter_metadata_plan, kMetadata)
+JAX_DSV4_HANDLER(dsv4_aiter_metadata_plan_initialize, kInitializeMetadata)
 JAX_DSV4_HANDLER(dsv4_aiter_decode, kDecode)
 JAX_DSV4_HANDLER(dsv4_aiter_decode_initialize, kInitializeDecode)
 JAX_DSV4_HANDLER(dsv4_aiter_append, kAppend)
 JAX_DSV4_HANDLER(dsv4_aiter_append_initialize, kInitializeAppend)
 
-// AITER's hsa directory ("" for none), and the directory of our own code objects. To be called first, once.
-JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own) {
+// AITER's hsa directory, the directory of our own code objects, and the library of AITER's plan builder ("" for none). To be
+// called first, once.
+JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, const char* metadata) {
+  jax_dsv4::rocm::set_metadata_library(metadata);
   jax_dsv4::rocm::set_aiter_directory(aiter);
   jax_dsv4::rocm::set_kernel_directory(own);
 }

@@ -67,6 +67,7 @@ namespace {
 struct Found {
   Api api{};
   std::string reason;  // why there is none
+  std::string name;    // of the library
 };
 
 template <typename F>
@@ -83,9 +84,12 @@ Found find() {
   void* library = nullptr;
   if (named) {
     library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
+    found.name = named;
   } else {
     for (const char* name : {"libamdhip64.so.7", "libamdhip64.so"}) {
-      if (!library) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+      if (library) break;
+      library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+      found.name = name;
     }
   }
   if (!library) {
@@ -98,6 +102,8 @@ Found find() {
          resolve(library, "hipSetDevice", &a.SetDevice, r) &&
          resolve(library, "hipDeviceGetAttribute", &a.DeviceGetAttribute, r) &&
          resolve(library, "hipGetDevicePropertiesR0600", &a.GetDeviceProperties, r) &&
+         resolve(library, "hipMalloc", &a.Malloc, r) && resolve(library, "hipFree", &a.Free, r) &&
+         resolve(library, "hipStreamSynchronize", &a.StreamSynchronize, r) &&
          resolve(library, "hipModuleLoadData", &a.ModuleLoadData, r) &&
          resolve(library, "hipModuleGetFunction", &a.ModuleGetFunction, r) &&
          resolve(library, "hipModuleLaunchKernel", &a.ModuleLaunchKernel, r) &&
@@ -108,13 +114,25 @@ Found find() {
   return found;
 }
 
+const Found& the_library() {
+  static const Found* found = new Found(find());
+  return *found;
+}
+
 }  // namespace
 
 const Api* api(std::string* reason) {
-  static const Found found = find();
+  const Found& found = the_library();
   if (found.reason.empty()) return &found.api;
   *reason = found.reason;
   return nullptr;
+}
+
+bool expose_globally(std::string* reason) {
+  if (!api(reason)) return false;
+  if (dlopen(the_library().name.c_str(), RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL)) return true;
+  *reason = dlerror();
+  return false;
 }
 
 }  // namespace jax_dsv4::hip

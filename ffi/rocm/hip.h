@@ -72,6 +72,9 @@ struct Api {
   Error (*SetDevice)(int device);
   Error (*DeviceGetAttribute)(int* value, DeviceAttribute attribute, int device);
   Error (*GetDeviceProperties)(DeviceProperties* properties, int device);
+  Error (*Malloc)(void** pointer, size_t bytes);  // these three in the initialize stage only
+  Error (*Free)(void* pointer);
+  Error (*StreamSynchronize)(Stream stream);
   Error (*ModuleLoadData)(Module* module, const void* image);
   Error (*ModuleGetFunction)(Function* function, Module module, const char* name);
   Error (*ModuleLaunchKernel)(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
@@ -86,6 +89,9 @@ struct Api {
 // The HIP library: the one that JAX_DSV4_HIP_LIBRARY names, or libamdhip64.so.7, or libamdhip64.so. Null, with the reason, if
 // there is none. The same answer for the life of the process.
 const Api* api(std::string* reason);
+
+// Lets libraries that are loaded from now on find the HIP library's symbols.
+bool expose_globally(std::string* reason);
 
 }  // namespace jax_dsv4::hip
 

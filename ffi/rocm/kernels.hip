@@ -110,6 +110,38 @@ JAX_DSV4_KERNEL void dsv4_plan(PlanParams p) {
   }
 }
 
+// ---- Around AITER's plan builder: one workgroup each.
+
+JAX_DSV4_KERNEL void dsv4_metadata_inputs(MetadataParams p) {
+  __shared__ int32_t lengths[kThreads];
+  __shared__ int32_t sum;
+  const int t = thread_id();
+  if (t == 0) sum = 0;
+  for (int32_t first = 0; first < p.plan.tokens; first += kThreads) {
+    const int32_t token = first + t;
+    lengths[t] = token < p.plan.tokens ? plan_length(p.plan, token) : 0;
+    barrier();
+    int32_t before = sum;
+    for (int i = 0; i < t; ++i) before += lengths[i];
+    if (token < p.plan.tokens) {
+      p.plan.kv_lengths[token] = lengths[t];
+      p.kv_indptr[token] = before;
+      p.qo_indptr[token] = token;
+      p.last_page_lens[token] = 1;
+    }
+    barrier();
+    if (t == kThreads - 1) sum = before + lengths[t];
+    barrier();
+  }
+  if (t == 0) p.kv_indptr[p.plan.tokens] = sum, p.qo_indptr[p.plan.tokens] = p.plan.tokens;
+}
+
+// The builder knows of one worker per unit; the plan's array has room for more.
+JAX_DSV4_KERNEL void dsv4_metadata_finish(MetadataParams p) {
+  const int32_t units = p.plan.active_workers, items = p.plan.work_indptr[units];
+  for (int32_t w = units + 1 + thread_id(); w <= p.plan.workers; w += kThreads) p.plan.work_indptr[w] = items;
+}
+
 // ---- Queries: one scale for all, then e4m3 rows of 576.
 
 // Each of kAmaxBlocks workgroups leaves the largest finite |q| it has seen.

@@ -1,18 +1,23 @@
 #include "rocm/launch.h"
 
+#include <dlfcn.h>
+
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
 namespace jax_dsv4::rocm {
 namespace {
 
-enum Own : int { kPlan, kAmax, kPackQ, kPackSlots, kCheckItems, kCombine, kAppend, kOwnCount };
-constexpr const char* kOwnNames[kOwnCount] = {"dsv4_plan",        "dsv4_amax",    "dsv4_pack_q",    "dsv4_pack_slots",
-                                              "dsv4_check_items", "dsv4_combine", "dsv4_append_fp8"};
+enum Own : int { kPlan, kMetadataInputs, kMetadataFinish, kAmax, kPackQ, kPackSlots, kCheckItems, kCombine, kAppend, kOwnCount };
+constexpr const char* kOwnNames[kOwnCount] = {
+    "dsv4_plan",       "dsv4_metadata_inputs", "dsv4_metadata_finish", "dsv4_amax",      "dsv4_pack_q",
+    "dsv4_pack_slots", "dsv4_check_items",     "dsv4_combine",         "dsv4_append_fp8"};
 
 struct Device {
   std::string architecture;
@@ -25,6 +30,9 @@ struct Modules {
   std::mutex mutex;
   std::string own_directory;
   std::map<int, Device> devices;
+  std::string metadata_path;
+  decltype(&dsv4_aiter_metadata) metadata = nullptr;
+  std::set<int> metadata_ready;  // devices that have its code
 };
 Modules& modules() {
   static Modules* m = new Modules;
@@ -155,6 +163,81 @@ std::string enqueue_plan(int device, hip::Stream stream, const PlanParams& p) {
   if (error.empty()) error = clear(p.reduce_partial_map, p.max_partials, stream);
   if (error.empty()) error = launch(own, kPlan, 1, stream, p);
   return error;
+}
+
+void set_metadata_library(const std::string& path) { modules().metadata_path = path; }
+
+std::string load_metadata(int device, hip::Stream stream) {
+  std::string reason;
+  const hip::Api* api = hip::api(&reason);
+  if (!api) return reason;
+  Modules& m = modules();
+  const std::lock_guard<std::mutex> lock(m.mutex);
+  if (m.metadata_ready.count(device)) return "";
+  if (!m.metadata) {
+    // It was linked against no HIP library: it finds the symbols of ours.
+    if (!hip::expose_globally(&reason)) return reason;
+    void* library = dlopen(m.metadata_path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) return m.metadata_path + " cannot be loaded: " + dlerror();
+    const auto abi = reinterpret_cast<decltype(&dsv4_aiter_metadata_abi)>(dlsym(library, "dsv4_aiter_metadata_abi"));
+    if (!abi || abi() != kAiterMetadataAbi) return m.metadata_path + " is of another version; run python -m jax_dsv4.build_aiter again";
+    m.metadata = reinterpret_cast<decltype(&dsv4_aiter_metadata)>(dlsym(library, "dsv4_aiter_metadata"));
+  }
+  // HIP loads a program's code at its first launch, which must not happen under capture: so one token is planned here.
+  const Current current(*api, device);
+  int units = 0;
+  api->DeviceGetAttribute(&units, hip::kAttributeMultiprocessorCount, device);
+  std::vector<int32_t> inputs = {0, 1, 0, 1, 1};
+  const size_t words = 16 + static_cast<size_t>(units) + 1 + 8ull * units + 2 + 2 + 2ull * units + 64;
+  void* memory = nullptr;
+  if (const hip::Error error = api->Malloc(&memory, 4 * words)) return failure("hipMalloc", error);
+  int32_t* at = static_cast<int32_t*>(memory);
+  const auto take = [&](size_t count) { return std::exchange(at, at + (count + 1) / 2 * 2); };
+  int32_t* in = take(16);
+  AiterMetadata a{};
+  a.qo_indptr = in, a.kv_indptr = in + 2, a.last_page_lens = in + 4;
+  a.work_pointers = reinterpret_cast<uint64_t*>(take(4));
+  a.work_indptr = take(units + 1), a.work_info_set = take(8ull * units);
+  a.reduce_indptr = take(2), a.reduce_final_map = take(2), a.reduce_partial_map = take(2ull * units);
+  a.tokens = 1, a.heads = 16, a.topk = 1, a.granularity = 64, a.units = units, a.max_items = units, a.max_partials = 2 * units;
+  a.device = device;
+  char text[512] = "";
+  hip::Error error = api->MemcpyAsync(in, inputs.data(), 4 * inputs.size(), hip::kMemcpyHostToDevice, stream);
+  const bool failed = !error && m.metadata(&a, stream, text, sizeof text);
+  if (!error) error = api->StreamSynchronize(stream);
+  api->Free(memory);
+  if (error) return failure("AITER's plan builder", error);
+  if (failed) return std::string("AITER's plan builder: ") + text;
+  m.metadata_ready.insert(device);
+  return "";
+}
+
+std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParams& p, int heads, uint64_t* work_pointers) {
+  std::vector<hip::Function> own;
+  std::string error = loaded(device, nullptr, &own, nullptr);
+  decltype(&dsv4_aiter_metadata) metadata = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(modules().mutex);
+    if (modules().metadata_ready.count(device)) metadata = modules().metadata;
+  }
+  if (error.empty() && !metadata) error = "AITER's plan builder was not loaded on device " + std::to_string(device);
+  if (error.empty()) error = clear(p.plan.work_info_set, 8ll * p.plan.max_items, stream);
+  if (error.empty()) error = clear(p.plan.reduce_final_map, 2ll * p.plan.tokens, stream);
+  if (error.empty()) error = clear(p.plan.reduce_partial_map, p.plan.max_partials, stream);
+  if (error.empty()) error = launch(own, kMetadataInputs, 1, stream, p);
+  if (!error.empty()) return error;
+  AiterMetadata a{};
+  a.qo_indptr = p.qo_indptr, a.kv_indptr = p.kv_indptr, a.last_page_lens = p.last_page_lens;
+  a.work_pointers = work_pointers;
+  a.work_indptr = p.plan.work_indptr, a.work_info_set = p.plan.work_info_set;
+  a.reduce_indptr = p.plan.reduce_indptr, a.reduce_final_map = p.plan.reduce_final_map;
+  a.reduce_partial_map = p.plan.reduce_partial_map;
+  a.tokens = p.plan.tokens, a.heads = heads, a.topk = p.plan.topk[0] + p.plan.topk[1];
+  a.granularity = p.plan.granularity, a.units = p.plan.active_workers;
+  a.max_items = p.plan.max_items, a.max_partials = p.plan.max_partials, a.device = device;
+  char text[512] = "";
+  if (metadata(&a, stream, text, sizeof text)) return std::string("AITER's plan builder: ") + text;
+  return launch(own, kMetadataFinish, 1, stream, p);
 }
 
 std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& kernel, const DecodeScopeParams& p) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "common/plan.h"
 
 namespace jax_dsv4::rocm {
 
@@ -63,6 +64,14 @@ struct DecodeScopeParams {
   float scale;
   float cache_scale;
   Dtype q_dtype, out_dtype;
+};
+
+// What surrounds AITER's plan builder: its inputs before, what it leaves open after.
+struct MetadataParams {
+  PlanParams plan;          // granularity and overhead are the builder's own business
+  int32_t* qo_indptr;       // [tokens + 1] 0, 1, 2, ...
+  int32_t* kv_indptr;       // [tokens + 1] sums of the clamped lengths
+  int32_t* last_page_lens;  // [tokens] ones
 };
 
 struct AppendFp8Params {

@@ -69,7 +69,7 @@ class _AITER:
         own = _own_kernels(choice)
         if not own.exists():
             return Availability(False, f"{own} was not built; build the package where there is a clang with an AMDGPU target")
-        return Availability(True, f"{choice.text.decode()} on {choice.architecture.decode()}, {choice.units} units, our own planner")
+        return Availability(True, f"{choice.text.decode()} on {choice.architecture.decode()}, {choice.units} units, {_planner()}")
 
     def exportable(self) -> bool:
         return False  # the sizes of plans and workspaces come from the device and the kernels found
@@ -82,7 +82,10 @@ class _AITER:
         return None if choice.found else choice.text.decode()
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
-        return native.plan_call(lengths, topks, _geometry(num_heads), target="dsv4_aiter_plan")
+        geometry = _geometry(num_heads)
+        if _ffi.aiter_plan_builder() is None:
+            return native.plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")
+        return _aiters_plan(lengths[0], topks[0], geometry, choose_kernel(num_heads, 0).kernel_heads)
 
     def decode(
         self,
@@ -142,16 +145,39 @@ class _AITER:
         )
 
 
+def _planner() -> str:
+    builder = _ffi.aiter_plan_builder()
+    return f"AITER's plan builder {builder}" if builder else "our own planner (python -m jax_dsv4.build_aiter compiles AITER's)"
+
+
 def _own_kernels(choice: Choice):  # type: ignore[no-untyped-def]
     library = _ffi.find_library("libdsv4_rocm")
     assert library is not None
     return library.with_name(f"dsv4_{choice.architecture.decode()}.co")
 
 
+def _aiters_plan(lengths: jax.Array, topk: int, geometry: native.Geometry, kernel_heads: int) -> WorkPlan:
+    """From get_mla_metadata_v1. It gives an empty token an item of no keys, which decode's check of the items takes out."""
+    (tokens,) = lengths.shape
+    # What it reads besides: qo_indptr, kv_indptr, last_page_lens, and where it writes its two addresses, which nobody reads.
+    inputs = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens + 1, tokens + 1, tokens, 4)]
+    call = jax.ffi.ffi_call("dsv4_aiter_metadata_plan", (*native.plan_shapes(tokens), *inputs))
+    plan = call(
+        lengths,
+        topk=np.int32(topk),
+        units=np.int32(geometry.workers),
+        granularity=np.int32(geometry.granularity),
+        heads=np.int32(kernel_heads),
+    )
+    return WorkPlan(*plan[: len(WorkPlan._fields)])
+
+
 def _geometry(heads: int) -> native.Geometry:
     """The plan's workers are shared out among the folds of a token: each runs the same plan."""
     choice = choose_kernel(heads, 0)
-    workers = max(1, min(native.MAX_WORKERS, choice.units // choice.folds(heads)))
+    # AITER's builder always plans for every unit.
+    sharing = 1 if _ffi.aiter_plan_builder() else choice.folds(heads)
+    workers = max(1, min(native.MAX_WORKERS, choice.units // sharing))
     # An item costs 4,100 wave-instructions and 64 keys of 16 heads 1,374 (the wheel's kernel) or 693: three blocks' worth.
     return native.Geometry(workers=workers, granularity=choice.tile, overhead=3)
 

@@ -11,7 +11,7 @@ import jax
 import software_gpu
 
 ROOT = pathlib.Path(__file__).parents[2]
-TARGETS = ("plan", "decode", "append")
+TARGETS = ("plan", "metadata_plan", "decode", "append")
 
 
 def build(name: str, sources, flags=()) -> pathlib.Path:

@@ -52,7 +52,7 @@ def shared_rocm(request, shared_gpu, tmp_path_factory):
     copy = tmp_path_factory.mktemp("rocm") / "libdsv4_rocm.so"
     shutil.copy(built, copy)
     handlers = ctypes.CDLL(str(copy))
-    handlers.dsv4_rocm_directories(os.fsencode(hsa), os.fsencode(built.parent))
+    handlers.dsv4_rocm_directories(os.fsencode(hsa), os.fsencode(built.parent), os.fsencode(_ffi.aiter_plan_builder() or ""))
     return handlers, copy
 
 

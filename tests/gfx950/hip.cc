@@ -13,6 +13,7 @@
 #include <set>
 #include <sstream>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "machine.h"
@@ -144,13 +145,14 @@ Error refuse_memory(const char* call, const void* p, size_t bytes) {
   return kErrorIllegalAddress;
 }
 
-Error launch_now(const ihipModuleSymbol_t& f, const uint32_t grid[3], const uint32_t block[3],
+Error launch_now(const ihipModuleSymbol_t& f, const uint32_t grid[3], const uint32_t block[3], unsigned shared,
                  const std::vector<uint8_t>& kernarg) {
   Runtime& r = runtime();
   Launch launch;
   launch.program = f.program.get(), launch.kernel = f.kernel;
   std::copy_n(grid, 3, launch.grid);
   std::copy_n(block, 3, launch.block);
+  launch.dynamic_lds_bytes = static_cast<int>(shared);
   launch.kernarg = kernarg, launch.memory = &r.memory, launch.options = r.options;
   Error error = kSuccess;
   try {
@@ -247,7 +249,8 @@ HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
   put(320, 1024);               // maxThreadsPerBlock
   put(360, 9), put(364, 5);     // major, minor
   put(388, units());            // multiProcessorCount
-  put(640, size_t{kLdsBytes});  // sharedMemPerMultiprocessor
+  put(640, size_t{kLdsBytes});   // sharedMemPerMultiprocessor
+  put(1416, size_t{kLdsBytes});  // maxSharedMemoryPerMultiProcessor
   return kSuccess;
 }
 HIP Error hipDeviceSynchronize() {
@@ -364,7 +367,7 @@ HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned g
   if (bx * by * bz > static_cast<unsigned>(k.max_workgroup)) return failed(kErrorInvalidConfiguration);
   for (int d = 0; d < 3; ++d)
     if (k.required_workgroup[d] && block[d] != static_cast<unsigned>(k.required_workgroup[d])) return failed(kErrorInvalidConfiguration);
-  if (shared) return failed(kErrorInvalidValue);  // dynamic LDS is not modelled
+  if (k.lds_bytes + shared > static_cast<unsigned>(kLdsBytes)) return failed(kErrorInvalidValue);
   std::vector<uint8_t> kernarg(k.kernarg_bytes);
   if (extra) {
     const void* data = nullptr;
@@ -390,10 +393,84 @@ HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned g
     return failed(kErrorInvalidValue);
   }
   if (capture_of(s)) runtime().launches_under_capture++;
-  return enqueue(s, [f = *f, gx, gy, gz, bx, by, bz, kernarg] {
+  return enqueue(s, [f = *f, gx, gy, gz, bx, by, bz, shared, kernarg] {
     const uint32_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    return launch_now(f, grid, block, kernarg);
+    return launch_now(f, grid, block, shared, kernarg);
   });
+}
+
+// ---- What a compiler puts into a host program for kernels that are launched with <<<>>>.
+
+struct dim3 {
+  uint32_t x, y, z;
+};
+
+namespace {
+
+struct FatBinary {
+  const uint8_t* bundle = nullptr;
+  Module module = nullptr;  // loaded at the first launch, as HIP does
+};
+struct LaunchedFunction {
+  FatBinary* binary;
+  std::string name;
+};
+std::map<const void*, LaunchedFunction>& launched_functions() {
+  static auto* functions = new std::map<const void*, LaunchedFunction>;
+  return *functions;
+}
+thread_local std::vector<std::tuple<dim3, dim3, size_t, Stream>> call_configurations;
+
+// The entry for gfx950 of a clang offload bundle: a magic word, a count, and (offset, size, target name) each.
+const uint8_t* gfx950_entry(const uint8_t* bundle) {
+  const auto number = [&](const uint8_t* at) {
+    uint64_t n;
+    memcpy(&n, at, 8);
+    return n;
+  };
+  if (memcmp(bundle, "__CLANG_OFFLOAD_BUNDLE__", 24) != 0) return nullptr;
+  const uint8_t* at = bundle + 32;
+  for (uint64_t k = 0; k < number(bundle + 24); ++k) {
+    const std::string target(reinterpret_cast<const char*>(at + 24), number(at + 16));
+    if (target.find("gfx950") != std::string::npos) return bundle + number(at);
+    at += 24 + target.size();
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+HIP void** __hipRegisterFatBinary(const void* wrapper) {
+  auto* binary = new FatBinary;
+  memcpy(&binary->bundle, static_cast<const char*>(wrapper) + 8, sizeof binary->bundle);
+  return reinterpret_cast<void**>(binary);
+}
+HIP void __hipRegisterFunction(void** binary, const void* host, char*, const char* name, unsigned, void*, void*, void*, void*, int*) {
+  Lock lock(runtime().mutex);
+  launched_functions()[host] = {reinterpret_cast<FatBinary*>(binary), name};
+}
+HIP void __hipRegisterVar(void**, void*, char*, char*, int, size_t, int, int) {}
+HIP void __hipUnregisterFatBinary(void**) {}
+HIP Error __hipPushCallConfiguration(dim3 grid, dim3 block, size_t shared, Stream s) {
+  return call_configurations.emplace_back(grid, block, shared, s), kSuccess;
+}
+HIP Error __hipPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, Stream* s) {
+  std::tie(*grid, *block, *shared, *s) = call_configurations.back();
+  return call_configurations.pop_back(), kSuccess;
+}
+HIP Error hipLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, Stream s) {
+  Lock lock(runtime().mutex);
+  auto found = launched_functions().find(host);
+  if (found == launched_functions().end()) return failed(kErrorInvalidValue);
+  FatBinary& binary = *found->second.binary;
+  if (!binary.module) {
+    const uint8_t* image = gfx950_entry(binary.bundle);
+    if (!image) return failed(kErrorNoBinaryForGpu);
+    if (Error e = hipModuleLoadData(&binary.module, image)) return e;  // which a capture refuses
+  }
+  Function f;
+  if (Error e = hipModuleGetFunction(&f, binary.module, found->second.name.c_str())) return e;
+  return hipModuleLaunchKernel(f, grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared), s, arguments, nullptr);
 }
 
 // ---- Streams and events.

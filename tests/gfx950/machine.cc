@@ -219,6 +219,7 @@ void fill_hidden(Launch& launch) {
       if (a.kind == "hidden_block_count_" + axis) put(launch.kernarg, a.offset, launch.grid[d], 4);
       if (a.kind == "hidden_group_size_" + axis) put(launch.kernarg, a.offset, launch.block[d], 2);
     }
+    if (a.kind == "hidden_dynamic_lds_size") put(launch.kernarg, a.offset, launch.dynamic_lds_bytes, 4);
     if (a.kind == "hidden_grid_dims")
       put(launch.kernarg, a.offset, launch.grid[2] * launch.block[2] > 1 ? 3 : launch.grid[1] * launch.block[1] > 1 ? 2 : 1, 2);
   }
@@ -250,11 +251,11 @@ void run_workgroup(Launch& launch, const uint32_t at[3], const std::vector<uint8
   Workgroup g;
   g.launch = &launch;
   // LDS and registers start as garbage on hardware: 0x7FC1 reads as NaN in fp32 and bf16, so reliance on zeros shows.
-  g.lds.assign(launch.kernel->lds_bytes, 0x7f);
+  g.lds.assign(launch.kernel->lds_bytes + launch.dynamic_lds_bytes, 0x7f);
   const uint32_t threads = launch.block[0] * launch.block[1] * launch.block[2];
   const int waves = static_cast<int>((threads + kLanes - 1) / kLanes);
   if (launch.options.hazards) {
-    g.lds_words.resize(launch.kernel->lds_bytes / 4 + 1);
+    g.lds_words.resize(g.lds.size() / 4 + 1);
     g.at_barrier.resize(waves);
   }
   for (int k = 0; k < waves; ++k) {

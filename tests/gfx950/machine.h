@@ -176,6 +176,7 @@ struct Launch {
   const Kernel* kernel = nullptr;
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1};
   std::vector<uint8_t> kernarg;
+  int dynamic_lds_bytes = 0;  // behind what the kernel declares
   Memory* memory = nullptr;
   Options options;
   Counters counters;

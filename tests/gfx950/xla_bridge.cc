@@ -122,6 +122,7 @@ XLA_FFI_Error* run(const char* name, XLA_FFI_CallFrame* frame) {
   if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) return target.execute(frame);
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return nullptr;
 
+  // What the function table of a newer jaxlib has beyond ours is not used by handlers built here.
   XLA_FFI_Api api = *frame->api;
   api.XLA_FFI_Stream_Get = get_stream;
   api.XLA_FFI_DeviceOrdinal_Get = get_device;
@@ -163,6 +164,7 @@ XLA_FFI_Error* run(const char* name, XLA_FFI_CallFrame* frame) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT XLA_FFI_Error* on_cpu_plan(XLA_FFI_CallFrame* frame) { return run("plan", frame); }
+EXPORT XLA_FFI_Error* on_cpu_metadata_plan(XLA_FFI_CallFrame* frame) { return run("metadata_plan", frame); }
 EXPORT XLA_FFI_Error* on_cpu_decode(XLA_FFI_CallFrame* frame) { return run("decode", frame); }
 EXPORT XLA_FFI_Error* on_cpu_append(XLA_FFI_CallFrame* frame) { return run("append", frame); }
 
@@ -172,7 +174,7 @@ EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library)
   void* library = dlopen(handlers, RTLD_NOW);
   if (library) b.gpu = dlopen(gpu_library, RTLD_NOW);
   if (!library || !b.gpu) return dlerror();
-  for (const char* name : {"plan", "decode", "append"}) {
+  for (const char* name : {"plan", "metadata_plan", "decode", "append"}) {
     const std::string symbol = std::string("dsv4_aiter_") + name;
     b.targets[name] = {reinterpret_cast<Handler>(dlsym(library, (symbol + "_initialize").c_str())),
                        reinterpret_cast<Handler>(dlsym(library, symbol.c_str()))};
