@@ -121,8 +121,11 @@ def tagged(*tags: str) -> list[Case]:
 
 
 @functools.lru_cache(maxsize=8)
-def make(case: Case, seed: int = 0) -> Problem:
-    """The arguments, hostile as the case says, and the reference's answer. What no token attends to is NaN throughout."""
+def make(case: Case, seed: int = 0, log2_magnitude: int = 0) -> Problem:
+    """The arguments, hostile as the case says, and the reference's answer. What no token attends to is NaN throughout.
+
+    Latents have standard deviations of up to 2^log2_magnitude.
+    """
     rng = np.random.default_rng([seed, *case.name.encode()])
     q = rng.standard_normal((case.tokens, case.heads, 512)).astype(np.float32)
     q = q.astype(ml_dtypes.bfloat16) if case.dtype == "bfloat16" else q
@@ -135,7 +138,7 @@ def make(case: Case, seed: int = 0) -> Problem:
     scopes, reference_scopes = [], []
     for scope_case in (case.swa, case.extra):
         if scope_case is not None:
-            scope, reference_scope = _make_scope(scope_case, case.tokens, rng)
+            scope, reference_scope = _make_scope(scope_case, case.tokens, rng, log2_magnitude)
             scopes.append(scope)
             reference_scopes.append(reference_scope)
     out, lse = reference.decode(q.astype(np.float64), reference_scopes, sink, case.scale)
@@ -145,7 +148,7 @@ def make(case: Case, seed: int = 0) -> Problem:
 
 
 def _make_scope(
-    case: ScopeCase, tokens: int, rng: np.random.Generator
+    case: ScopeCase, tokens: int, rng: np.random.Generator, log2_magnitude: int
 ) -> tuple[tuple[dsv4.KVCache, np.ndarray, np.ndarray], reference.ReferenceScope]:
     blocks = -(-case.slots // case.block_size)
     slots = blocks * case.block_size
@@ -167,8 +170,8 @@ def _make_scope(
     attended = np.zeros(slots, bool)
     used = indices[inside & (indices >= 0) & (indices < slots)]
     attended[used] = True
-    # Magnitudes from tile to tile as real latents have them, so that scales differ.
-    spread = np.exp2(rng.integers(-6, 3, (slots, 8))).repeat(64, axis=1)
+    # Different from tile to tile, so that scales differ.
+    spread = np.exp2(log2_magnitude + rng.integers(-8, 1, (slots, 8))).repeat(64, axis=1)
     latents = (rng.standard_normal((slots, 512)) * spread).astype(np.float32)
     cache, values = _make_cache(case, latents, attended, blocks)
     as_int32 = (indices.astype(np.int32), lengths.astype(np.int32))

@@ -15,9 +15,9 @@ from compare import LSE, OUT_BF16, OUT_FLOAT32, assert_close, assert_same_bits
 import jax_dsv4 as dsv4
 
 
-def run(case: Case, implementation: str, *, fused: bool | None = None, planned: bool = False, seed: int = 0):
+def run(case: Case, implementation: str, *, fused: bool | None = None, planned: bool = False, seed: int = 0, log2_magnitude: int = 0):
     """out and lse of a case, under jit."""
-    p = make(case, seed)
+    p = make(case, seed, log2_magnitude)
     return jax.block_until_ready(_compiled(case, implementation, fused, planned)(p.q, p.swa, p.extra, p.attn_sink))
 
 
@@ -43,9 +43,9 @@ def _compiled(case: Case, implementation: str, fused: bool | None, planned: bool
     return call
 
 
-def check(case: Case, out: object, lse: object, seed: int = 0) -> None:
+def check(case: Case, out: object, lse: object, seed: int = 0, log2_magnitude: int = 0) -> None:
     # The call ran before this makes the reference: memory that was reused cannot hold the answer.
-    p = make(case, seed)
+    p = make(case, seed, log2_magnitude)
     assert (out.dtype, lse.dtype) == (p.q.dtype, jnp.float32)
     assert_close(f"{case} lse", lse, p.lse, LSE)
     assert_close(f"{case} out", out, p.out, OUT_BF16 if case.dtype == "bfloat16" else OUT_FLOAT32)
@@ -54,19 +54,26 @@ def check(case: Case, out: object, lse: object, seed: int = 0) -> None:
 class Conformance:
     implementation: ClassVar[str]
     plans: ClassVar[bool] = True
+    # Where weights are rounded to bf16 before they meet the latents, FlashMLA's tolerances hold for latents of the size of FlashMLA's
+    # own tests (about 2^-3); elsewhere for larger ones too.
+    log2_magnitude: ClassVar[int] = 0
+
+    def hold(self, case: Case, seed: int = 0, **options: bool) -> None:
+        out, lse = run(case, self.implementation, seed=seed, log2_magnitude=self.log2_magnitude, **options)
+        check(case, out, lse, seed, self.log2_magnitude)
 
     @pytest.mark.parametrize("case", tagged("ci"), ids=str)
     def test_fused(self, case: Case) -> None:
-        check(case, *run(case, self.implementation))
+        self.hold(case)
 
     @pytest.mark.parametrize("case", tagged("flashmla"), ids=str)
     def test_flashmla_grid(self, case: Case) -> None:
-        check(case, *run(case, self.implementation))
+        self.hold(case)
 
     @pytest.mark.parametrize("case", [c for c in tagged("ci") if c.extra is not None][::2], ids=str)
     def test_per_scope(self, case: Case) -> None:
         """A call per scope, merged and given its sink in JAX."""
-        check(case, *run(case, self.implementation, fused=False))
+        self.hold(case, fused=False)
 
     @pytest.mark.parametrize("case", tagged("corner")[::4], ids=str)
     def test_plan_made_before(self, case: Case) -> None:
@@ -79,7 +86,7 @@ class Conformance:
     @pytest.mark.parametrize("seed", range(1, 6))
     def test_seeds(self, seed: int) -> None:
         case = tagged("ci")[seed]
-        check(case, *run(case, self.implementation, seed=seed), seed=seed)
+        self.hold(case, seed)
 
     def test_same_bits_every_time(self) -> None:
         case = next(c for c in tagged("ci") if c.name == "one_token_split")

@@ -85,6 +85,8 @@ struct Simd {
   }
 };
 
+#include "cpu/products_f32-inl.h"
+// decode-inl.h builds on it.
 #include "cpu/decode-inl.h"
 
 constexpr Kernels kKernels{"generic", attend, combine};

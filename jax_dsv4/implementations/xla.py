@@ -47,28 +47,28 @@ class _XLA:
 
     def _decode(self, q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
         if q.shape[0] == 1:
-            return _attend(q, scopes, attn_sink, scale)
+            return attend_batched(q, scopes, attn_sink, scale)
         # On CPU a batched gather materialises [tokens, topk, 512] floats and the batched product is slow: one token at a time is up to
         # four times faster (benchmarks/decode.py times both). A GPU wants the batch.
-        return jax.lax.platform_dependent(q, tuple(scopes), attn_sink, cpu=_token_by_token(scale), default=partial(_attend, scale=scale))
+        return jax.lax.platform_dependent(
+            q, tuple(scopes), attn_sink, cpu=partial(attend_by_token, scale=scale), default=partial(attend_batched, scale=scale)
+        )
 
 
-def _token_by_token(scale: float):  # type: ignore[no-untyped-def]
-    def attend(q, scopes, attn_sink):  # type: ignore[no-untyped-def]
-        def one(operands):  # type: ignore[no-untyped-def]
-            q_row, scope_rows = operands
-            # The barrier keeps XLA from hoisting the dequantisation of all tokens out of the loop.
-            q_row, scope_rows = jax.lax.optimization_barrier((q_row[None], jax.tree.map(lambda x: x[None], scope_rows)))
-            row_scopes = [s._replace(indices=i, lengths=n) for s, (i, n) in zip(scopes, scope_rows)]
-            out, lse = _attend(q_row, row_scopes, attn_sink, scale)
-            return out[0], lse[0]
+def attend_by_token(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
+    """`attend_batched`, one token at a time."""
 
-        return jax.lax.map(one, (q, [(s.indices, s.lengths) for s in scopes]))
+    def one(operands: tuple[jax.Array, list[kv.Scope]]) -> tuple[jax.Array, jax.Array]:
+        # The barrier keeps XLA from hoisting the dequantisation of all tokens out of the loop.
+        q, rows = jax.lax.optimization_barrier(jax.tree.map(lambda x: x[None], operands))
+        token_scopes = [s._replace(indices=i, lengths=n) for s, (i, n) in zip(scopes, rows)]
+        out, lse = attend_batched(q, token_scopes, attn_sink, scale)
+        return out[0], lse[0]
 
-    return attend
+    return jax.lax.map(one, (q, [(s.indices, s.lengths) for s in scopes]))
 
 
-def _attend(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
+def attend_batched(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
     """q: t h d. rows: t k d, both scopes' keys side by side. One softmax over the union, in float32."""
     rows, masks = [], []
     for scope in scopes:

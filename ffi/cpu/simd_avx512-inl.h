@@ -1,0 +1,86 @@
+// Vectors of 16 floats. Included inside the namespace of each file that is compiled for AVX-512 (see decode-inl.h).
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  static constexpr int kScoreHeads = 6, kScoreKeys = 4, kScoreGroup = 16;  // 24 accumulators, 4 rows, 1 query
+  static constexpr int kOutHeads = 6, kOutVectors = 4;                     // 24 accumulators, 4 rows, 1 weight
+  using V = __m512;
+
+  static V load(const float* p) { return _mm512_load_ps(p); }
+  static V loadu(const void* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V v) { _mm512_store_ps(p, v); }
+  static void storeu(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V set1(float x) { return _mm512_set1_ps(x); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b if either is NaN
+  static float hmax(V v) { return _mm512_reduce_max_ps(v); }
+  static float hsum(V v) { return _mm512_reduce_add_ps(v); }
+  static float first(V v) { return _mm512_cvtss_f32(v); }
+
+  // out[i] = sum of v[i]'s lanes.
+  static void sums(const V v[4], float* out) {
+    const V ab = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const V cd = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const V abcd = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
+
+  // 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
+  static V exp2(V x) {
+    const V clamped = _mm512_max_ps(set1(-127), x);
+    const V n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V f = sub(clamped, n);
+    V y = set1(1.5252734e-5f);
+    y = fma(y, f, set1(1.5403530e-4f));
+    y = fma(y, f, set1(1.3333558e-3f));
+    y = fma(y, f, set1(9.6181291e-3f));
+    y = fma(y, f, set1(5.5504109e-2f));
+    y = fma(y, f, set1(2.4022651e-1f));
+    y = fma(y, f, set1(6.9314718e-1f));
+    y = fma(y, f, set1(1));
+    const __mmask16 tiny = _mm512_cmp_ps_mask(x, set1(-126), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(_mm512_scalef_ps(y, n), tiny, set1(0));
+  }
+
+  // 64 e4m3 numbers with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
+    const __m512i bytes = _mm512_loadu_si512(src);
+    const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
+    if (scale > 246 || _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f)) != 0) {
+      for (int i = 0; i < kScaleTile; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
+      return;
+    }
+    const V factor = _mm512_castsi512_ps(_mm512_set1_epi32((scale + 8) << 23));
+    for (int i = 0; i < kScaleTile; i += 32) {
+      const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
+      const __m512i half = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(0x3f80)),
+                                           _mm512_and_si512(_mm512_slli_epi16(wide, 8), _mm512_set1_epi16(-0x8000)));
+      store(dst + i, mul(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), factor));
+      store(dst + i + 16, mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), factor));
+    }
+  }
+
+  static void bf16_to_float(const uint8_t* src, float* dst, int n) {
+    for (int i = 0; i < n; i += kLanes) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 2 * i));
+      store(dst + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+    }
+  }
+
+  static void float_to_bf16(const float* src, uint8_t* dst, int n) {
+    for (int i = 0; i < n; i += kLanes) {
+      const V value = load(src + i);
+      const __m512i bits = _mm512_castps_si512(value);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 2 * i),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+    }
+  }
+};
