@@ -105,3 +105,50 @@ def test_knowing_the_tile_is_better(rocm, capsys):
         assert computed[1] <= computed[0]
     with capsys.disabled():
         print(f"\nAITER's plan -> ours, at 256 workers and tiles of {choice.tile}", *lines, sep="\n")
+
+
+# ---- AITER's own builder, compiled by build_aiter from a source tree, on the software GPU.
+
+
+@pytest.fixture
+def builder(rocm):
+    from jax_dsv4 import _ffi
+
+    if _ffi.aiter_plan_builder() is None:
+        pytest.skip("AITER's plan builder is not compiled: python -m jax_dsv4.build_aiter --source AITER (it takes minutes)")
+
+
+@pytest.mark.parametrize("case, aiter", [p for p in PLANS if p[0]["max_split_per_batch"] == -1][::3], ids=lambda p: describe(p) if "id" in p else "")
+def test_aiters_builder(builder, monkeypatch, case, aiter):
+    """Through our bridge: the plans that were recorded from it, items of empty tokens included."""
+    from jax_dsv4.implementations import aiter as implementation
+    from jax_dsv4.implementations import native
+
+    monkeypatch.setenv("GFX950_UNITS", str(case["M"]))
+    geometry = native.Geometry(case["M"], case["kv_granularity"], OVERHEAD)
+    work = implementation._aiters_plan(jnp.asarray(aiter["lengths"]), case["topk"], geometry, case["heads"])
+    plan = {name: np.asarray(value) for name, value in work._asdict().items()}
+    np.testing.assert_array_equal(plan["kv_lengths"], np.minimum(aiter["lengths"], case["topk"]))
+    np.testing.assert_array_equal(plan["work_indptr"][: case["M"] + 1], aiter["work_indptr"])
+    assert (plan["work_indptr"][case["M"] :] == aiter["work_indptr"][-1]).all()
+    np.testing.assert_array_equal(items(plan, case), aiter["work_info_set"])
+    np.testing.assert_array_equal(plan["reduce_indptr"], aiter["reduce_indptr"])
+    np.testing.assert_array_equal(plan["reduce_partial_map"][: len(aiter["reduce_partial_map"])], aiter["reduce_partial_map"])
+
+
+def test_decode_on_aiters_plan(builder, monkeypatch):
+    """Empty tokens first and between, a split one: the plan with empty items is harmless, and the answer that of our own plan."""
+    import jax
+    import jax_dsv4 as dsv4
+    from test_end_to_end import attend, check, make_cache, make_q, make_scope, plan_for, reference
+
+    rng = np.random.default_rng(0)
+    cache = make_cache(rng, 400)
+    scope = make_scope(rng, cache, 400, [0, 390, 0, 0, 17, 64], 400)
+    q = make_q(rng, 6, 32)
+    rows = plan_for([scope], 32).work[0].work_info_set
+    assert (np.asarray(rows)[:6, 4] == np.asarray(rows)[:6, 5]).any()  # AITER's, with its items of no keys
+    check(attend(q, (scope,)), reference(q, [scope]))
+    jax.clear_caches()
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+    check(jax.jit(lambda *a: dsv4.sparse_mla_decode(a[0], a[1], implementation="aiter", return_lse=True))(q, scope), reference(q, [scope]))
