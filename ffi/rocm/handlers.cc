@@ -350,7 +350,7 @@ JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, c
 
 // What a call with `heads` heads on a pool of `pool_bytes` runs on device 0. ABI of jax_dsv4/implementations/aiter.py.
 struct dsv4_rocm_choice {
-  int32_t kernel_heads, tile, reports_lse, units;
+  int32_t kernel_heads, tile, reports_lse, units, kernarg_bytes;
   char architecture[32];
   char text[2048];  // the kernel's file, or why there is none
 };
@@ -367,6 +367,7 @@ JAX_DSV4_EXPORT int dsv4_rocm_choose(int32_t heads, int64_t pool_bytes, dsv4_roc
   choice->kernel_heads = kernel->heads;
   choice->tile = kernel->tile;
   choice->reports_lse = kernel->reports_lse;
+  choice->kernarg_bytes = kernel->kernarg_bytes;
   return hip::api(&reason)->DeviceGetAttribute(&choice->units, hip::kAttributeMultiprocessorCount, 0) == hip::kSuccess;
 }
 

@@ -30,6 +30,11 @@ def implementations() -> dict[str, Availability]:
     return {name: implementation.availability() for name, implementation in _REGISTRY.items()}
 
 
+def platforms_of(name: str) -> tuple[str, ...]:
+    """The platforms, by JAX's names, that an implementation runs on; () for any."""
+    return _REGISTRY[name].platforms
+
+
 def spelling(implementation: str | Sequence[str] | None) -> Spelling:
     """The `implementation=` argument in a hashable form."""
     return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)

@@ -31,6 +31,7 @@ class Choice(ctypes.Structure):
         ("tile", ctypes.c_int32),
         ("reports_lse", ctypes.c_int32),
         ("units", ctypes.c_int32),
+        ("kernarg_bytes", ctypes.c_int32),
         ("architecture", ctypes.c_char * 32),
         ("text", ctypes.c_char * 2048),
     )

@@ -369,3 +369,11 @@ def test_cost_of_a_call(rocm, gpu):
     print(f"  AITER's kernel: {64 * aiter / keys:.0f} per 64 keys of 16 heads")
     print(f"  {c['bytes_read'] / keys:.0f} bytes read per key (a row is 576), {c['bytes_written'] / 24:.0f} written per token")
     assert c["bytes_read"] < 3 * 576 * keys
+
+
+def test_doctor(rocm, capsys):
+    from jax_dsv4 import doctor
+
+    doctor.main()
+    text = capsys.readouterr().out
+    assert "16 heads: 1 x 16 heads" in text and "\n  aiter  ok: cosine 0.999" in text
