@@ -44,18 +44,18 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   const int32_t heads = task.head_end - task.head_begin;
   Scratch s = carve(bytes, heads);
   const int64_t first_head = static_cast<int64_t>(task.token) * p.heads + task.head_begin;
-  load_queries(p, first_head, heads, s);
-
   Row lists[2][kTileKeys];
   KeyCursor cursor = first_key(p, task.token, task.kv_begin);
   int n = next_rows(p, task.token, task.kv_end, &cursor, lists[0]);
+  for (int k = 0; k < n; ++k) prefetch_row(lists[0][k]);
+  load_queries(p, first_head, heads, s);
   bool first = true;
   for (int turn = 0; n > 0; turn ^= 1) {
     const int next_n = next_rows(p, task.token, task.kv_end, &cursor, lists[turn ^ 1]);
-    load_tile(lists[turn], n, lists[turn ^ 1], next_n, s);
+    load_tile(lists[turn], n, s);
     scores(s, heads, n);
     softmax(s, heads, n, p.scale * kLog2e, first);
-    accumulate(s, heads, n, first);
+    accumulate(s, heads, n, first, lists[turn ^ 1], next_n);
     first = false;
     n = next_n;
   }

@@ -61,10 +61,8 @@ inline void load_row(const Row& row, float* dst) {
   }
 }
 
-// Fetches `next`'s bytes while this tile's are converted.
-inline void load_tile(const Row* rows, int n, const Row* next, int next_n, const Scratch& s) {
+inline void load_tile(const Row* rows, int n, const Scratch& s) {
   for (int k = 0; k < n; ++k) {
-    if (k < next_n) prefetch_row(next[k]);
     load_row(rows[k], s.rows + k * kRowStride);
   }
   // The score kernel takes keys in groups: a group's missing ones read as zeros.
@@ -161,8 +159,13 @@ struct AccumulateHeads {
   }
 };
 
-inline void accumulate(const Scratch& s, int32_t heads, int n, bool first) {
+// The next tile's bytes are fetched meanwhile, a few rows at a time: asked for all at once they would stall what comes
+// after.
+inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const Row* next, int next_n) {
+  int fetched = 0;
   for (int d = 0; d < kLatentDim; d += Simd::kOutVectors * kL) {
+    for (const int due = next_n * (d + Simd::kOutVectors * kL) / kLatentDim; fetched < due; ++fetched)
+      prefetch_row(next[fetched]);
     for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first});
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,9 @@ class _CPU:
     # a few threads; more threads than items share an item's heads.
     geometry = Geometry(workers=16, granularity=64, overhead=2)
     # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead, kMaxHeadGroups; 64 bytes more to align.
-    max_lanes = 32
+    # One lane a thread; threads beyond the lanes stay idle. No more than this machine has cores: fresh pages cost more than the kernel's
+    # work on a small call.
+    lanes = min(32, os.cpu_count() or 1)
     lane_bytes_fixed = 160 * 1024 + 64
     lane_bytes_per_head = 5 * 1024
     counters_per_token = 8
@@ -116,7 +119,7 @@ class _CPU:
             jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # workspace: partial outputs
             jax.ShapeDtypeStruct((partials, heads), f32),  # workspace: partial lse
             jax.ShapeDtypeStruct((tokens, self.counters_per_token), i32),  # workspace: partials not yet done
-            jax.ShapeDtypeStruct((self.max_lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
+            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
         )
         swa, extra = (*scopes, _absent_scope(tokens))[:2]
         out, lse, *_ = jax.ffi.ffi_call("dsv4_decode", results)(
