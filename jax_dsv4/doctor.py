@@ -51,8 +51,8 @@ def self_test(name: str) -> str:
     """Appends and decodes two scopes of odd lengths; what came out, against NumPy."""
     rng = np.random.default_rng(0)
     heads, tokens, topk, slots = 16, 5, 100, 256
-    layout = "aiter_fp8" if name == "aiter" else "fp8_ds_mla"
-    cache = dsv4.KVCache.create(slots // 64, 64, layout, **({"scale": 0.02} if name == "aiter" else {}))
+    layout, scale = ("aiter_fp8", 0.02) if name == "aiter" else ("fp8_ds_mla", 1.0)
+    cache = dsv4.KVCache.create(slots // 64, 64, layout, scale=scale)
     latents = jnp.asarray(rng.normal(size=(slots, 512)), jnp.bfloat16)
     q = jnp.asarray(rng.normal(size=(tokens, heads, 512)), jnp.bfloat16)
     indices = jnp.asarray(rng.integers(0, slots, (tokens, topk)), jnp.int32)
@@ -67,7 +67,9 @@ def self_test(name: str) -> str:
 
     cache, out, lse = run(cache, latents, q)
     rows = np.asarray(dsv4.dequantize(cache), np.float64)
-    scopes = [reference.ReferenceScope(rows, np.asarray(i), np.asarray(n)) for i, n in ((indices, lengths), (indices[:, ::-1], lengths[::-1]))]
+    scopes = [
+        reference.ReferenceScope(rows, np.asarray(i), np.asarray(n)) for i, n in ((indices, lengths), (indices[:, ::-1], lengths[::-1]))
+    ]
     want, want_lse = reference.decode(np.asarray(q, np.float64), scopes, np.asarray(sink, np.float64), 512**-0.5)
     got = np.asarray(out, np.float64)
     cosine = min((g * w).sum() / np.linalg.norm(g) / np.linalg.norm(w) for g, w in zip(got, want))

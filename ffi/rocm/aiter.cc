@@ -38,7 +38,8 @@ enum Slot : int {
   kBytesWithLse = 0x180,  // lse, and context parallelism: a pointer and two numbers, of which the first is a count
   kContextRanks = 0x150,
 };
-constexpr int kPointers[] = {kPartialOut, kPartialLse, kQ, kKv, kKvIndptr, kKvIndices, kLastPageLens, kQoIndptr, kWork, kOut, kQScale, kKvScale};
+constexpr int kPointers[] = {kPartialOut,   kPartialLse, kQ,    kKv,  kKvIndptr, kKvIndices,
+                             kLastPageLens, kQoIndptr,   kWork, kOut, kQScale,   kKvScale};
 constexpr int kNumbers[] = {kSoftmaxScale, kMqa, kKvSplit, kQBytes, kKvBytes, kLog2Page};
 
 struct Known {
@@ -46,8 +47,8 @@ struct Known {
   int heads;
   bool reports_lse;
 };
-// In order of preference among those with equally many heads. Left out: the 32-head kernel, whose lse of unsplit rows is never
-// written and which wraps at 4 GiB; 16-head ones do its work.
+// In order of preference among those with equally many heads. Left out: the 32-head kernel, whose lse of unsplit rows
+// is never written and which wraps at 4 GiB; 16-head ones do its work.
 constexpr Known kKnown[] = {
     {"mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", 128, true},
     {"mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", 64, true},
@@ -76,8 +77,8 @@ std::map<std::string, std::string> read_registry(const std::string& folder, bool
     }
     std::map<std::string, std::string> entry;
     for (size_t i = 0; i < cells.size() && i < columns.size(); ++i) entry[columns[i]] = cells[i];
-    const bool fits = entry["qType"] == "fp8" && entry["kvType"] == "fp8" && entry["ps"] == "1" && entry["prefill"] == "0" &&
-                      entry["cprr"] == "0";
+    const bool fits = entry["qType"] == "fp8" && entry["kvType"] == "fp8" && entry["ps"] == "1" &&
+                      entry["prefill"] == "0" && entry["cprr"] == "0";
     if (fits) symbols[entry["co_name"]] = entry["knl_name"];
   }
   return symbols;
@@ -106,7 +107,8 @@ bool knows_abi(const KernelNotes& notes, bool reports_lse, std::string* reason) 
     if (!has_argument(notes, offset, 4)) return fail("no number at " + std::to_string(offset));
   }
   if (reports_lse && !has_argument(notes, kLse, 8)) return fail("no pointer to the lse");
-  if (notes.required_workgroup[0] != kThreads) return fail("workgroups of " + std::to_string(notes.required_workgroup[0]));
+  if (notes.required_workgroup[0] != kThreads)
+    return fail("workgroups of " + std::to_string(notes.required_workgroup[0]));
   return true;
 }
 
@@ -122,7 +124,8 @@ Candidates find_kernels(const std::string& architecture) {
     return found;
   }
   if (directory().empty()) {
-    found.reasons = "AITER is not installed (pip install --no-deps amd-aiter, or name its hsa directory in JAX_DSV4_AITER_HSA)";
+    found.reasons =
+        "AITER is not installed (pip install --no-deps amd-aiter, or name its hsa directory in JAX_DSV4_AITER_HSA)";
     return found;
   }
   const std::string folder = directory() + "/" + architecture + "/mla";
@@ -141,8 +144,10 @@ Candidates find_kernels(const std::string& architecture) {
     if (ok && !knows_abi(notes.kernels[0], known.reports_lse, &reason)) ok = false;
     if (ok && has_registry) {
       const auto listed = registry.find(name);
-      if (listed == registry.end()) ok = false, reason = "AITER's registry does not list it as an fp8 persistent decode kernel";
-      else if (listed->second != notes.kernels[0].name) ok = false, reason = "AITER's registry names another symbol";
+      if (listed == registry.end())
+        ok = false, reason = "AITER's registry does not list it as an fp8 persistent decode kernel";
+      else if (listed->second != notes.kernels[0].name)
+        ok = false, reason = "AITER's registry names another symbol";
     }
     if (!ok) {
       found.reasons += (found.reasons.empty() ? "" : "; ") + file + ": " + reason;
@@ -160,7 +165,8 @@ Candidates find_kernels(const std::string& architecture) {
     kernel.tile = known.heads == 16 && !first_generation ? 128 : 64;
     found.kernels.push_back(kernel);
   }
-  if (found.kernels.empty() && found.reasons.empty()) found.reasons = folder + " has none of the kernels that are known";
+  if (found.kernels.empty() && found.reasons.empty())
+    found.reasons = folder + " has none of the kernels that are known";
   return found;
 }
 

@@ -24,8 +24,8 @@ struct AiterKernel {
 // Where AITER's code objects are: the directory that holds gfx950/mla. Set once, when the library is loaded.
 void set_aiter_directory(const std::string& hsa);
 
-// The kernel for a call with this many heads on a pool of this size, for an architecture. Null, with the reason, if there is
-// none. The same answer for the life of the process.
+// The kernel for a call with this many heads on a pool of this size, for an architecture. Null, with the reason, if
+// there is none. The same answer for the life of the process.
 const AiterKernel* choose_kernel(const std::string& architecture, int heads, int64_t pool_bytes, std::string* reason);
 
 // How many times a kernel runs over a token to cover its heads.

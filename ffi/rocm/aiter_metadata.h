@@ -1,4 +1,5 @@
-// The C interface of the library that `python -m jax_dsv4.build_aiter` makes of AITER's plan builder (aiter_metadata.hip).
+// The C interface of the library that `python -m jax_dsv4.build_aiter` makes of AITER's plan builder
+// (aiter_metadata.hip).
 #ifndef JAX_DSV4_ROCM_AITER_METADATA_H_
 #define JAX_DSV4_ROCM_AITER_METADATA_H_
 

@@ -63,17 +63,36 @@ class MsgPack {
     if (tag <= 0x9f) return array(tag & 0xf, depth);
     if (tag <= 0xbf) return string(tag & 0x1f);
     switch (tag) {
-      case 0xc0: return Value();
-      case 0xc2: case 0xc3: return integer(tag & 1);
-      case 0xcc: case 0xcd: case 0xce: case 0xcf: return integer(static_cast<int64_t>(big_endian(1 << (tag - 0xcc))));
-      case 0xd0: return integer(static_cast<int8_t>(big_endian(1)));
-      case 0xd1: return integer(static_cast<int16_t>(big_endian(2)));
-      case 0xd2: return integer(static_cast<int32_t>(big_endian(4)));
-      case 0xd3: return integer(static_cast<int64_t>(big_endian(8)));
-      case 0xd9: case 0xda: case 0xdb: return string(big_endian(1 << (tag - 0xd9)));
-      case 0xdc: case 0xdd: return array(big_endian(2 << (tag - 0xdc)), depth);
-      case 0xde: case 0xdf: return map(big_endian(2 << (tag - 0xde)), depth);
-      default: return fail();
+      case 0xc0:
+        return Value();
+      case 0xc2:
+      case 0xc3:
+        return integer(tag & 1);
+      case 0xcc:
+      case 0xcd:
+      case 0xce:
+      case 0xcf:
+        return integer(static_cast<int64_t>(big_endian(1 << (tag - 0xcc))));
+      case 0xd0:
+        return integer(static_cast<int8_t>(big_endian(1)));
+      case 0xd1:
+        return integer(static_cast<int16_t>(big_endian(2)));
+      case 0xd2:
+        return integer(static_cast<int32_t>(big_endian(4)));
+      case 0xd3:
+        return integer(static_cast<int64_t>(big_endian(8)));
+      case 0xd9:
+      case 0xda:
+      case 0xdb:
+        return string(big_endian(1 << (tag - 0xd9)));
+      case 0xdc:
+      case 0xdd:
+        return array(big_endian(2 << (tag - 0xdc)), depth);
+      case 0xde:
+      case 0xdf:
+        return map(big_endian(2 << (tag - 0xde)), depth);
+      default:
+        return fail();
     }
   }
 
@@ -157,7 +176,8 @@ bool read_notes(const void* elf, size_t size, CodeObjectNotes* notes, std::strin
   ElfHeader header;
   if (size < sizeof header) return fail("too short for an ELF file");
   std::memcpy(&header, file, sizeof header);
-  if (std::memcmp(header.ident, "\177ELF", 4) != 0 || header.machine != kMachineAmdGpu) return fail("not an AMDGPU ELF file");
+  if (std::memcmp(header.ident, "\177ELF", 4) != 0 || header.machine != kMachineAmdGpu)
+    return fail("not an AMDGPU ELF file");
   const uint32_t architecture = header.flags & kArchitectureMask;
   notes->architecture = architecture == kGfx950 ? "gfx950" : architecture == kGfx942 ? "gfx942" : "";
   notes->kernels.clear();

@@ -1,6 +1,6 @@
-// XLA FFI handlers on ROCm for layout aiter_fp8: bind, check, enqueue on XLA's stream. jax_dsv4/implementations/aiter.py states the
-// same operands. Modules are loaded in the initialize stage, which never runs under capture; execute only enqueues, so the
-// handlers may be part of a command buffer.
+// XLA FFI handlers on ROCm for layout aiter_fp8: bind, check, enqueue on XLA's stream.
+// jax_dsv4/implementations/aiter.py states the same operands. Modules are loaded in the initialize stage, which never
+// runs under capture; execute only enqueues, so the handlers may be part of a command buffer.
 #include <atomic>
 #include <cstring>
 #include <string>
@@ -15,8 +15,8 @@ namespace {
 
 using Out = ffi::Result<Buffer>;
 
-// Executions of the decode handler, and how many of them a stream capture recorded. XLA replays what it captured without
-// calling the handler, so the two tell whether command buffers are in use.
+// Executions of the decode handler, and how many of them a stream capture recorded. XLA replays what it captured
+// without calling the handler, so the two tell whether command buffers are in use.
 std::atomic<int64_t> g_calls{0}, g_captured{0};
 
 ffi::Error status(const char* op, const std::string& error) {
@@ -34,9 +34,9 @@ ffi::Error initialize_plan(int32_t device, ffi::RemainingArgs, ffi::RemainingRet
   return status("plan_decode", load_modules(device, nullptr));
 }
 
-ffi::Error plan(hip::Stream stream, int32_t device, Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out work_indptr,
-                Out work_info_set, Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk,
-                int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead) {
+ffi::Error plan(hip::Stream stream, int32_t device, Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths,
+                Out work_indptr, Out work_info_set, Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map,
+                int32_t swa_topk, int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead) {
   PlanParams p;
   const ffi::Error error = bind_plan_params(
       {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
@@ -47,24 +47,27 @@ ffi::Error plan(hip::Stream stream, int32_t device, Buffer swa_lengths, Buffer e
 
 // ---- dsv4_aiter_metadata_plan: the same plan from AITER's builder, with workspaces for what it reads.
 
-ffi::Error initialize_metadata(hip::Stream stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+ffi::Error initialize_metadata(hip::Stream stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets,
+                               ffi::Dictionary) {
   const std::string error = load_modules(device, nullptr);
   return status("plan_decode", error.empty() ? load_metadata(device, stream) : error);
 }
 
-ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_lengths, Out work_indptr, Out work_info_set,
-                    Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, Out qo_indptr, Out kv_indptr,
-                    Out last_page_lens, Out work_pointers, int32_t topk, int32_t units, int32_t granularity, int32_t heads) {
+ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_lengths, Out work_indptr,
+                    Out work_info_set, Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, Out qo_indptr,
+                    Out kv_indptr, Out last_page_lens, Out work_pointers, int32_t topk, int32_t units,
+                    int32_t granularity, int32_t heads) {
   constexpr ffi::DataType kInt = ffi::DataType::S32;
   MetadataParams p{};
   // AITER's builder counts an item as 16 blocks; it needs no more room than ours.
-  ffi::Error error = bind_plan_params({lengths, lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
-                                       *reduce_partial_map, topk, 0, units, granularity, 16},
+  ffi::Error error = bind_plan_params({lengths, lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr,
+                                       *reduce_final_map, *reduce_partial_map, topk, 0, units, granularity, 16},
                                       &p.plan);
   if (!error.success()) return error;
   const int64_t tokens = p.plan.tokens;
   Checker check("plan_decode");
-  check.require((granularity & (granularity - 1)) == 0, "granularity", "be a power of two", std::to_string(granularity));
+  check.require((granularity & (granularity - 1)) == 0, "granularity", "be a power of two",
+                std::to_string(granularity));
   check.buffer(*qo_indptr, "qo_indptr", kInt, "(tokens + 1,)", {tokens + 1});
   check.buffer(*kv_indptr, "kv_indptr", kInt, "(tokens + 1,)", {tokens + 1});
   check.buffer(*last_page_lens, "last_page_lens", kInt, "(tokens,)", {tokens});
@@ -81,7 +84,8 @@ ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_l
 ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::RemainingRets, ffi::Dictionary) {
   constexpr const char* kOp = "sparse_mla_decode";
   const auto q = args.get<Buffer>(0), pool = args.get<Buffer>(1);
-  if (!q.has_value() || !pool.has_value() || q->dimensions().size() != 3) return status(kOp, "q and the cache are missing");
+  if (!q.has_value() || !pool.has_value() || q->dimensions().size() != 3)
+    return status(kOp, "q and the cache are missing");
   std::string reason;
   const AiterKernel* kernel = kernel_for(device, q->dimensions()[1], static_cast<int64_t>(pool->size_bytes()), &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, std::string(kOp) + ": " + reason);
@@ -101,11 +105,12 @@ bool bind_pool(Checker& check, Buffer pool, int32_t block_size, float cache_scal
   return check.ok();
 }
 
-ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buffer indices, Buffer lengths, Buffer kv_lengths,
-                  Buffer work_indptr, Buffer work_info_set, Buffer reduce_indptr, Buffer reduce_final_map,
-                  Buffer reduce_partial_map, Out out, Out lse, Out q_packed, Out rows, Out state, Out own_indptr, Out own_items,
-                  Out qo_indptr, Out work_pointers, Out scales, Out amax, Out partial_out, Out partial_lse, float scale,
-                  float cache_scale, int32_t block_size, int32_t workers) {
+ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buffer indices, Buffer lengths,
+                  Buffer kv_lengths, Buffer work_indptr, Buffer work_info_set, Buffer reduce_indptr,
+                  Buffer reduce_final_map, Buffer reduce_partial_map, Out out, Out lse, Out q_packed, Out rows,
+                  Out state, Out own_indptr, Out own_items, Out qo_indptr, Out work_pointers, Out scales, Out amax,
+                  Out partial_out, Out partial_lse, float scale, float cache_scale, int32_t block_size,
+                  int32_t workers) {
   constexpr ffi::DataType kInt = ffi::DataType::S32, kFloat = ffi::DataType::F32;
   Checker check("sparse_mla_decode");
   DecodeScopeParams p{};
@@ -120,7 +125,8 @@ ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buf
                                 reduce_partial_map, &p.plan)) {
     return check.error();
   }
-  check.require(workers >= 1 && workers <= p.plan.workers, "workers", "be from 1 to " + std::to_string(p.plan.workers), std::to_string(workers));
+  check.require(workers >= 1 && workers <= p.plan.workers, "workers", "be from 1 to " + std::to_string(p.plan.workers),
+                std::to_string(workers));
   std::string reason;
   const AiterKernel* kernel = kernel_for(device, heads, static_cast<int64_t>(pool.size_bytes()), &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, "sparse_mla_decode: " + reason);
@@ -141,7 +147,8 @@ ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buf
   check.buffer(*work_pointers, "work_pointers", kInt, "(4,)", {4});
   check.buffer(*scales, "scales", kFloat, "(2,)", {2});
   check.buffer(*amax, "amax", kFloat, "(64,)", {kAmaxBlocks});
-  check.buffer(*partial_out, "partial_out", kFloat, "(max_partials + tokens + 1, padded heads, 512)", {-1, padded, kLatentDim});
+  check.buffer(*partial_out, "partial_out", kFloat, "(max_partials + tokens + 1, padded heads, 512)",
+               {-1, padded, kLatentDim});
   if (!check.ok()) return check.error();
   const int64_t partials = partial_out->dimensions()[0];
   check.buffer(*partial_lse, "partial_lse", kFloat, "(max_partials + tokens + 1, padded heads)", {partials, padded});
@@ -203,7 +210,8 @@ ffi::Error append_rows(hip::Stream stream, int32_t device, Buffer pool, Buffer l
   if (!check.ok() || !bind_float_dtype(check, latents, "latents", &p.dtype)) return check.error();
   p.count = latents.dimensions()[0];
   check.buffer(slots, "slots", ffi::DataType::S32, "(count,)", {p.count});
-  check.require(updated->size_bytes() == pool.size_bytes(), "the result", "have the cache's size", std::to_string(updated->size_bytes()));
+  check.require(updated->size_bytes() == pool.size_bytes(), "the result", "have the cache's size",
+                std::to_string(updated->size_bytes()));
   if (!check.ok()) return check.error();
   p.latents = latents.untyped_data();
   p.slots = data_of<int32_t>(slots);
@@ -222,8 +230,8 @@ ffi::Error append_rows(hip::Stream stream, int32_t device, Buffer pool, Buffer l
 
 constexpr ffi::Traits kCapturable = ffi::Traits::kCmdBufferCompatible;
 
-#define JAX_DSV4_INITIALIZER(name, function)                                                                       \
-  XLA_FFI_DEFINE_HANDLER(name, function,                                                                           \
+#define JAX_DSV4_INITIALIZER(name, function)                                                                           \
+  XLA_FFI_DEFINE_HANDLER(name, function,                                                                               \
                          ffi::Ffi::BindInitialize().Ctx<ffi::DeviceOrdinal>().RemainingArgs().RemainingRets().Attrs(), \
                          {kCapturable})
 JAX_DSV4_INITIALIZER(kInitializePlan, initialize_plan);
@@ -340,8 +348,8 @@ JAX_DSV4_HANDLER(dsv4_aiter_decode_initialize, kInitializeDecode)
 JAX_DSV4_HANDLER(dsv4_aiter_append, kAppend)
 JAX_DSV4_HANDLER(dsv4_aiter_append_initialize, kInitializeAppend)
 
-// AITER's hsa directory, the directory of our own code objects, and the library of AITER's plan builder ("" for none). To be
-// called first, once.
+// AITER's hsa directory, the directory of our own code objects, and the library of AITER's plan builder ("" for none).
+// To be called first, once.
 JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, const char* metadata) {
   jax_dsv4::rocm::set_metadata_library(metadata);
   jax_dsv4::rocm::set_aiter_directory(aiter);

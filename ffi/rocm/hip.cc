@@ -55,8 +55,8 @@ static_assert(sizeof(DeviceProperties) == sizeof(::hipDeviceProp_tR0600) &&
               offsetof(DeviceProperties, gcn_arch_name) == offsetof(::hipDeviceProp_tR0600, gcnArchName));
 // The signatures, as far as enumerations passed as int allow.
 static_assert(std::is_same_v<decltype(::hipModuleLaunchKernel),
-                             ::hipError_t(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                                          Stream, void**, void**)>);
+                             ::hipError_t(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                                          unsigned, Stream, void**, void**)>);
 static_assert(std::is_same_v<decltype(::hipMemsetD32Async), ::hipError_t(void*, int, size_t, Stream)>);
 }  // namespace jax_dsv4::hip
 #endif
@@ -93,13 +93,14 @@ Found find() {
     }
   }
   if (!library) {
-    found.reason = std::string("no HIP library: ") + dlerror() + " (install ROCm, or name libamdhip64.so in JAX_DSV4_HIP_LIBRARY)";
+    found.reason =
+        std::string("no HIP library: ") + dlerror() + " (install ROCm, or name libamdhip64.so in JAX_DSV4_HIP_LIBRARY)";
     return found;
   }
   Api& a = found.api;
   std::string* r = &found.reason;
-  (void)(resolve(library, "hipGetDeviceCount", &a.GetDeviceCount, r) && resolve(library, "hipGetDevice", &a.GetDevice, r) &&
-         resolve(library, "hipSetDevice", &a.SetDevice, r) &&
+  (void)(resolve(library, "hipGetDeviceCount", &a.GetDeviceCount, r) &&
+         resolve(library, "hipGetDevice", &a.GetDevice, r) && resolve(library, "hipSetDevice", &a.SetDevice, r) &&
          resolve(library, "hipDeviceGetAttribute", &a.DeviceGetAttribute, r) &&
          resolve(library, "hipGetDevicePropertiesR0600", &a.GetDeviceProperties, r) &&
          resolve(library, "hipMalloc", &a.Malloc, r) && resolve(library, "hipFree", &a.Free, r) &&

@@ -48,7 +48,12 @@ enum Error : int {
 };
 
 enum DeviceAttribute : int { kAttributeMultiprocessorCount = 63 };
-enum MemcpyKind : int { kMemcpyHostToDevice = 1, kMemcpyDeviceToHost = 2, kMemcpyDeviceToDevice = 3, kMemcpyDefault = 4 };
+enum MemcpyKind : int {
+  kMemcpyHostToDevice = 1,
+  kMemcpyDeviceToHost = 2,
+  kMemcpyDeviceToDevice = 3,
+  kMemcpyDefault = 4
+};
 enum CaptureMode : int { kCaptureModeGlobal = 0, kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2 };
 enum CaptureStatus : int { kCaptureStatusNone = 0, kCaptureStatusActive = 1, kCaptureStatusInvalidated = 2 };
 
@@ -78,16 +83,16 @@ struct Api {
   Error (*ModuleLoadData)(Module* module, const void* image);
   Error (*ModuleGetFunction)(Function* function, Module module, const char* name);
   Error (*ModuleLaunchKernel)(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                              unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters,
-                              void** extra);
+                              unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream,
+                              void** parameters, void** extra);
   Error (*MemsetD32Async)(void* to, int value, size_t count, Stream stream);
   Error (*MemcpyAsync)(void* to, const void* from, size_t bytes, MemcpyKind kind, Stream stream);
   Error (*StreamIsCapturing)(Stream stream, CaptureStatus* status);
   const char* (*GetErrorString)(Error error);
 };
 
-// The HIP library: the one that JAX_DSV4_HIP_LIBRARY names, or libamdhip64.so.7, or libamdhip64.so. Null, with the reason, if
-// there is none. The same answer for the life of the process.
+// The HIP library: the one that JAX_DSV4_HIP_LIBRARY names, or libamdhip64.so.7, or libamdhip64.so. Null, with the
+// reason, if there is none. The same answer for the life of the process.
 const Api* api(std::string* reason);
 
 // Lets libraries that are loaded from now on find the HIP library's symbols.

@@ -1,5 +1,5 @@
-// Our own kernels around AITER's: plan, pack, check, combine, append. Built by clang alone, without a ROCm installation, so
-// this file uses the compiler's builtins and no HIP header.
+// Our own kernels around AITER's: plan, pack, check, combine, append. Built by clang alone, without a ROCm
+// installation, so this file uses the compiler's builtins and no HIP header.
 #define __host__ __attribute__((host))
 #define __device__ __attribute__((device))
 #define __global__ __attribute__((global))
@@ -206,9 +206,10 @@ JAX_DSV4_KERNEL void dsv4_pack_slots(DecodeScopeParams p) {
 
 // ---- Items: the plan as AITER's kernel may follow it. One workgroup.
 //
-// The kernel ends a whole worker at an empty item and reads wherever an item points, so every item is checked here. One that
-// is out of bounds, or that holes among the slots left without keys, is made to attend to one row and to write where nobody
-// reads; each fold gets a copy of all items. A token whose items are bad or do not cover it is answered with NaN.
+// The kernel ends a whole worker at an empty item and reads wherever an item points, so every item is checked here. One
+// that is out of bounds, or that holes among the slots left without keys, is made to attend to one row and to write
+// where nobody reads; each fold gets a copy of all items. A token whose items are bad or do not cover it is answered
+// with NaN.
 JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
   const int t = thread_id();
   const int32_t* indptr = p.plan.work_indptr;
@@ -250,7 +251,8 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
         end = plan_min(end, state.valid);
         if (end <= begin) {
           // Nothing but holes. Its partial counts for nothing; an unsplit token without any key is answered by combine.
-          for (int h = 0; partial >= 0 && h < padded; ++h) p.partial_lse[static_cast<int64_t>(partial) * padded + h] = -infinity();
+          for (int h = 0; partial >= 0 && h < padded; ++h)
+            p.partial_lse[static_cast<int64_t>(partial) * padded + h] = -infinity();
           sound = false, partial = nobody;
         }
       }
@@ -259,7 +261,9 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
       const int32_t owner = (sound ? token : 0) * p.folds + f, at = (sound ? token : 0) * p.row_stride;
       const int32_t row = partial < 0 ? -1 : partial * p.folds + f;
       const int32_t last = sound ? end : 1;
-      p.work_info_set[f * items + i] = {owner, row, owner, owner + 1, at + (sound ? begin : 0), at + last, sound ? p.state[token].valid - last : 0, 0};
+      p.work_info_set[f * items + i] = {
+          owner, row, owner, owner + 1, at + (sound ? begin : 0), at + last, sound ? p.state[token].valid - last : 0,
+          0};
     }
   }
 }
@@ -272,7 +276,8 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
   const int padded = p.folds * p.kernel_heads;
   const TokenState state = p.state[token];
   int32_t first = p.plan.reduce_indptr[token], last = p.plan.reduce_indptr[token + 1];
-  bool sound = state.length >= 0 && state.covered == state.length && first >= 0 && first <= last && last <= p.plan.max_partials;
+  bool sound =
+      state.length >= 0 && state.covered == state.length && first >= 0 && first <= last && last <= p.plan.max_partials;
   const bool split = first < last;
   if (!split) first = 0, last = 1;
 

@@ -14,10 +14,21 @@
 namespace jax_dsv4::rocm {
 namespace {
 
-enum Own : int { kPlan, kMetadataInputs, kMetadataFinish, kAmax, kPackQ, kPackSlots, kCheckItems, kCombine, kAppend, kOwnCount };
-constexpr const char* kOwnNames[kOwnCount] = {
-    "dsv4_plan",       "dsv4_metadata_inputs", "dsv4_metadata_finish", "dsv4_amax",      "dsv4_pack_q",
-    "dsv4_pack_slots", "dsv4_check_items",     "dsv4_combine",         "dsv4_append_fp8"};
+enum Own : int {
+  kPlan,
+  kMetadataInputs,
+  kMetadataFinish,
+  kAmax,
+  kPackQ,
+  kPackSlots,
+  kCheckItems,
+  kCombine,
+  kAppend,
+  kOwnCount
+};
+constexpr const char* kOwnNames[kOwnCount] = {"dsv4_plan",        "dsv4_metadata_inputs", "dsv4_metadata_finish",
+                                              "dsv4_amax",        "dsv4_pack_q",          "dsv4_pack_slots",
+                                              "dsv4_check_items", "dsv4_combine",         "dsv4_append_fp8"};
 
 struct Device {
   std::string architecture;
@@ -41,7 +52,8 @@ Modules& modules() {
 
 std::string failure(const char* call, hip::Error error) {
   std::string unused;
-  return std::string(call) + " failed: " + hip::api(&unused)->GetErrorString(error) + " (" + std::to_string(error) + ")";
+  return std::string(call) + " failed: " + hip::api(&unused)->GetErrorString(error) + " (" + std::to_string(error) +
+         ")";
 }
 
 std::string load_file(const std::string& path, hip::Module* module) {
@@ -102,7 +114,8 @@ std::string load_locked(const hip::Api& api, int device, const AiterKernel* kern
 std::string loaded(int device, const AiterKernel* kernel, std::vector<hip::Function>* own, hip::Function* aiter) {
   const std::lock_guard<std::mutex> lock(modules().mutex);
   const auto it = modules().devices.find(device);
-  if (it == modules().devices.end() || !it->second.own[kPlan]) return "its kernels were not loaded on device " + std::to_string(device);
+  if (it == modules().devices.end() || !it->second.own[kPlan])
+    return "its kernels were not loaded on device " + std::to_string(device);
   own->assign(it->second.own, it->second.own + kOwnCount);
   if (!kernel) return "";
   const auto found = it->second.aiter.find(kernel->symbol);
@@ -111,11 +124,13 @@ std::string loaded(int device, const AiterKernel* kernel, std::vector<hip::Funct
   return "";
 }
 
-std::string launch_bytes(hip::Function function, const char* name, int64_t grid, hip::Stream stream, void* arguments, size_t size) {
+std::string launch_bytes(hip::Function function, const char* name, int64_t grid, hip::Stream stream, void* arguments,
+                         size_t size) {
   if (grid == 0) return "";
   void* extra[] = {hip::kLaunchParamBufferPointer, arguments, hip::kLaunchParamBufferSize, &size, hip::kLaunchParamEnd};
   std::string reason;
-  const hip::Error error = hip::api(&reason)->ModuleLaunchKernel(function, static_cast<unsigned>(grid), 1, 1, kThreads, 1, 1, 0, stream, nullptr, extra);
+  const hip::Error error = hip::api(&reason)->ModuleLaunchKernel(function, static_cast<unsigned>(grid), 1, 1, kThreads,
+                                                                 1, 1, 0, stream, nullptr, extra);
   return error ? failure("hipModuleLaunchKernel", error) + " for " + name : "";
 }
 
@@ -180,7 +195,8 @@ std::string load_metadata(int device, hip::Stream stream) {
     void* library = dlopen(m.metadata_path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) return m.metadata_path + " cannot be loaded: " + dlerror();
     const auto abi = reinterpret_cast<decltype(&dsv4_aiter_metadata_abi)>(dlsym(library, "dsv4_aiter_metadata_abi"));
-    if (!abi || abi() != kAiterMetadataAbi) return m.metadata_path + " is of another version; run python -m jax_dsv4.build_aiter again";
+    if (!abi || abi() != kAiterMetadataAbi)
+      return m.metadata_path + " is of another version; run python -m jax_dsv4.build_aiter again";
     m.metadata = reinterpret_cast<decltype(&dsv4_aiter_metadata)>(dlsym(library, "dsv4_aiter_metadata"));
   }
   // HIP loads a program's code at its first launch, which must not happen under capture: so one token is planned here.
@@ -199,7 +215,8 @@ std::string load_metadata(int device, hip::Stream stream) {
   a.work_pointers = reinterpret_cast<uint64_t*>(take(4));
   a.work_indptr = take(units + 1), a.work_info_set = take(8ull * units);
   a.reduce_indptr = take(2), a.reduce_final_map = take(2), a.reduce_partial_map = take(2ull * units);
-  a.tokens = 1, a.heads = 16, a.topk = 1, a.granularity = 64, a.units = units, a.max_items = units, a.max_partials = 2 * units;
+  a.tokens = 1, a.heads = 16, a.topk = 1, a.granularity = 64, a.units = units, a.max_items = units,
+  a.max_partials = 2 * units;
   a.device = device;
   char text[512] = "";
   hip::Error error = api->MemcpyAsync(in, inputs.data(), 4 * inputs.size(), hip::kMemcpyHostToDevice, stream);
@@ -212,7 +229,8 @@ std::string load_metadata(int device, hip::Stream stream) {
   return "";
 }
 
-std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParams& p, int heads, uint64_t* work_pointers) {
+std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParams& p, int heads,
+                             uint64_t* work_pointers) {
   std::vector<hip::Function> own;
   std::string error = loaded(device, nullptr, &own, nullptr);
   decltype(&dsv4_aiter_metadata) metadata = nullptr;
@@ -252,7 +270,8 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   if (error.empty()) error = launch(own, kCheckItems, 1, stream, p);
   if (error.empty()) {
     std::vector<uint8_t> arguments = pack_arguments(kernel, p);
-    error = launch_bytes(aiter, kernel.symbol.c_str(), static_cast<int64_t>(p.folds) * p.workers, stream, arguments.data(), arguments.size());
+    error = launch_bytes(aiter, kernel.symbol.c_str(), static_cast<int64_t>(p.folds) * p.workers, stream,
+                         arguments.data(), arguments.size());
   }
   if (error.empty()) error = launch(own, kCombine, static_cast<int64_t>(p.tokens) * p.heads, stream, p);
   return error;

@@ -27,11 +27,12 @@ std::string architecture_of(int device, std::string* reason);
 // Loads our kernels on a device, and `kernel` (if not null), once. Not to be called under capture.
 std::string load_modules(int device, const AiterKernel* kernel);
 
-// These enqueue on the stream, and fail if the modules were not loaded on the device. Nothing is allocated, synchronised or
-// read back.
+// These enqueue on the stream, and fail if the modules were not loaded on the device. Nothing is allocated,
+// synchronised or read back.
 std::string enqueue_plan(int device, hip::Stream stream, const PlanParams& p);
 // The same plan from AITER's builder; load_metadata comes first. `work_pointers` [2] is scratch.
-std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParams& p, int heads, uint64_t* work_pointers);
+std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParams& p, int heads,
+                             uint64_t* work_pointers);
 std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& kernel, const DecodeScopeParams& p);
 std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params& p);
 

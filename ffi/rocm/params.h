@@ -9,8 +9,8 @@
 
 namespace jax_dsv4::rocm {
 
-// A row of the cache and of a packed query head: 512 e4m3 numbers, 64 zeros. AITER's kernels compute scores over 576 numbers
-// and take the first 512 as the value.
+// A row of the cache and of a packed query head: 512 e4m3 numbers, 64 zeros. AITER's kernels compute scores over 576
+// numbers and take the first 512 as the value.
 constexpr int kRowBytes = 576;
 // The kernels' padding lanes read row 0 of the pool, so block 0 is zeros and belongs to no slot: slot s is row
 // s + block_size.
@@ -28,9 +28,9 @@ struct TokenState {
   int32_t covered;  // keys that its items cover
 };
 
-// One scope of one call. Heads are padded to folds * kernel_heads; fold f of token t is the kernel's token t * folds + f.
-// Rows of the partial buffers: the plan's own, then one per token (an unsplit item whose kernel cannot report its lse),
-// then one that nobody reads.
+// One scope of one call. Heads are padded to folds * kernel_heads; fold f of token t is the kernel's token t * folds +
+// f. Rows of the partial buffers: the plan's own, then one per token (an unsplit item whose kernel cannot report its
+// lse), then one that nobody reads.
 struct DecodeScopeParams {
   const void* q;           // [tokens, heads, 512] of q_dtype
   const uint8_t* pool;     // [rows, 576]

@@ -138,12 +138,8 @@ class _AITER:
         return (out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)), lse
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        call = jax.ffi.ffi_call(
-            "dsv4_aiter_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0}
-        )
-        return call(
-            cache.data, latents, slots, block_size=np.int32(cache.block_size), cache_scale=np.float32(cache.scale)
-        )
+        call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
+        return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), cache_scale=np.float32(cache.scale))
 
 
 def _planner() -> str:

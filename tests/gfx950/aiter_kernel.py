@@ -80,7 +80,10 @@ def make_problem(rng, heads: int, lengths, topk: int, slots: int = 0, q_scale=0.
     """Slot 0 is the zero row that padding lanes read; what no token attends to is NaN."""
     lengths = np.asarray(lengths, np.int32)
     slots = slots or int(max(lengths.max(initial=1), 1)) * 2 + 8
-    pad = lambda x: np.concatenate([x, np.zeros((*x.shape[:-1], ROW - LATENT))], -1).astype(F8)
+
+    def pad(x):
+        return np.concatenate([x, np.zeros((*x.shape[:-1], ROW - LATENT))], -1).astype(F8)
+
     q = pad(rng.normal(size=(len(lengths), heads, LATENT)) / q_scale)
     kv = pad(rng.normal(size=(slots, LATENT)) / kv_scale)
     indices = np.full((len(lengths), topk), 2**31 - 1, np.int32)  # garbage past the length

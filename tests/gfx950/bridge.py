@@ -21,8 +21,9 @@ def build(name: str, sources, flags=()) -> pathlib.Path:
     include = [f"-I{ROOT / 'ffi'}", "-isystem", jax.ffi.include_dir()]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted([*sources, *headers])) + " ".join([*command, jax.__version__]).encode())
     out = software_gpu.cache_directory() / f"{name}-{digest.hexdigest()[:16]}" / f"{name}.so"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with software_gpu.building(out):
+        if out.exists():
+            return out
         partial = out.with_suffix(f".{os.getpid()}")
         subprocess.run(["g++", *command, *include, *map(str, sources), "-ldl", "-o", str(partial)], check=True)
         os.replace(partial, out)

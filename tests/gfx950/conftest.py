@@ -40,6 +40,7 @@ def shared_rocm(request, shared_gpu, tmp_path_factory):
     The library of handlers is a copy: its process-wide state (the HIP library, the kernels found) stays this fixture's own.
     """
     import aiter_kernel
+
     from jax_dsv4 import _ffi
 
     built = _ffi.find_library("libdsv4_rocm")
@@ -61,6 +62,7 @@ def rocm(gpu, shared_rocm, monkeypatch):
     """`implementation="aiter"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
     import bridge
     import jax
+
     from jax_dsv4 import _ffi
     from jax_dsv4.implementations import aiter
 

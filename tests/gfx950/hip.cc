@@ -1,10 +1,11 @@
 // A stand-in for libamdhip64.so: one software MI355X, or several (gfx950), with everything done when it is asked for.
 //
-// Streams have no asynchrony to offer, so what they check is discipline: under capture, every call that HIP forbids there
-// fails with HIP's error code and, as on HIP, invalidates the capture. A captured graph keeps the addresses and values it
-// was captured with, and replays them against whatever memory holds by then.
+// Streams have no asynchrony to offer, so what they check is discipline: under capture, every call that HIP forbids
+// there fails with HIP's error code and, as on HIP, invalidates the capture. A captured graph keeps the addresses and
+// values it was captured with, and replays them against whatever memory holds by then.
 //
-// Environment: GFX950_UNITS (compute units, 256), GFX950_DEVICES (1), GFX950_HAZARDS=1 and GFX950_EXACT_LGKM=1 (machine.h).
+// Environment: GFX950_UNITS (compute units, 256), GFX950_DEVICES (1), GFX950_HAZARDS=1 and GFX950_EXACT_LGKM=1
+// (machine.h).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -67,7 +68,7 @@ struct Runtime {
   std::vector<uint64_t> last_by_workgroup;
   std::map<std::string, uint64_t> instructions_by_kernel;
   std::map<std::string, uint64_t> hazards;
-  std::string message;  // of the last fault
+  std::string message;                                       // of the last fault
   std::map<std::string, std::shared_ptr<Program>> programs;  // by content: a code object is disassembled once
   std::set<Stream> streams;
   std::vector<std::shared_ptr<Capture>> captures;
@@ -115,8 +116,8 @@ Error check_unsafe_call() {
   return kSuccess;
 }
 
-// Work on a stream: recorded under capture, done at once otherwise. The legacy stream waits for every blocking stream, so
-// using it while one of them captures is an implicit dependency on the capture.
+// Work on a stream: recorded under capture, done at once otherwise. The legacy stream waits for every blocking stream,
+// so using it while one of them captures is an implicit dependency on the capture.
 Error enqueue(Stream s, std::function<Error()> work) {
   if (!s) {
     for (auto& c : runtime().captures)
@@ -191,11 +192,14 @@ Error copy(Stream s, void* to, const void* from, size_t bytes, int kind) {
   Capture* c = capture_of(s);
   // Host and device share an address space here, so what is not live is the host's. A captured copy from or to pageable
   // host memory would run at every replay against memory that may be gone: taken as an error.
-  const bool touches_host = kind == kMemcpyHostToDevice || kind == kMemcpyDeviceToHost || !live(to, bytes) || !live(from, bytes);
+  const bool touches_host =
+      kind == kMemcpyHostToDevice || kind == kMemcpyDeviceToHost || !live(to, bytes) || !live(from, bytes);
   if (c && touches_host) return refuse(*c, kErrorStreamCaptureUnsupported);
   return enqueue(s, [=] {
-    if (kind != kMemcpyHostToDevice && kind != kMemcpyDefault && !live(from, bytes)) return refuse_memory("memcpy from", from, bytes);
-    if (kind != kMemcpyDeviceToHost && kind != kMemcpyDefault && !live(to, bytes)) return refuse_memory("memcpy to", to, bytes);
+    if (kind != kMemcpyHostToDevice && kind != kMemcpyDefault && !live(from, bytes))
+      return refuse_memory("memcpy from", from, bytes);
+    if (kind != kMemcpyDeviceToHost && kind != kMemcpyDefault && !live(to, bytes))
+      return refuse_memory("memcpy to", to, bytes);
     memmove(to, from, bytes);
     return kSuccess;
   });
@@ -230,11 +234,20 @@ HIP Error hipSetDevice(int device) {
 HIP Error hipDeviceGetAttribute(int* value, int attribute, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
   switch (attribute) {
-    case kAttributeMultiprocessorCount: *value = units(); return kSuccess;
-    case 87: *value = kLanes; return kSuccess;     // hipDeviceAttributeWarpSize
-    case 74: *value = kLdsBytes; return kSuccess;  // hipDeviceAttributeMaxSharedMemoryPerBlock
-    case 23: *value = 9; return kSuccess;          // hipDeviceAttributeComputeCapabilityMajor
-    default: return failed(kErrorInvalidValue);
+    case kAttributeMultiprocessorCount:
+      *value = units();
+      return kSuccess;
+    case 87:
+      *value = kLanes;
+      return kSuccess;  // hipDeviceAttributeWarpSize
+    case 74:
+      *value = kLdsBytes;
+      return kSuccess;  // hipDeviceAttributeMaxSharedMemoryPerBlock
+    case 23:
+      *value = 9;
+      return kSuccess;  // hipDeviceAttributeComputeCapabilityMajor
+    default:
+      return failed(kErrorInvalidValue);
   }
 }
 HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
@@ -242,13 +255,15 @@ HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
   memset(p, 0, sizeof *p);
   snprintf(p->name, 256, "AMD Instinct MI355X (software)");
   snprintf(p->gcn_arch_name, sizeof p->gcn_arch_name, "gfx950:sramecc+:xnack-");
-  const auto put = [&](size_t offset, auto value) { memcpy(reinterpret_cast<char*>(p) + offset, &value, sizeof value); };
-  put(288, size_t{288} << 30);  // totalGlobalMem
-  put(296, size_t{kLdsBytes});  // sharedMemPerBlock
-  put(308, kLanes);             // warpSize
-  put(320, 1024);               // maxThreadsPerBlock
-  put(360, 9), put(364, 5);     // major, minor
-  put(388, units());            // multiProcessorCount
+  const auto put = [&](size_t offset, auto value) {
+    memcpy(reinterpret_cast<char*>(p) + offset, &value, sizeof value);
+  };
+  put(288, size_t{288} << 30);   // totalGlobalMem
+  put(296, size_t{kLdsBytes});   // sharedMemPerBlock
+  put(308, kLanes);              // warpSize
+  put(320, 1024);                // maxThreadsPerBlock
+  put(360, 9), put(364, 5);      // major, minor
+  put(388, units());             // multiProcessorCount
   put(640, size_t{kLdsBytes});   // sharedMemPerMultiprocessor
   put(1416, size_t{kLdsBytes});  // maxSharedMemoryPerMultiProcessor
   return kSuccess;
@@ -261,27 +276,48 @@ HIP Error hipGetLastError() { return std::exchange(last_error, kSuccess); }
 HIP Error hipPeekAtLastError() { return last_error; }
 HIP const char* hipGetErrorName(Error e) {
   switch (e) {
-    case kSuccess: return "hipSuccess";
-    case kErrorInvalidValue: return "hipErrorInvalidValue";
-    case kErrorOutOfMemory: return "hipErrorOutOfMemory";
-    case kErrorInvalidConfiguration: return "hipErrorInvalidConfiguration";
-    case kErrorInvalidDevice: return "hipErrorInvalidDevice";
-    case kErrorInvalidImage: return "hipErrorInvalidImage";
-    case kErrorNoBinaryForGpu: return "hipErrorNoBinaryForGpu";
-    case kErrorInvalidHandle: return "hipErrorInvalidHandle";
-    case kErrorIllegalState: return "hipErrorIllegalState";
-    case kErrorNotFound: return "hipErrorNotFound";
-    case kErrorIllegalAddress: return "hipErrorIllegalAddress";
-    case kErrorLaunchFailure: return "hipErrorLaunchFailure";
-    case kErrorStreamCaptureUnsupported: return "hipErrorStreamCaptureUnsupported";
-    case kErrorStreamCaptureInvalidated: return "hipErrorStreamCaptureInvalidated";
-    case kErrorStreamCaptureMerge: return "hipErrorStreamCaptureMerge";
-    case kErrorStreamCaptureUnmatched: return "hipErrorStreamCaptureUnmatched";
-    case kErrorStreamCaptureUnjoined: return "hipErrorStreamCaptureUnjoined";
-    case kErrorStreamCaptureIsolation: return "hipErrorStreamCaptureIsolation";
-    case kErrorStreamCaptureImplicit: return "hipErrorStreamCaptureImplicit";
-    case kErrorCapturedEvent: return "hipErrorCapturedEvent";
-    case kErrorStreamCaptureWrongThread: return "hipErrorStreamCaptureWrongThread";
+    case kSuccess:
+      return "hipSuccess";
+    case kErrorInvalidValue:
+      return "hipErrorInvalidValue";
+    case kErrorOutOfMemory:
+      return "hipErrorOutOfMemory";
+    case kErrorInvalidConfiguration:
+      return "hipErrorInvalidConfiguration";
+    case kErrorInvalidDevice:
+      return "hipErrorInvalidDevice";
+    case kErrorInvalidImage:
+      return "hipErrorInvalidImage";
+    case kErrorNoBinaryForGpu:
+      return "hipErrorNoBinaryForGpu";
+    case kErrorInvalidHandle:
+      return "hipErrorInvalidHandle";
+    case kErrorIllegalState:
+      return "hipErrorIllegalState";
+    case kErrorNotFound:
+      return "hipErrorNotFound";
+    case kErrorIllegalAddress:
+      return "hipErrorIllegalAddress";
+    case kErrorLaunchFailure:
+      return "hipErrorLaunchFailure";
+    case kErrorStreamCaptureUnsupported:
+      return "hipErrorStreamCaptureUnsupported";
+    case kErrorStreamCaptureInvalidated:
+      return "hipErrorStreamCaptureInvalidated";
+    case kErrorStreamCaptureMerge:
+      return "hipErrorStreamCaptureMerge";
+    case kErrorStreamCaptureUnmatched:
+      return "hipErrorStreamCaptureUnmatched";
+    case kErrorStreamCaptureUnjoined:
+      return "hipErrorStreamCaptureUnjoined";
+    case kErrorStreamCaptureIsolation:
+      return "hipErrorStreamCaptureIsolation";
+    case kErrorStreamCaptureImplicit:
+      return "hipErrorStreamCaptureImplicit";
+    case kErrorCapturedEvent:
+      return "hipErrorCapturedEvent";
+    case kErrorStreamCaptureWrongThread:
+      return "hipErrorStreamCaptureWrongThread";
   }
   return "hipErrorUnknown";
 }
@@ -310,14 +346,20 @@ HIP Error hipFree(void* p) {
   free(p);
   return kSuccess;
 }
-HIP Error hipMemcpy(void* to, const void* from, size_t bytes, int kind) { return synchronous_copy(to, from, bytes, kind); }
-HIP Error hipMemcpyAsync(void* to, const void* from, size_t bytes, int kind, Stream s) { return copy(s, to, from, bytes, kind); }
+HIP Error hipMemcpy(void* to, const void* from, size_t bytes, int kind) {
+  return synchronous_copy(to, from, bytes, kind);
+}
+HIP Error hipMemcpyAsync(void* to, const void* from, size_t bytes, int kind, Stream s) {
+  return copy(s, to, from, bytes, kind);
+}
 HIP Error hipMemset(void* to, int value, size_t bytes) {
   Lock lock(runtime().mutex);
   if (Error e = check_unsafe_call()) return e;
   return set(nullptr, to, static_cast<uint8_t>(value), bytes);
 }
-HIP Error hipMemsetAsync(void* to, int value, size_t bytes, Stream s) { return set(s, to, static_cast<uint8_t>(value), bytes); }
+HIP Error hipMemsetAsync(void* to, int value, size_t bytes, Stream s) {
+  return set(s, to, static_cast<uint8_t>(value), bytes);
+}
 HIP Error hipMemsetD8Async(void* to, unsigned char value, size_t count, Stream s) { return set(s, to, value, count); }
 HIP Error hipMemsetD32Async(void* to, int value, size_t count, Stream s) { return set(s, to, value, count); }
 
@@ -358,30 +400,35 @@ HIP Error hipModuleGetFunction(Function* function, Module module, const char* na
   if (!f) f = std::make_unique<ihipModuleSymbol_t>(ihipModuleSymbol_t{module->program, &it->second});
   return *function = f.get(), kSuccess;
 }
-HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                                unsigned shared, Stream s, void** parameters, void** extra) {
+HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                                unsigned bz, unsigned shared, Stream s, void** parameters, void** extra) {
   Lock lock(runtime().mutex);
   if (!f || !gx || !gy || !gz || !bx || !by || !bz) return failed(kErrorInvalidValue);
   const Kernel& k = *f->kernel;
   const unsigned block[3] = {bx, by, bz};
   if (bx * by * bz > static_cast<unsigned>(k.max_workgroup)) return failed(kErrorInvalidConfiguration);
   for (int d = 0; d < 3; ++d)
-    if (k.required_workgroup[d] && block[d] != static_cast<unsigned>(k.required_workgroup[d])) return failed(kErrorInvalidConfiguration);
+    if (k.required_workgroup[d] && block[d] != static_cast<unsigned>(k.required_workgroup[d]))
+      return failed(kErrorInvalidConfiguration);
   if (k.lds_bytes + shared > static_cast<unsigned>(kLdsBytes)) return failed(kErrorInvalidValue);
   std::vector<uint8_t> kernarg(k.kernarg_bytes);
   if (extra) {
     const void* data = nullptr;
     size_t size = 0;
     for (int n = 0; extra[n] != kLaunchParamEnd; n += 2) {
-      if (extra[n] == kLaunchParamBufferPointer) data = extra[n + 1];
-      else if (extra[n] == kLaunchParamBufferSize) size = *static_cast<size_t*>(extra[n + 1]);
-      else return failed(kErrorInvalidValue);
+      if (extra[n] == kLaunchParamBufferPointer)
+        data = extra[n + 1];
+      else if (extra[n] == kLaunchParamBufferSize)
+        size = *static_cast<size_t*>(extra[n + 1]);
+      else
+        return failed(kErrorInvalidValue);
     }
     int explicit_bytes = 0;
     for (const jax_dsv4::rocm::KernelArgument& a : k.arguments)
       if (a.kind.rfind("hidden_", 0) != 0) explicit_bytes = std::max(explicit_bytes, a.offset + a.size);
     if (!data || static_cast<int>(size) < explicit_bytes || size > kernarg.size()) {
-      runtime().message = k.name + ": argument buffer of " + std::to_string(size) + " bytes, the kernel takes " + std::to_string(explicit_bytes);
+      runtime().message = k.name + ": argument buffer of " + std::to_string(size) + " bytes, the kernel takes " +
+                          std::to_string(explicit_bytes);
       return failed(kErrorInvalidValue);
     }
     memcpy(kernarg.data(), data, size);
@@ -445,7 +492,8 @@ HIP void** __hipRegisterFatBinary(const void* wrapper) {
   memcpy(&binary->bundle, static_cast<const char*>(wrapper) + 8, sizeof binary->bundle);
   return reinterpret_cast<void**>(binary);
 }
-HIP void __hipRegisterFunction(void** binary, const void* host, char*, const char* name, unsigned, void*, void*, void*, void*, int*) {
+HIP void __hipRegisterFunction(void** binary, const void* host, char*, const char* name, unsigned, void*, void*, void*,
+                               void*, int*) {
   Lock lock(runtime().mutex);
   launched_functions()[host] = {reinterpret_cast<FatBinary*>(binary), name};
 }
@@ -470,7 +518,8 @@ HIP Error hipLaunchKernel(const void* host, dim3 grid, dim3 block, void** argume
   }
   Function f;
   if (Error e = hipModuleGetFunction(&f, binary.module, found->second.name.c_str())) return e;
-  return hipModuleLaunchKernel(f, grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared), s, arguments, nullptr);
+  return hipModuleLaunchKernel(f, grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared), s,
+                               arguments, nullptr);
 }
 
 // ---- Streams and events.
@@ -505,7 +554,8 @@ HIP Error hipStreamWaitEvent(Stream s, Event e, unsigned) {
   std::shared_ptr<Capture> from = e->captured ? e->capture.lock() : nullptr;
   if (e->captured && !from) return failed(kErrorCapturedEvent);
   Capture* mine = capture_of(s);
-  if (!from) return mine ? refuse(*mine, kErrorStreamCaptureIsolation) : kSuccess;  // a capture may not wait for work outside it
+  if (!from)
+    return mine ? refuse(*mine, kErrorStreamCaptureIsolation) : kSuccess;  // a capture may not wait for work outside it
   if (!s) return refuse(*from, kErrorStreamCaptureImplicit);
   if (mine && mine != from.get()) return refuse(*mine, kErrorStreamCaptureMerge);
   s->capture = from;
@@ -557,7 +607,8 @@ HIP Error hipStreamEndCapture(Stream s, Graph* graph) {
   if (!s || !s->capture) return failed(kErrorIllegalState);
   std::shared_ptr<Capture> c = s->capture;
   if (c->origin != s) return refuse(*c, kErrorStreamCaptureUnmatched);
-  if (c->mode != kCaptureModeRelaxed && c->thread != std::this_thread::get_id()) return failed(kErrorStreamCaptureWrongThread);
+  if (c->mode != kCaptureModeRelaxed && c->thread != std::this_thread::get_id())
+    return failed(kErrorStreamCaptureWrongThread);
   for (Stream t : c->streams) t->capture = nullptr;
   std::erase(runtime().captures, c);
   if (c->invalidated) return failed(kErrorStreamCaptureInvalidated);
@@ -626,10 +677,12 @@ HIP const char* gfx950_counters(int reset) {
   const char* names[] = {"scalar", "vector", "matrix", "lds", "global", "scalar_memory", "control"};
   out << "launches " << c.launches << "\nworkgroups " << c.workgroups << "\ninstructions " << c.instructions << "\n";
   for (int k = 0; k < static_cast<int>(Class::kCount); ++k) out << names[k] << " " << c.by_class[k] << "\n";
-  out << "bytes_read " << c.bytes_read << "\nbytes_written " << c.bytes_written << "\nlds_bytes_read " << c.lds_bytes_read
-      << "\nlds_bytes_written " << c.lds_bytes_written << "\nlaunches_under_capture " << runtime().launches_under_capture
-      << "\ncalls_refused_under_capture " << runtime().calls_refused_under_capture << "\n";
-  for (auto& [name, instructions] : runtime().instructions_by_kernel) out << "kernel:" << name << " " << instructions << "\n";
+  out << "bytes_read " << c.bytes_read << "\nbytes_written " << c.bytes_written << "\nlds_bytes_read "
+      << c.lds_bytes_read << "\nlds_bytes_written " << c.lds_bytes_written << "\nlaunches_under_capture "
+      << runtime().launches_under_capture << "\ncalls_refused_under_capture " << runtime().calls_refused_under_capture
+      << "\n";
+  for (auto& [name, instructions] : runtime().instructions_by_kernel)
+    out << "kernel:" << name << " " << instructions << "\n";
   if (reset) runtime().instructions_by_kernel.clear();
   if (reset) c = Counters(), runtime().launches_under_capture = runtime().calls_refused_under_capture = 0;
   text = out.str();

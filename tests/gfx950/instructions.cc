@@ -1,8 +1,9 @@
-// What each instruction does. An elementwise one is a line in a table: its C++ types are its operand types, from which the
-// templates below derive how operands are fetched (32 or 64 bits, sign modifiers, DPP, SDWA) and how the result is written.
+// What each instruction does. An elementwise one is a line in a table: its C++ types are its operand types, from which
+// the templates below derive how operands are fetched (32 or 64 bits, sign modifiers, DPP, SDWA) and how the result is
+// written.
 //
-// Sources: AMD's CDNA3 and CDNA4 instruction set references; where those are silent, what AITER's kernels need in order to
-// agree with NumPy (tests/gfx950/test_instructions.py pins the ones easy to get wrong).
+// Sources: AMD's CDNA3 and CDNA4 instruction set references; where those are silent, what AITER's kernels need in order
+// to agree with NumPy (tests/gfx950/test_instructions.py pins the ones easy to get wrong).
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -35,11 +36,16 @@ uint32_t scalar32(Wave& w, I i, const Operand& op) {
     case Operand::kSgpr:
       if (w.hazards) uses_sgprs(w, i, op.reg, 1);
       return w.s[op.reg];
-    case Operand::kConstant: return op.bits32;
-    case Operand::kScc: return w.scc;
-    case Operand::kVccz: return w.s[kVcc] == 0 && w.s[kVcc + 1] == 0;
-    case Operand::kExecz: return w.exec() == 0;
-    default: fault(w, i, "a scalar operand was expected");
+    case Operand::kConstant:
+      return op.bits32;
+    case Operand::kScc:
+      return w.scc;
+    case Operand::kVccz:
+      return w.s[kVcc] == 0 && w.s[kVcc + 1] == 0;
+    case Operand::kExecz:
+      return w.exec() == 0;
+    default:
+      fault(w, i, "a scalar operand was expected");
   }
 }
 
@@ -52,7 +58,8 @@ uint64_t scalar64(Wave& w, I i, const Operand& op) {
 
 uint32_t select(uint32_t x, Instruction::Select s, bool sign_extend) {
   if (s == Instruction::kDword) return x;
-  const int bits = s < Instruction::kWord0 ? 8 : 16, shift = s < Instruction::kWord0 ? 8 * s : 16 * (s - Instruction::kWord0);
+  const int bits = s < Instruction::kWord0 ? 8 : 16,
+            shift = s < Instruction::kWord0 ? 8 * s : 16 * (s - Instruction::kWord0);
   const int32_t top = static_cast<int32_t>(x << (32 - bits - shift));
   return sign_extend ? static_cast<uint32_t>(top >> (32 - bits)) : static_cast<uint32_t>(top) >> (32 - bits);
 }
@@ -61,7 +68,8 @@ uint32_t select(uint32_t x, Instruction::Select s, bool sign_extend) {
 bool dpp_reads(const Wave& w, I i, int lane) { return (*i.dpp)[lane] >= 0 && w.active((*i.dpp)[lane]); }
 
 // One 32-bit half of a source operand, per lane. `source` counts from 0; DPP applies to source 0, SDWA to 0 and 1.
-const uint32_t* lanes32(Wave& w, I i, const Operand& op, int source, int half, bool is_float, bool wide, Lanes& scratch) {
+const uint32_t* lanes32(Wave& w, I i, const Operand& op, int source, int half, bool is_float, bool wide,
+                        Lanes& scratch) {
   if (op.kind == Operand::kVgpr) {
     const int reg = vgpr(w, i, op, source) + half;
     if (w.hazards) uses_vgprs(w, i, reg, 1);
@@ -99,9 +107,12 @@ struct Reader {
     if constexpr (wide) hi = lanes32(w, i, op, source, 1, is_float, wide, scratch[1]);
   }
   T operator()(int l) const {
-    if constexpr (sizeof(T) == 8) return std::bit_cast<T>(lo[l] | uint64_t{hi[l]} << 32);
-    else if constexpr (sizeof(T) == 2) return std::bit_cast<T>(static_cast<uint16_t>(lo[l]));
-    else return std::bit_cast<T>(lo[l]);
+    if constexpr (sizeof(T) == 8)
+      return std::bit_cast<T>(lo[l] | uint64_t{hi[l]} << 32);
+    else if constexpr (sizeof(T) == 2)
+      return std::bit_cast<T>(static_cast<uint16_t>(lo[l]));
+    else
+      return std::bit_cast<T>(lo[l]);
   }
 };
 
@@ -121,7 +132,8 @@ void write_vgpr(Wave& w, I i, int reg, const Lanes& value) {
       const int shift = byte ? 8 * i.select_dst : 16 * (i.select_dst - Instruction::kWord0);
       const uint32_t mask = (byte ? 0xffu : 0xffffu) << shift;
       uint32_t field = value[l] << shift & mask;
-      if (i.sdwa_sign_extend) field = static_cast<uint32_t>(static_cast<int32_t>(value[l] << (byte ? 24 : 16)) >> (byte ? 24 : 16)) << shift;
+      if (i.sdwa_sign_extend)
+        field = static_cast<uint32_t>(static_cast<int32_t>(value[l] << (byte ? 24 : 16)) >> (byte ? 24 : 16)) << shift;
       to[l] = i.sdwa_preserve ? (to[l] & ~mask) | field : field;
     } else {
       to[l] = value[l];
@@ -176,7 +188,6 @@ struct Elementwise {
   }
 };
 
-
 template <class F, class R, class... A>
 constexpr Opcode elementwise(R (F::*)(A...) const) {
   return {&Elementwise<F, R, A...>::execute, Class::kVector};
@@ -216,8 +227,10 @@ constexpr Opcode comparison(bool (F::*)(A, B) const) {
 template <class T>
 T scalar(Wave& w, I i, size_t operand) {
   if (operand >= i.operands.size()) fault(w, i, "operand missing");
-  if constexpr (sizeof(T) == 8) return std::bit_cast<T>(scalar64(w, i, i.operands[operand]));
-  else return std::bit_cast<T>(scalar32(w, i, i.operands[operand]));
+  if constexpr (sizeof(T) == 8)
+    return std::bit_cast<T>(scalar64(w, i, i.operands[operand]));
+  else
+    return std::bit_cast<T>(scalar32(w, i, i.operands[operand]));
 }
 
 template <class F, class R, class... A>
@@ -231,8 +244,10 @@ struct Scalar {
       bool scc = w.scc;
       const R r = F{}(scc, scalar<A>(w, i, K + 1)...);
       w.scc = scc;
-      if constexpr (sizeof(R) == 8) write_scalar64(w, i.operands[0], std::bit_cast<uint64_t>(r));
-      else w.set_scalar(i.operands[0].reg, std::bit_cast<uint32_t>(r));
+      if constexpr (sizeof(R) == 8)
+        write_scalar64(w, i.operands[0], std::bit_cast<uint64_t>(r));
+      else
+        w.set_scalar(i.operands[0].reg, std::bit_cast<uint32_t>(r));
     }
   }
 };
@@ -324,9 +339,12 @@ u32 permute_bytes(u32 a, u32 b, u32 selectors) {
   for (int k = 0; k < 4; ++k) {
     const u32 s = selectors >> (8 * k) & 0xff;
     u32 byte;
-    if (s < 8) byte = bytes >> (8 * s) & 0xff;
-    else if (s < 12) byte = bytes >> (16 * (s - 8) + 15) & 1 ? 0xff : 0;  // sign of a half
-    else byte = s == 12 ? 0 : 0xff;
+    if (s < 8)
+      byte = bytes >> (8 * s) & 0xff;
+    else if (s < 12)
+      byte = bytes >> (16 * (s - 8) + 15) & 1 ? 0xff : 0;  // sign of a half
+    else
+      byte = s == 12 ? 0 : 0xff;
     out |= byte << (8 * k);
   }
   return out;
@@ -385,13 +403,20 @@ void v_div_scale(Wave& w, I i) {
     const bool scales_denominator = std::bit_cast<u32>(s0) == std::bit_cast<u32>(s1);
     const bool scales_numerator = std::bit_cast<u32>(s0) == std::bit_cast<u32>(s2);
     float r = s0;
-    if (s2 == 0 || s1 == 0) r = std::numeric_limits<float>::quiet_NaN();
-    else if (exponent_field(s2) - exponent_field(s1) >= 96) flag[l] = 1, r = scales_denominator ? std::ldexp(s0, 64) : s0;
-    else if (is_denormal(s1)) r = std::ldexp(s0, 64);
-    else if (is_denormal(1 / s1) && is_denormal(s2 / s1)) flag[l] = 1, r = scales_denominator ? std::ldexp(s0, 64) : s0;
-    else if (is_denormal(1 / s1)) r = std::ldexp(s0, -64);
-    else if (is_denormal(s2 / s1)) flag[l] = 1, r = scales_numerator ? std::ldexp(s0, 64) : s0;
-    else if (exponent_field(s2) <= 23) r = std::ldexp(s0, 64);
+    if (s2 == 0 || s1 == 0)
+      r = std::numeric_limits<float>::quiet_NaN();
+    else if (exponent_field(s2) - exponent_field(s1) >= 96)
+      flag[l] = 1, r = scales_denominator ? std::ldexp(s0, 64) : s0;
+    else if (is_denormal(s1))
+      r = std::ldexp(s0, 64);
+    else if (is_denormal(1 / s1) && is_denormal(s2 / s1))
+      flag[l] = 1, r = scales_denominator ? std::ldexp(s0, 64) : s0;
+    else if (is_denormal(1 / s1))
+      r = std::ldexp(s0, -64);
+    else if (is_denormal(s2 / s1))
+      flag[l] = 1, r = scales_numerator ? std::ldexp(s0, 64) : s0;
+    else if (exponent_field(s2) <= 23)
+      r = std::ldexp(s0, 64);
     out[l] = std::bit_cast<u32>(r);
   }
   write_vgpr(w, i, vgpr(w, i, i.operands[0], kDestination), out);
@@ -418,11 +443,16 @@ void v_cmp_class(Wave& w, I i) {
     const float x = a(l);
     const bool negative = std::signbit(x);
     int kind;
-    if (x != x) kind = std::bit_cast<u32>(x) & 0x400000 ? 1 : 0;
-    else if (std::isinf(x)) kind = negative ? 2 : 9;
-    else if (x == 0) kind = negative ? 5 : 6;
-    else if (is_denormal(x)) kind = negative ? 4 : 7;
-    else kind = negative ? 3 : 8;
+    if (x != x)
+      kind = std::bit_cast<u32>(x) & 0x400000 ? 1 : 0;
+    else if (std::isinf(x))
+      kind = negative ? 2 : 9;
+    else if (x == 0)
+      kind = negative ? 5 : 6;
+    else if (is_denormal(x))
+      kind = negative ? 4 : 7;
+    else
+      kind = negative ? 3 : 8;
     bits[l] = wanted(l) >> kind & 1;
   }
   write_scalar64(w, i.operands[0], as_mask(w, bits));
@@ -444,7 +474,8 @@ struct Packed {
         } else {
           // A scalar pair gives its two halves. A constant has no high half: the compiler selects the low one for both.
           if (op.kind == Operand::kConstant && which) fault(w, i, "high half of a constant");
-          scratch[k].fill(op.kind == Operand::kConstant ? op.bits32 : static_cast<u32>(scalar64(w, i, op) >> (32 * which)));
+          scratch[k].fill(op.kind == Operand::kConstant ? op.bits32
+                                                        : static_cast<u32>(scalar64(w, i, op) >> (32 * which)));
           in[k] = scratch[k].data();
         }
         if (negates[half] >> k & 1) {
@@ -456,8 +487,10 @@ struct Packed {
 #pragma GCC ivdep
       for (int l = 0; l < kLanes; ++l) {
         const auto value = [&](int k) { return std::bit_cast<float>(in[k][l]); };
-        if constexpr (N == 2) out[half][l] = std::bit_cast<u32>(F{}(value(0), value(1)));
-        else out[half][l] = std::bit_cast<u32>(F{}(value(0), value(1), value(2)));
+        if constexpr (N == 2)
+          out[half][l] = std::bit_cast<u32>(F{}(value(0), value(1)));
+        else
+          out[half][l] = std::bit_cast<u32>(F{}(value(0), value(1), value(2)));
       }
     }
     const int reg = vgpr(w, i, i.operands[0], kDestination);
@@ -477,7 +510,8 @@ void v_pk_mov(Wave& w, I i) {
     const Operand& op = i.operands[half + 1];
     const int which = i.op_sel >> half & 1;
     Lanes scratch;
-    std::copy_n(lanes32(w, i, op, half, op.kind == Operand::kConstant ? 0 : which, false, op.kind != Operand::kConstant, scratch),
+    std::copy_n(lanes32(w, i, op, half, op.kind == Operand::kConstant ? 0 : which, false, op.kind != Operand::kConstant,
+                        scratch),
                 kLanes, out[half].data());
   }
   const int reg = vgpr(w, i, i.operands[0], kDestination);
@@ -555,8 +589,10 @@ void v_mfma_fp8(Wave& w, I i) {
       for (int j = 0; j < kBytes; ++j) {
         const float x = value[w.v[reg + j / 4][l] >> (8 * (j % 4)) & 0xff];
         const int k = kBytes * (l / M) + j;
-        if (side == 0) a[l % M][k] = x;
-        else b[k][l % M] = x;
+        if (side == 0)
+          a[l % M][k] = x;
+        else
+          b[k][l % M] = x;
       }
   }
   const auto row = [](int r, int l) { return 8 * (r / 4) + 4 * (l / M) + r % 4; };
@@ -564,7 +600,8 @@ void v_mfma_fp8(Wave& w, I i) {
   const int from = c.kind == Operand::kVgpr ? vgpr(w, i, c, 2) : -1;
   if (w.hazards && from >= 0) uses_vgprs(w, i, from, kOut);
   for (int r = 0; r < kOut; ++r)
-    for (int l = 0; l < kLanes; ++l) d[row(r, l)][l % M] = std::bit_cast<float>(from >= 0 ? w.v[from + r][l] : c.bits32);
+    for (int l = 0; l < kLanes; ++l)
+      d[row(r, l)][l % M] = std::bit_cast<float>(from >= 0 ? w.v[from + r][l] : c.bits32);
   for (int m = 0; m < M; ++m)
     for (int k = 0; k < K; ++k)
       for (int n = 0; n < M; ++n) d[m][n] += a[m][k] * b[k][n];
@@ -585,8 +622,9 @@ std::unique_ptr<Pending> pending(Wave& w, Counter counter, Pending::Target targe
 u32 lds_address(Wave& w, I i, const Reader<u32>& address, int lane, int offset, u32 bytes) {
   const u64 at = u64{address(lane)} + static_cast<u32>(offset);
   if (at + bytes > w.group->lds.size())
-    fault(w, i, "LDS address " + std::to_string(at) + " of lane " + std::to_string(lane) + " is outside the " +
-                    std::to_string(w.group->lds.size()) + " bytes that the kernel has");
+    fault(w, i,
+          "LDS address " + std::to_string(at) + " of lane " + std::to_string(lane) + " is outside the " +
+              std::to_string(w.group->lds.size()) + " bytes that the kernel has");
   return static_cast<u32>(at);
 }
 
@@ -597,19 +635,33 @@ constexpr int narrow_bytes(Narrow n) {
 }
 u32 widen(Narrow n, u32 x) {
   switch (n) {
-    case Narrow::kI8: return static_cast<u32>(static_cast<int8_t>(x));
-    case Narrow::kI16: return static_cast<u32>(static_cast<int16_t>(x));
-    case Narrow::kI8Low: return static_cast<u32>(static_cast<int8_t>(x)) & 0xffff;
-    case Narrow::kI8High: return static_cast<u32>(static_cast<int8_t>(x)) << 16;
-    case Narrow::kU8High: case Narrow::kHigh: return x << 16;
-    default: return x;
+    case Narrow::kI8:
+      return static_cast<u32>(static_cast<int8_t>(x));
+    case Narrow::kI16:
+      return static_cast<u32>(static_cast<int16_t>(x));
+    case Narrow::kI8Low:
+      return static_cast<u32>(static_cast<int8_t>(x)) & 0xffff;
+    case Narrow::kI8High:
+      return static_cast<u32>(static_cast<int8_t>(x)) << 16;
+    case Narrow::kU8High:
+    case Narrow::kHigh:
+      return x << 16;
+    default:
+      return x;
   }
 }
 u32 kept_bits(Narrow n) {
   switch (n) {
-    case Narrow::kU8Low: case Narrow::kI8Low: case Narrow::kLow: return 0xffff0000;
-    case Narrow::kU8High: case Narrow::kI8High: case Narrow::kHigh: return 0x0000ffff;
-    default: return 0;
+    case Narrow::kU8Low:
+    case Narrow::kI8Low:
+    case Narrow::kLow:
+      return 0xffff0000;
+    case Narrow::kU8High:
+    case Narrow::kI8High:
+    case Narrow::kHigh:
+      return 0x0000ffff;
+    default:
+      return 0;
   }
 }
 
@@ -619,7 +671,8 @@ void load_lds(Wave& w, I i, Pending& op, int first, const Reader<u32>& address, 
     const u32 at = lds_address(w, i, address, l, offset, bytes);
     u32 value[4] = {};
     memcpy(value, &w.group->lds[at], bytes);
-    for (u32 k = 0; k < (bytes + 3) / 4; ++k) op.data[first + k][l] = narrow == Narrow::kNone ? value[k] : widen(narrow, value[k]);
+    for (u32 k = 0; k < (bytes + 3) / 4; ++k)
+      op.data[first + k][l] = narrow == Narrow::kNone ? value[k] : widen(narrow, value[k]);
     if (w.hazards) reads_lds(w, i, at, bytes);
     w.group->launch->counters.lds_bytes_read += bytes;
   }
@@ -707,7 +760,8 @@ struct LdsAtomic {
   static void execute(Wave& w, I i) {
     const Reader<u32> address(w, i, Returns ? 1 : 0, 0);
     const Reader<T> data(w, i, Returns ? 2 : 1, 1);
-    auto op = pending(w, Counter::kLgkm, Returns ? Pending::kVgprs : Pending::kNothing, Returns ? i.operands[0].reg : 0, 1);
+    auto op =
+        pending(w, Counter::kLgkm, Returns ? Pending::kVgprs : Pending::kNothing, Returns ? i.operands[0].reg : 0, 1);
     for (int l = 0; l < kLanes; ++l) {
       if (!w.active(l)) continue;
       const u32 at = lds_address(w, i, address, l, i.offset, 4);
@@ -813,15 +867,25 @@ void store(Wave& w, I i, const Addresses& a, const Operand& data, u32 bytes, int
 }
 
 template <int Bytes, Narrow N = Narrow::kNone>
-void global_load(Wave& w, I i) { load_into(w, i, global_addresses(w, i, 1, 2), Bytes, N, false); }
+void global_load(Wave& w, I i) {
+  load_into(w, i, global_addresses(w, i, 1, 2), Bytes, N, false);
+}
 template <int Bytes>
-void global_load_lds(Wave& w, I i) { load_into(w, i, global_addresses(w, i, 0, 1), Bytes, Narrow::kNone, true); }
+void global_load_lds(Wave& w, I i) {
+  load_into(w, i, global_addresses(w, i, 0, 1), Bytes, Narrow::kNone, true);
+}
 template <int Bytes, int Shift = 0>
-void global_store(Wave& w, I i) { store(w, i, global_addresses(w, i, 0, 2), i.operands[1], Bytes, Shift); }
+void global_store(Wave& w, I i) {
+  store(w, i, global_addresses(w, i, 0, 2), i.operands[1], Bytes, Shift);
+}
 template <int Bytes, Narrow N = Narrow::kNone>
-void buffer_load(Wave& w, I i) { load_into(w, i, buffer_addresses(w, i, i.lds ? 0 : 1), Bytes, N, i.lds); }
+void buffer_load(Wave& w, I i) {
+  load_into(w, i, buffer_addresses(w, i, i.lds ? 0 : 1), Bytes, N, i.lds);
+}
 template <int Bytes, int Shift = 0>
-void buffer_store(Wave& w, I i) { store(w, i, buffer_addresses(w, i, 1), i.operands[0], Bytes, Shift); }
+void buffer_store(Wave& w, I i) {
+  store(w, i, buffer_addresses(w, i, 1), i.operands[0], Bytes, Shift);
+}
 
 template <class F, class T>
 struct GlobalAtomic {
@@ -829,8 +893,8 @@ struct GlobalAtomic {
     const int vaddr = i.returns ? 1 : 0;
     const Addresses a = global_addresses(w, i, vaddr, vaddr + 2);
     const Reader<T> data(w, i, vaddr + 1, 1);
-    auto op = pending(w, Counter::kVm, i.returns ? Pending::kVgprs : Pending::kNothing, i.returns ? i.operands[0].reg : 0,
-                      sizeof(T) / 4);
+    auto op = pending(w, Counter::kVm, i.returns ? Pending::kVgprs : Pending::kNothing,
+                      i.returns ? i.operands[0].reg : 0, sizeof(T) / 4);
     for (int l = 0; l < kLanes; ++l) {
       if (a.at[l] == kNowhere) continue;
       T old;
@@ -869,7 +933,10 @@ void s_branch(Wave& w, I i) { w.pc = i.target; }
 
 template <class F>
 constexpr Opcode branch_if(F) {
-  return {[](Wave& w, I i) { if (F{}(w)) w.pc = i.target; }, Class::kControl};
+  return {[](Wave& w, I i) {
+            if (F{}(w)) w.pc = i.target;
+          },
+          Class::kControl};
 }
 
 void s_waitcnt(Wave& w, I i) {
@@ -963,12 +1030,17 @@ void add_vector(Table& t) {
       {"v_bfe_u32", lanes([](u32 a, u32 b, u32 c) { return bfe(a, b & 31, c & 31); })},
       {"v_bfe_i32", lanes([](i32 a, u32 b, u32 c) { return bfe_signed(a, b & 31, c & 31); })},
       {"v_bfm_b32", lanes([](u32 a, u32 b) { return ((1u << (a & 31)) - 1) << (b & 31); })},
-      {"v_bfrev_b32", lanes([](u32 a) { u32 r = 0; for (int k = 0; k < 32; ++k) r |= (a >> k & 1) << (31 - k); return r; })},
+      {"v_bfrev_b32", lanes([](u32 a) {
+         u32 r = 0;
+         for (int k = 0; k < 32; ++k) r |= (a >> k & 1) << (31 - k);
+         return r;
+       })},
       {"v_bcnt_u32_b32", lanes([](u32 a, u32 b) { return static_cast<u32>(__builtin_popcount(a)) + b; })},
       {"v_ffbh_u32", lanes([](u32 a) { return find_high(a); })},
       {"v_ffbl_b32", lanes([](u32 a) { return find_low(a); })},
       {"v_alignbit_b32", lanes([](u32 a, u32 b, u32 c) { return static_cast<u32>((u64{a} << 32 | b) >> (c & 31)); })},
-      {"v_alignbyte_b32", lanes([](u32 a, u32 b, u32 c) { return static_cast<u32>((u64{a} << 32 | b) >> (8 * (c & 3))); })},
+      {"v_alignbyte_b32",
+       lanes([](u32 a, u32 b, u32 c) { return static_cast<u32>((u64{a} << 32 | b) >> (8 * (c & 3))); })},
       {"v_perm_b32", lanes([](u32 a, u32 b, u32 c) { return permute_bytes(a, b, c); })},
 
       {"v_lshlrev_b32", lanes([](u32 a, u32 b) { return b << (a & 31); })},
@@ -1002,7 +1074,8 @@ void add_vector(Table& t) {
       {"v_mul_u32_u24", lanes([](u32 a, u32 b) { return (a & 0xffffff) * (b & 0xffffff); })},
       {"v_mul_i32_i24", lanes([](u32 a, u32 b) { return static_cast<u32>(low24(a)) * static_cast<u32>(low24(b)); })},
       {"v_mad_u32_u24", lanes([](u32 a, u32 b, u32 c) { return (a & 0xffffff) * (b & 0xffffff) + c; })},
-      {"v_mad_i32_i24", lanes([](u32 a, u32 b, u32 c) { return static_cast<u32>(low24(a)) * static_cast<u32>(low24(b)) + c; })},
+      {"v_mad_i32_i24",
+       lanes([](u32 a, u32 b, u32 c) { return static_cast<u32>(low24(a)) * static_cast<u32>(low24(b)) + c; })},
       {"v_mad_u32_u16", lanes([](u16 a, u16 b, u32 c) { return u32{a} * b + c; })},
       {"v_max_i32", lanes([](i32 a, i32 b) { return std::max(a, b); })},
       {"v_min_i32", lanes([](i32 a, i32 b) { return std::min(a, b); })},
@@ -1045,8 +1118,15 @@ void add_vector(Table& t) {
       {"v_rsq_f32", lanes([](float a) { return 1.0f / std::sqrt(a); })},
       {"v_sqrt_f32", lanes([](float a) { return std::sqrt(a); })},
       {"v_ldexp_f32", lanes([](float a, i32 b) { return std::ldexp(a, b); })},
-      {"v_frexp_mant_f32", lanes([](float a) { int e; return std::isfinite(a) ? std::frexp(a, &e) : a; })},
-      {"v_frexp_exp_i32_f32", lanes([](float a) { int e = 0; if (std::isfinite(a)) std::frexp(a, &e); return i32{e}; })},
+      {"v_frexp_mant_f32", lanes([](float a) {
+         int e;
+         return std::isfinite(a) ? std::frexp(a, &e) : a;
+       })},
+      {"v_frexp_exp_i32_f32", lanes([](float a) {
+         int e = 0;
+         if (std::isfinite(a)) std::frexp(a, &e);
+         return i32{e};
+       })},
       {"v_floor_f32", lanes([](float a) { return std::floor(a); })},
       {"v_ceil_f32", lanes([](float a) { return std::ceil(a); })},
       {"v_trunc_f32", lanes([](float a) { return std::trunc(a); })},
@@ -1089,13 +1169,23 @@ void add_vector(Table& t) {
                        write_vgpr(w, i, reg, out);
                      },
                      Class::kVector};
-  const std::pair<const char*, void (*)(Wave&, I)> others[] = {
-      {"v_mad_u64_u32", &multiply_add_wide<u32, u64>}, {"v_mad_i64_i32", &multiply_add_wide<i32, i64>},
-      {"v_cndmask_b32", &v_cndmask}, {"v_div_scale_f32", &v_div_scale}, {"v_div_fmas_f32", &v_div_fmas},
-      {"v_pk_mov_b32", &v_pk_mov}, {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8}, {"v_readfirstlane_b32", &v_readfirstlane},
-      {"v_readlane_b32", &v_readlane}, {"v_writelane_b32", &v_writelane}, {"v_mbcnt_lo_u32_b32", &v_mbcnt<0>},
-      {"v_mbcnt_hi_u32_b32", &v_mbcnt<1>}, {"v_swap_b32", &v_swap}, {"v_permlane16_swap_b32", &v_permlane_swap<16>},
-      {"v_permlane32_swap_b32", &v_permlane_swap<32>}, {"v_cmp_class_f32", &v_cmp_class}, {"v_nop", &nothing}};
+  const std::pair<const char*, void (*)(Wave&, I)> others[] = {{"v_mad_u64_u32", &multiply_add_wide<u32, u64>},
+                                                               {"v_mad_i64_i32", &multiply_add_wide<i32, i64>},
+                                                               {"v_cndmask_b32", &v_cndmask},
+                                                               {"v_div_scale_f32", &v_div_scale},
+                                                               {"v_div_fmas_f32", &v_div_fmas},
+                                                               {"v_pk_mov_b32", &v_pk_mov},
+                                                               {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8},
+                                                               {"v_readfirstlane_b32", &v_readfirstlane},
+                                                               {"v_readlane_b32", &v_readlane},
+                                                               {"v_writelane_b32", &v_writelane},
+                                                               {"v_mbcnt_lo_u32_b32", &v_mbcnt<0>},
+                                                               {"v_mbcnt_hi_u32_b32", &v_mbcnt<1>},
+                                                               {"v_swap_b32", &v_swap},
+                                                               {"v_permlane16_swap_b32", &v_permlane_swap<16>},
+                                                               {"v_permlane32_swap_b32", &v_permlane_swap<32>},
+                                                               {"v_cmp_class_f32", &v_cmp_class},
+                                                               {"v_nop", &nothing}};
   for (auto [name, execute] : others) t[name] = {execute, Class::kVector};
   t["v_mfma_f32_16x16x32_fp8_fp8"] = {&v_mfma_fp8<16, 32>, Class::kMatrix};
   t["v_mfma_f32_16x16x128_f8f6f4"] = {&v_mfma_fp8<16, 128>, Class::kMatrix};
@@ -1158,42 +1248,142 @@ void add_scalar_logic(Table& t, const std::string& type) {
   add("nand", [](T a, T b) { return ~(a & b); });
   add("nor", [](T a, T b) { return ~(a | b); });
   add("xnor", [](T a, T b) { return ~(a ^ b); });
-  t["s_not_" + type] = scalar([](bool& scc, T a) { scc = ~a != 0; return static_cast<T>(~a); });
+  t["s_not_" + type] = scalar([](bool& scc, T a) {
+    scc = ~a != 0;
+    return static_cast<T>(~a);
+  });
   t["s_mov_" + type] = scalar(Move<T>());
-  t["s_cmov_" + type] = {[](Wave& w, I i) { if (w.scc) Scalar<Move<T>, T, T>::execute(w, i); }, Class::kScalar};
+  t["s_cmov_" + type] = {[](Wave& w, I i) {
+                           if (w.scc) Scalar<Move<T>, T, T>::execute(w, i);
+                         },
+                         Class::kScalar};
   t["s_cselect_" + type] = scalar([](bool& scc, T a, T b) { return scc ? a : b; });
-  t["s_brev_" + type] = scalar([](bool&, T a) { T r = 0; for (size_t k = 0; k < 8 * sizeof(T); ++k) r |= (a >> k & 1) << (8 * sizeof(T) - 1 - k); return r; });
+  t["s_brev_" + type] = scalar([](bool&, T a) {
+    T r = 0;
+    for (size_t k = 0; k < 8 * sizeof(T); ++k) r |= (a >> k & 1) << (8 * sizeof(T) - 1 - k);
+    return r;
+  });
 }
 
 void add_scalars(Table& t) {
   t.insert({
-      {"s_add_u32", scalar([](bool& c, u32 a, u32 b) { c = (u64{a} + b) >> 32; return a + b; })},
-      {"s_sub_u32", scalar([](bool& c, u32 a, u32 b) { c = b > a; return a - b; })},
-      {"s_addc_u32", scalar([](bool& c, u32 a, u32 b) { const u64 s = u64{a} + b + c; c = s >> 32; return static_cast<u32>(s); })},
-      {"s_subb_u32", scalar([](bool& c, u32 a, u32 b) { const u64 s = u64{a} - b - c; c = s >> 32 & 1; return static_cast<u32>(s); })},
-      {"s_add_i32", scalar([](bool& c, i32 a, i32 b) { i32 r; c = __builtin_add_overflow(a, b, &r); return r; })},
-      {"s_sub_i32", scalar([](bool& c, i32 a, i32 b) { i32 r; c = __builtin_sub_overflow(a, b, &r); return r; })},
+      {"s_add_u32", scalar([](bool& c, u32 a, u32 b) {
+         c = (u64{a} + b) >> 32;
+         return a + b;
+       })},
+      {"s_sub_u32", scalar([](bool& c, u32 a, u32 b) {
+         c = b > a;
+         return a - b;
+       })},
+      {"s_addc_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u64 s = u64{a} + b + c;
+         c = s >> 32;
+         return static_cast<u32>(s);
+       })},
+      {"s_subb_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u64 s = u64{a} - b - c;
+         c = s >> 32 & 1;
+         return static_cast<u32>(s);
+       })},
+      {"s_add_i32", scalar([](bool& c, i32 a, i32 b) {
+         i32 r;
+         c = __builtin_add_overflow(a, b, &r);
+         return r;
+       })},
+      {"s_sub_i32", scalar([](bool& c, i32 a, i32 b) {
+         i32 r;
+         c = __builtin_sub_overflow(a, b, &r);
+         return r;
+       })},
       {"s_mul_i32", scalar([](bool&, u32 a, u32 b) { return a * b; })},
       {"s_mul_hi_u32", scalar([](bool&, u32 a, u32 b) { return static_cast<u32>(u64{a} * b >> 32); })},
       {"s_mul_hi_i32", scalar([](bool&, i32 a, i32 b) { return static_cast<i32>(i64{a} * b >> 32); })},
-      {"s_min_u32", scalar([](bool& c, u32 a, u32 b) { c = a < b; return c ? a : b; })},
-      {"s_max_u32", scalar([](bool& c, u32 a, u32 b) { c = a > b; return c ? a : b; })},
-      {"s_min_i32", scalar([](bool& c, i32 a, i32 b) { c = a < b; return c ? a : b; })},
-      {"s_max_i32", scalar([](bool& c, i32 a, i32 b) { c = a > b; return c ? a : b; })},
-      {"s_abs_i32", scalar([](bool& c, u32 a) { const u32 r = a >> 31 ? 0 - a : a; c = r != 0; return r; })},
-      {"s_lshl_b32", scalar([](bool& c, u32 a, u32 b) { const u32 r = a << (b & 31); c = r != 0; return r; })},
-      {"s_lshr_b32", scalar([](bool& c, u32 a, u32 b) { const u32 r = a >> (b & 31); c = r != 0; return r; })},
-      {"s_ashr_i32", scalar([](bool& c, i32 a, u32 b) { const i32 r = a >> (b & 31); c = r != 0; return r; })},
-      {"s_lshl_b64", scalar([](bool& c, u64 a, u32 b) { const u64 r = a << (b & 63); c = r != 0; return r; })},
-      {"s_lshr_b64", scalar([](bool& c, u64 a, u32 b) { const u64 r = a >> (b & 63); c = r != 0; return r; })},
-      {"s_ashr_i64", scalar([](bool& c, i64 a, u32 b) { const i64 r = a >> (b & 63); c = r != 0; return r; })},
-      {"s_lshl1_add_u32", scalar([](bool& c, u32 a, u32 b) { const u64 r = (u64{a} << 1) + b; c = r >> 32 != 0; return static_cast<u32>(r); })},
-      {"s_lshl2_add_u32", scalar([](bool& c, u32 a, u32 b) { const u64 r = (u64{a} << 2) + b; c = r >> 32 != 0; return static_cast<u32>(r); })},
-      {"s_lshl3_add_u32", scalar([](bool& c, u32 a, u32 b) { const u64 r = (u64{a} << 3) + b; c = r >> 32 != 0; return static_cast<u32>(r); })},
-      {"s_lshl4_add_u32", scalar([](bool& c, u32 a, u32 b) { const u64 r = (u64{a} << 4) + b; c = r >> 32 != 0; return static_cast<u32>(r); })},
-      {"s_bfe_u32", scalar([](bool& c, u32 a, u32 b) { const u32 r = bfe(a, b & 31, std::min(b >> 16 & 0x7f, 32u)); c = r != 0; return r; })},
-      {"s_bfe_i32", scalar([](bool& c, i32 a, u32 b) { const i32 r = bfe_signed(a, b & 31, std::min(b >> 16 & 0x7f, 32u)); c = r != 0; return r; })},
-      {"s_bfe_u64", scalar([](bool& c, u64 a, u32 b) { const u64 r = bfe64(a, b & 63, std::min(b >> 16 & 0x7f, 64u)); c = r != 0; return r; })},
+      {"s_min_u32", scalar([](bool& c, u32 a, u32 b) {
+         c = a < b;
+         return c ? a : b;
+       })},
+      {"s_max_u32", scalar([](bool& c, u32 a, u32 b) {
+         c = a > b;
+         return c ? a : b;
+       })},
+      {"s_min_i32", scalar([](bool& c, i32 a, i32 b) {
+         c = a < b;
+         return c ? a : b;
+       })},
+      {"s_max_i32", scalar([](bool& c, i32 a, i32 b) {
+         c = a > b;
+         return c ? a : b;
+       })},
+      {"s_abs_i32", scalar([](bool& c, u32 a) {
+         const u32 r = a >> 31 ? 0 - a : a;
+         c = r != 0;
+         return r;
+       })},
+      {"s_lshl_b32", scalar([](bool& c, u32 a, u32 b) {
+         const u32 r = a << (b & 31);
+         c = r != 0;
+         return r;
+       })},
+      {"s_lshr_b32", scalar([](bool& c, u32 a, u32 b) {
+         const u32 r = a >> (b & 31);
+         c = r != 0;
+         return r;
+       })},
+      {"s_ashr_i32", scalar([](bool& c, i32 a, u32 b) {
+         const i32 r = a >> (b & 31);
+         c = r != 0;
+         return r;
+       })},
+      {"s_lshl_b64", scalar([](bool& c, u64 a, u32 b) {
+         const u64 r = a << (b & 63);
+         c = r != 0;
+         return r;
+       })},
+      {"s_lshr_b64", scalar([](bool& c, u64 a, u32 b) {
+         const u64 r = a >> (b & 63);
+         c = r != 0;
+         return r;
+       })},
+      {"s_ashr_i64", scalar([](bool& c, i64 a, u32 b) {
+         const i64 r = a >> (b & 63);
+         c = r != 0;
+         return r;
+       })},
+      {"s_lshl1_add_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u64 r = (u64{a} << 1) + b;
+         c = r >> 32 != 0;
+         return static_cast<u32>(r);
+       })},
+      {"s_lshl2_add_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u64 r = (u64{a} << 2) + b;
+         c = r >> 32 != 0;
+         return static_cast<u32>(r);
+       })},
+      {"s_lshl3_add_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u64 r = (u64{a} << 3) + b;
+         c = r >> 32 != 0;
+         return static_cast<u32>(r);
+       })},
+      {"s_lshl4_add_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u64 r = (u64{a} << 4) + b;
+         c = r >> 32 != 0;
+         return static_cast<u32>(r);
+       })},
+      {"s_bfe_u32", scalar([](bool& c, u32 a, u32 b) {
+         const u32 r = bfe(a, b & 31, std::min(b >> 16 & 0x7f, 32u));
+         c = r != 0;
+         return r;
+       })},
+      {"s_bfe_i32", scalar([](bool& c, i32 a, u32 b) {
+         const i32 r = bfe_signed(a, b & 31, std::min(b >> 16 & 0x7f, 32u));
+         c = r != 0;
+         return r;
+       })},
+      {"s_bfe_u64", scalar([](bool& c, u64 a, u32 b) {
+         const u64 r = bfe64(a, b & 63, std::min(b >> 16 & 0x7f, 64u));
+         c = r != 0;
+         return r;
+       })},
       {"s_bfe_i64", scalar([](bool& c, u64 a, u32 b) {
          const u32 width = std::min(b >> 16 & 0x7f, 64u);
          const u64 field = bfe64(a, b & 63, width);
@@ -1209,8 +1399,16 @@ void add_scalars(Table& t) {
       {"s_ff1_i32_b64", scalar([](bool&, u64 a) { return a ? static_cast<u32>(__builtin_ctzll(a)) : ~0u; })},
       {"s_flbit_i32_b32", scalar([](bool&, u32 a) { return find_high(a); })},
       {"s_flbit_i32_b64", scalar([](bool&, u64 a) { return a ? static_cast<u32>(__builtin_clzll(a)) : ~0u; })},
-      {"s_bcnt1_i32_b32", scalar([](bool& c, u32 a) { const u32 r = __builtin_popcount(a); c = r != 0; return r; })},
-      {"s_bcnt1_i32_b64", scalar([](bool& c, u64 a) { const u32 r = __builtin_popcountll(a); c = r != 0; return r; })},
+      {"s_bcnt1_i32_b32", scalar([](bool& c, u32 a) {
+         const u32 r = __builtin_popcount(a);
+         c = r != 0;
+         return r;
+       })},
+      {"s_bcnt1_i32_b64", scalar([](bool& c, u64 a) {
+         const u32 r = __builtin_popcountll(a);
+         c = r != 0;
+         return r;
+       })},
       {"s_bitcmp0_b32", scalar([](bool& c, u32 a, u32 b) { c = !(a >> (b & 31) & 1); })},
       {"s_bitcmp1_b32", scalar([](bool& c, u32 a, u32 b) { c = a >> (b & 31) & 1; })},
       {"s_movk_i32", with_constant([](bool&, u32, u16 k) { return static_cast<u32>(static_cast<i16>(k)); })},
@@ -1232,11 +1430,19 @@ void add_scalars(Table& t) {
   add_scalar_comparisons<i32>(t, "i32");
   t["s_cmp_eq_u64"] = scalar([](bool& scc, u64 a, u64 b) { scc = a == b; });
   t["s_cmp_lg_u64"] = scalar([](bool& scc, u64 a, u64 b) { scc = a != b; });
-  const std::pair<const char*, void (*)(Wave&, I)> control[] = {
-      {"s_nop", &nothing}, {"s_sleep", &nothing}, {"s_setprio", &nothing}, {"s_icache_inv", &nothing},
-      {"s_dcache_inv", &nothing}, {"s_dcache_wb", &nothing}, {"s_endpgm", &s_endpgm}, {"s_barrier", &s_barrier},
-      {"s_branch", &s_branch}, {"s_waitcnt", &s_waitcnt}, {"s_trap", &s_trap},
-      {"s_set_gpr_idx_on", &s_set_gpr_idx_on}, {"s_set_gpr_idx_off", &s_set_gpr_idx_off}};
+  const std::pair<const char*, void (*)(Wave&, I)> control[] = {{"s_nop", &nothing},
+                                                                {"s_sleep", &nothing},
+                                                                {"s_setprio", &nothing},
+                                                                {"s_icache_inv", &nothing},
+                                                                {"s_dcache_inv", &nothing},
+                                                                {"s_dcache_wb", &nothing},
+                                                                {"s_endpgm", &s_endpgm},
+                                                                {"s_barrier", &s_barrier},
+                                                                {"s_branch", &s_branch},
+                                                                {"s_waitcnt", &s_waitcnt},
+                                                                {"s_trap", &s_trap},
+                                                                {"s_set_gpr_idx_on", &s_set_gpr_idx_on},
+                                                                {"s_set_gpr_idx_off", &s_set_gpr_idx_off}};
   for (auto [name, execute] : control) t[name] = {execute, Class::kControl};
   t["s_cbranch_scc0"] = branch_if([](const Wave& w) { return !w.scc; });
   t["s_cbranch_scc1"] = branch_if([](const Wave& w) { return w.scc; });
@@ -1248,21 +1454,38 @@ void add_scalars(Table& t) {
 
 void add_memory(Table& t) {
   const std::pair<const char*, void (*)(Wave&, I)> scalar_loads[] = {
-      {"s_load_dword", &s_load<1>}, {"s_load_dwordx2", &s_load<2>}, {"s_load_dwordx3", &s_load<3>},
+      {"s_load_dword", &s_load<1>},   {"s_load_dwordx2", &s_load<2>}, {"s_load_dwordx3", &s_load<3>},
       {"s_load_dwordx4", &s_load<4>}, {"s_load_dwordx8", &s_load<8>}, {"s_load_dwordx16", &s_load<16>}};
   for (auto [name, execute] : scalar_loads) t[name] = {execute, Class::kScalarMemory};
 
-  const std::pair<const char*, void (*)(Wave&, I)> lds[] = {
-      {"ds_read_b32", &ds_read<4>}, {"ds_read_b64", &ds_read<8>}, {"ds_read_b96", &ds_read<12>},
-      {"ds_read_b128", &ds_read<16>}, {"ds_read_u8", &ds_read<1, Narrow::kU8>}, {"ds_read_i8", &ds_read<1, Narrow::kI8>},
-      {"ds_read_u16", &ds_read<2, Narrow::kU16>}, {"ds_read_i16", &ds_read<2, Narrow::kI16>},
-      {"ds_read_u16_d16", &ds_read<2, Narrow::kLow>}, {"ds_read_u16_d16_hi", &ds_read<2, Narrow::kHigh>},
-      {"ds_read2_b32", &ds_read2<4, 1>}, {"ds_read2_b64", &ds_read2<8, 1>}, {"ds_read2st64_b32", &ds_read2<4, 64>},
-      {"ds_read2st64_b64", &ds_read2<8, 64>}, {"ds_write_b8", &ds_write<1>}, {"ds_write_b16", &ds_write<2>},
-      {"ds_write_b8_d16_hi", &ds_write<1, 16>}, {"ds_write_b16_d16_hi", &ds_write<2, 16>}, {"ds_write_b32", &ds_write<4>},
-      {"ds_write_b64", &ds_write<8>}, {"ds_write_b96", &ds_write<12>}, {"ds_write_b128", &ds_write<16>},
-      {"ds_write2_b32", &ds_write2<4, 1>}, {"ds_write2_b64", &ds_write2<8, 1>}, {"ds_write2st64_b32", &ds_write2<4, 64>},
-      {"ds_write2st64_b64", &ds_write2<8, 64>}, {"ds_read_b64_tr_b8", &ds_read_tr_b8}, {"ds_bpermute_b32", &ds_bpermute}};
+  const std::pair<const char*, void (*)(Wave&, I)> lds[] = {{"ds_read_b32", &ds_read<4>},
+                                                            {"ds_read_b64", &ds_read<8>},
+                                                            {"ds_read_b96", &ds_read<12>},
+                                                            {"ds_read_b128", &ds_read<16>},
+                                                            {"ds_read_u8", &ds_read<1, Narrow::kU8>},
+                                                            {"ds_read_i8", &ds_read<1, Narrow::kI8>},
+                                                            {"ds_read_u16", &ds_read<2, Narrow::kU16>},
+                                                            {"ds_read_i16", &ds_read<2, Narrow::kI16>},
+                                                            {"ds_read_u16_d16", &ds_read<2, Narrow::kLow>},
+                                                            {"ds_read_u16_d16_hi", &ds_read<2, Narrow::kHigh>},
+                                                            {"ds_read2_b32", &ds_read2<4, 1>},
+                                                            {"ds_read2_b64", &ds_read2<8, 1>},
+                                                            {"ds_read2st64_b32", &ds_read2<4, 64>},
+                                                            {"ds_read2st64_b64", &ds_read2<8, 64>},
+                                                            {"ds_write_b8", &ds_write<1>},
+                                                            {"ds_write_b16", &ds_write<2>},
+                                                            {"ds_write_b8_d16_hi", &ds_write<1, 16>},
+                                                            {"ds_write_b16_d16_hi", &ds_write<2, 16>},
+                                                            {"ds_write_b32", &ds_write<4>},
+                                                            {"ds_write_b64", &ds_write<8>},
+                                                            {"ds_write_b96", &ds_write<12>},
+                                                            {"ds_write_b128", &ds_write<16>},
+                                                            {"ds_write2_b32", &ds_write2<4, 1>},
+                                                            {"ds_write2_b64", &ds_write2<8, 1>},
+                                                            {"ds_write2st64_b32", &ds_write2<4, 64>},
+                                                            {"ds_write2st64_b64", &ds_write2<8, 64>},
+                                                            {"ds_read_b64_tr_b8", &ds_read_tr_b8},
+                                                            {"ds_bpermute_b32", &ds_bpermute}};
   for (auto [name, execute] : lds) t[name] = {execute, Class::kLds};
 
   const std::pair<const char*, std::array<void (*)(Wave&, I), 4>> loads[] = {
@@ -1279,7 +1502,8 @@ void add_memory(Table& t) {
       {"sbyte_d16", {&global_load<1, Narrow::kI8Low>, &buffer_load<1, Narrow::kI8Low>}},
       {"sbyte_d16_hi", {&global_load<1, Narrow::kI8High>, &buffer_load<1, Narrow::kI8High>}},
       {"short_d16", {&global_load<2, Narrow::kLow>, &buffer_load<2, Narrow::kLow>}},
-      {"short_d16_hi", {&global_load<2, Narrow::kHigh>, &buffer_load<2, Narrow::kHigh>, &global_store<2, 16>, &buffer_store<2, 16>}},
+      {"short_d16_hi",
+       {&global_load<2, Narrow::kHigh>, &buffer_load<2, Narrow::kHigh>, &global_store<2, 16>, &buffer_store<2, 16>}},
       {"byte", {nullptr, nullptr, &global_store<1>, &buffer_store<1>}},
       {"byte_d16_hi", {nullptr, nullptr, &global_store<1, 16>, &buffer_store<1, 16>}},
       {"short", {nullptr, nullptr, &global_store<2>, &buffer_store<2>}}};

@@ -1,8 +1,8 @@
 // Runs a launch: workgroups one after another, the waves of each in lockstep, memory operations landing late.
 //
-// Lockstep and latency are not decoration. A wave that runs alone to its barrier, or a load that lands at once, gives wrong
-// results with AITER's kernels: they share LDS and overwrite registers on the assumption that waves keep pace and that a
-// load takes its time.
+// Lockstep and latency are not decoration. A wave that runs alone to its barrier, or a load that lands at once, gives
+// wrong results with AITER's kernels: they share LDS and overwrite registers on the assumption that waves keep pace and
+// that a load takes its time.
 #include "machine.h"
 
 #include <xmmintrin.h>
@@ -24,7 +24,8 @@ void report(Wave& w, const std::string& text) { w.group->launch->hazards[text]++
 
 void land(Wave& w, const Pending& op) {
   switch (op.target) {
-    case Pending::kNothing: break;
+    case Pending::kNothing:
+      break;
     case Pending::kSgprs:
       for (int k = 0; k < op.count; ++k) w.set_scalar(op.reg + k, op.scalars[k]);
       break;
@@ -85,8 +86,9 @@ uint8_t* locate(Wave& w, const Instruction& i, uint64_t address, uint32_t bytes,
   if (!range || address < range->begin || address + bytes > range->end)
     range = launch.recent = launch.memory->find(address, bytes);
   if (!range)
-    fault(w, i, std::string(writes ? "write to " : "read of ") + hex(address) + " (" + std::to_string(bytes) +
-                    " bytes), which is not live: " + launch.memory->describe(address));
+    fault(w, i,
+          std::string(writes ? "write to " : "read of ") + hex(address) + " (" + std::to_string(bytes) +
+              " bytes), which is not live: " + launch.memory->describe(address));
   if (writes && !range->writable) fault(w, i, "write to read-only " + hex(address));
   (writes ? launch.counters.bytes_written : launch.counters.bytes_read) += bytes;
   return reinterpret_cast<uint8_t*>(address);
@@ -132,7 +134,8 @@ void wait_for(Wave& w, const Instruction& i, Counter counter, int outstanding) {
   const bool lgkm = counter == Counter::kLgkm;
   if (outstanding >= (lgkm ? kMaxLgkm : kMaxVm)) return;
   Wait& wait = w.wait[static_cast<int>(counter)];
-  if (wait.issued > static_cast<uint64_t>(outstanding)) wait.complete = std::max(wait.complete, wait.issued - outstanding);
+  if (wait.issued > static_cast<uint64_t>(outstanding))
+    wait.complete = std::max(wait.complete, wait.issued - outstanding);
   if (outstanding == 0) wait.scalar_complete = wait.issued;
   wait.last_address = i.address, wait.last_value = outstanding, wait.last_issued = wait.issued;
   // Any wait on LDS drains it unless asked otherwise: AITER's kernels hold waits that are too weak by the letter of the
@@ -164,13 +167,16 @@ void reads_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes) 
     LdsWord& state = g.lds_words[word];
     if (state.writer >= 0) {
       const bool own = state.writer == w.id;
-      const std::string what = "LDS written at " + hex(state.write_address) + " and read at " + hex(i.address) + " (" + i.text + ")";
+      const std::string what =
+          "LDS written at " + hex(state.write_address) + " and read at " + hex(i.address) + " (" + i.text + ")";
       if (!own && state.write_epoch == g.epoch) {
         report(w, what + " by another wave without a barrier between");
       } else if (!own || state.counter == Counter::kVm) {  // a wave's own LDS accesses stay in order
-        const Wait& wait = (own ? w.wait : g.at_barrier[state.writer][g.epoch - 1].data())[static_cast<int>(state.counter)];
+        const Wait& wait =
+            (own ? w.wait : g.at_barrier[state.writer][g.epoch - 1].data())[static_cast<int>(state.counter)];
         if (state.sequence > wait.complete)
-          report(w, what + (own ? ": " : " by another wave: before the barrier, ") + needed_wait(wait, state.counter, state.sequence));
+          report(w, what + (own ? ": " : " by another wave: before the barrier, ") +
+                        needed_wait(wait, state.counter, state.sequence));
       }
     }
     state.reader = state.read_epoch == g.epoch && state.reader != w.id ? -2 : static_cast<int8_t>(w.id);
@@ -183,8 +189,8 @@ void writes_lds(Wave& w, const Instruction& i, uint32_t address, uint32_t bytes,
   for (uint32_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
     LdsWord& state = g.lds_words[word];
     if (state.read_epoch == g.epoch && state.reader != w.id)
-      report(w, "LDS read at " + hex(state.read_address) + " by another wave is overwritten at " + hex(i.address) + " (" +
-                    i.text + ") without a barrier between");
+      report(w, "LDS read at " + hex(state.read_address) + " by another wave is overwritten at " + hex(i.address) +
+                    " (" + i.text + ") without a barrier between");
     state.writer = static_cast<int8_t>(w.id), state.write_epoch = g.epoch, state.write_address = i.address;
     state.counter = counter, state.sequence = sequence;
   }
@@ -221,7 +227,11 @@ void fill_hidden(Launch& launch) {
     }
     if (a.kind == "hidden_dynamic_lds_size") put(launch.kernarg, a.offset, launch.dynamic_lds_bytes, 4);
     if (a.kind == "hidden_grid_dims")
-      put(launch.kernarg, a.offset, launch.grid[2] * launch.block[2] > 1 ? 3 : launch.grid[1] * launch.block[1] > 1 ? 2 : 1, 2);
+      put(launch.kernarg, a.offset,
+          launch.grid[2] * launch.block[2] > 1   ? 3
+          : launch.grid[1] * launch.block[1] > 1 ? 2
+                                                 : 1,
+          2);
   }
 }
 
@@ -234,12 +244,14 @@ void set_scalars(Wave& w, const Launch& launch, const uint32_t at[3], const std:
     w.s[next++] = static_cast<uint32_t>(value >> 32);
   };
   const auto enabled = [&](int bit) { return (k.properties >> bit & 1) != 0; };
-  if (enabled(0)) throw Fault("software gfx950: kernel " + k.name + " wants a private segment; scratch is not modelled");
+  if (enabled(0))
+    throw Fault("software gfx950: kernel " + k.name + " wants a private segment; scratch is not modelled");
   if (enabled(1)) pair(reinterpret_cast<uint64_t>(dispatch.data()));
   if (enabled(2)) pair(0);
   if (enabled(3)) pair(reinterpret_cast<uint64_t>(launch.kernarg.data()));
   if (enabled(4)) pair(0);
-  if (enabled(5) || enabled(6)) throw Fault("software gfx950: kernel " + k.name + " wants scratch, which is not modelled");
+  if (enabled(5) || enabled(6))
+    throw Fault("software gfx950: kernel " + k.name + " wants scratch, which is not modelled");
   const int preload = k.preload & 0x7f, first = k.preload >> 7;
   for (int d = 0; d < preload; ++d) memcpy(&w.s[next++], &launch.kernarg[4 * (first + d)], 4);
   next = std::max(next, static_cast<int>(k.rsrc2 >> 1 & 0x1f));
@@ -296,7 +308,9 @@ void run_workgroup(Launch& launch, const uint32_t at[3], const std::vector<uint8
 // Denormals as the kernel's descriptor asks, for the time of a launch.
 class DenormalMode {
  public:
-  explicit DenormalMode(bool flush) : before_(_mm_getcsr()) { _mm_setcsr(flush ? before_ | 0x8040 : before_ & ~0x8040u); }
+  explicit DenormalMode(bool flush) : before_(_mm_getcsr()) {
+    _mm_setcsr(flush ? before_ | 0x8040 : before_ & ~0x8040u);
+  }
   ~DenormalMode() { _mm_setcsr(before_); }
 
  private:

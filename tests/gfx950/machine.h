@@ -1,7 +1,7 @@
 // A software gfx950: the state of a wave, a workgroup and a launch, and what an instruction is once decoded.
 //
-// The address space is the host's own: a device pointer is a host pointer, and every access is checked against the ranges
-// declared live (memory.h). docs/software-gfx950.md says what is modelled and what is not.
+// The address space is the host's own: a device pointer is a host pointer, and every access is checked against the
+// ranges declared live (memory.h). docs/software-gfx950.md says what is modelled and what is not.
 #ifndef JAX_DSV4_TESTS_GFX950_MACHINE_H_
 #define JAX_DSV4_TESTS_GFX950_MACHINE_H_
 
@@ -42,8 +42,8 @@ using Lanes = std::array<uint32_t, kLanes>;
 struct Operand {
   enum Kind : uint8_t { kNone, kVgpr, kSgpr, kConstant, kScc, kVccz, kExecz, kOff } kind = kNone;
   bool negate = false, absolute = false, sign_extend = false;
-  int reg = 0, count = 1;                     // first register and how many
-  uint32_t bits32 = 0;                        // a constant as each width of operand reads it
+  int reg = 0, count = 1;  // first register and how many
+  uint32_t bits32 = 0;     // a constant as each width of operand reads it
   uint64_t bits64 = 0;
 };
 
@@ -98,8 +98,8 @@ struct Pending {
   Counter counter = Counter::kVm;
   enum Target : uint8_t { kNothing, kVgprs, kSgprs, kLds } target = kNothing;
   int reg = 0, count = 0;
-  uint32_t keep = 0;   // bits of the old register that stay (16-bit loads into one half)
-  uint64_t lanes = 0;  // EXEC at issue
+  uint32_t keep = 0;                   // bits of the old register that stay (16-bit loads into one half)
+  uint64_t lanes = 0;                  // EXEC at issue
   std::array<uint32_t, kLanes> where;  // LDS byte address of each lane
   std::array<Lanes, 4> data;
   std::array<uint32_t, 16> scalars;
@@ -107,8 +107,8 @@ struct Pending {
 
 // What the hazard mode knows of one counter of a wave.
 struct Wait {
-  uint64_t issued = 0, complete = 0;  // sequence numbers; 1 .. complete are certainly done
-  uint64_t scalar_complete = 0;       // scalar loads return out of order, so only a wait for 0 covers them
+  uint64_t issued = 0, complete = 0;           // sequence numbers; 1 .. complete are certainly done
+  uint64_t scalar_complete = 0;                // scalar loads return out of order, so only a wait for 0 covers them
   uint64_t last_address = 0, last_issued = 0;  // the last wait on it, and what had been issued by then
   int last_value = -1;
 };
@@ -159,7 +159,7 @@ struct Workgroup {
   std::vector<std::unique_ptr<Wave>> waves;
   std::vector<uint8_t> lds;
   std::vector<LdsWord> lds_words;
-  int epoch = 0;  // barriers passed
+  int epoch = 0;                                             // barriers passed
   std::vector<std::vector<std::array<Wait, 2>>> at_barrier;  // [wave][barrier]: what it had waited for
   uint64_t instructions = 0;
 };

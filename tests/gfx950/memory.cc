@@ -22,7 +22,8 @@ bool Memory::remove(uint64_t begin, uint64_t bytes) {
 }
 
 const Memory::Range* Memory::find(uint64_t address, uint64_t bytes) const {
-  // Overlapping ranges: walk back from the last that begins at or before the address, no further than the longest reaches.
+  // Overlapping ranges: walk back from the last that begins at or before the address, no further than the longest
+  // reaches.
   for (auto it = ranges_.upper_bound({address, ~uint64_t{0}}); it != ranges_.begin();) {
     --it;
     if (it->second.begin + longest_ < address) break;

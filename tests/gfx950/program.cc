@@ -43,9 +43,17 @@ uint8_t bits_of(const std::vector<int>& flags) {
 }
 
 const std::map<std::string, int>& special_registers() {
-  static const std::map<std::string, int> names = {
-      {"vcc", kVcc}, {"vcc_lo", kVcc}, {"vcc_hi", kVcc + 1}, {"exec", kExec}, {"exec_lo", kExec}, {"exec_hi", kExec + 1},
-      {"m0", kM0}, {"flat_scratch", 102}, {"flat_scratch_lo", 102}, {"flat_scratch_hi", 103}, {"xnack_mask", 104}};
+  static const std::map<std::string, int> names = {{"vcc", kVcc},
+                                                   {"vcc_lo", kVcc},
+                                                   {"vcc_hi", kVcc + 1},
+                                                   {"exec", kExec},
+                                                   {"exec_lo", kExec},
+                                                   {"exec_hi", kExec + 1},
+                                                   {"m0", kM0},
+                                                   {"flat_scratch", 102},
+                                                   {"flat_scratch_lo", 102},
+                                                   {"flat_scratch_hi", 103},
+                                                   {"xnack_mask", 104}};
   return names;
 }
 
@@ -61,7 +69,8 @@ Operand parse_operand(std::string text, const std::string& line) {
       op.absolute = true, text = text.substr(1, text.size() - 2), again = true;
     }
     for (auto [name, flag] : {std::pair{"neg(", &op.negate}, {"abs(", &op.absolute}, {"sext(", &op.sign_extend}})
-      if (starts_with(text, name)) *flag = true, text = text.substr(strlen(name), text.size() - strlen(name) - 1), again = true;
+      if (starts_with(text, name))
+        *flag = true, text = text.substr(strlen(name), text.size() - strlen(name) - 1), again = true;
   }
   const char bank = text[0];
   if ((bank == 'v' || bank == 's' || bank == 'a') && text.size() > 1 && (isdigit(text[1]) || text[1] == '[')) {
@@ -146,30 +155,50 @@ void parse_modifier(Instruction& i, const std::string& word, const std::string& 
   std::array<int8_t, kLanes> from;
   if (dpp_control(word, from)) {
     i.dpp = std::make_shared<std::array<int8_t, kLanes>>(from);
-  } else if (name == "row_mask") row_mask = number(rest);
-  else if (name == "bank_mask") bank_mask = number(rest);
-  else if (name == "bound_ctrl") i.bound_ctrl = true;  // printed only when set, as :0 or :1
-  else if (name == "offset" || name == "offset0") i.offset = number(rest);
-  else if (name == "offset1") i.offset1 = number(rest);
-  else if (name == "op_sel") i.op_sel = bits_of(bracketed(word));
-  else if (name == "op_sel_hi") i.op_sel_hi = bits_of(bracketed(word));
-  else if (name == "neg_lo") i.neg_lo = bits_of(bracketed(word));
-  else if (name == "neg_hi") i.neg_hi = bits_of(bracketed(word));
-  else if (name == "clamp") i.clamp = true;
-  else if (name == "mul") i.scale = static_cast<float>(number(rest));
-  else if (name == "div") i.scale = 1.0f / number(rest);
-  else if (name == "lds") i.lds = true;
-  else if (name == "offen") i.offen = true;
-  else if (name == "dst_sel") i.sdwa = true, i.select_dst = parse_select(rest, line);
-  else if (name == "src0_sel") i.sdwa = true, i.select_src[0] = parse_select(rest, line);
-  else if (name == "src1_sel") i.sdwa = true, i.select_src[1] = parse_select(rest, line);
-  else if (name == "dst_unused") i.sdwa_preserve = rest == "UNUSED_PRESERVE", i.sdwa_sign_extend = rest == "UNUSED_SEXT";
+  } else if (name == "row_mask")
+    row_mask = number(rest);
+  else if (name == "bank_mask")
+    bank_mask = number(rest);
+  else if (name == "bound_ctrl")
+    i.bound_ctrl = true;  // printed only when set, as :0 or :1
+  else if (name == "offset" || name == "offset0")
+    i.offset = number(rest);
+  else if (name == "offset1")
+    i.offset1 = number(rest);
+  else if (name == "op_sel")
+    i.op_sel = bits_of(bracketed(word));
+  else if (name == "op_sel_hi")
+    i.op_sel_hi = bits_of(bracketed(word));
+  else if (name == "neg_lo")
+    i.neg_lo = bits_of(bracketed(word));
+  else if (name == "neg_hi")
+    i.neg_hi = bits_of(bracketed(word));
+  else if (name == "clamp")
+    i.clamp = true;
+  else if (name == "mul")
+    i.scale = static_cast<float>(number(rest));
+  else if (name == "div")
+    i.scale = 1.0f / number(rest);
+  else if (name == "lds")
+    i.lds = true;
+  else if (name == "offen")
+    i.offen = true;
+  else if (name == "dst_sel")
+    i.sdwa = true, i.select_dst = parse_select(rest, line);
+  else if (name == "src0_sel")
+    i.sdwa = true, i.select_src[0] = parse_select(rest, line);
+  else if (name == "src1_sel")
+    i.sdwa = true, i.select_src[1] = parse_select(rest, line);
+  else if (name == "dst_unused")
+    i.sdwa_preserve = rest == "UNUSED_PRESERVE", i.sdwa_sign_extend = rest == "UNUSED_SEXT";
   else if (starts_with(word, "gpr_idx(")) {
     const char* roles[] = {"SRC0", "SRC1", "SRC2", "DST"};
     for (int k = 0; k < 4; ++k) i.gpr_index_mode |= (word.find(roles[k]) != std::string::npos) << k;
-  } else if (word == "sc0") i.returns = true;  // on an atomic: the old value comes back; on others a cache hint
+  } else if (word == "sc0")
+    i.returns = true;  // on an atomic: the old value comes back; on others a cache hint
   else if (word == "sc1" || word == "nt" || word == "glc" || word == "slc") {  // caches are not modelled
-  } else cannot_read(line, "modifier " + word);
+  } else
+    cannot_read(line, "modifier " + word);
 }
 
 std::vector<std::string> split_outside_brackets(const std::string& s, char separator) {
@@ -177,14 +206,16 @@ std::vector<std::string> split_outside_brackets(const std::string& s, char separ
   int depth = 0;
   for (char c : s) {
     depth += (c == '[' || c == '(') - (c == ']' || c == ')');
-    if (c == separator && depth == 0) out.emplace_back();
-    else out.back() += c;
+    if (c == separator && depth == 0)
+      out.emplace_back();
+    else
+      out.back() += c;
   }
   return out;
 }
 
-bool is_program_control(uint32_t word) { return word >> 23 == 0x17f; }    // SOPP
-bool has_immediate_k(uint32_t word) { return word >> 28 == 0xb; }         // SOPK
+bool is_program_control(uint32_t word) { return word >> 23 == 0x17f; }  // SOPP
+bool has_immediate_k(uint32_t word) { return word >> 28 == 0xb; }       // SOPK
 
 Instruction parse(const std::string& line, uint64_t address, uint32_t encoding) {
   Instruction i;
@@ -193,7 +224,8 @@ Instruction parse(const std::string& line, uint64_t address, uint32_t encoding) 
   std::string mnemonic = i.text.substr(0, space);
   for (const char* suffix : {"_e32", "_e64", "_dpp", "_sdwa"}) {
     const size_t n = strlen(suffix);
-    if (mnemonic.size() > n && mnemonic.compare(mnemonic.size() - n, n, suffix) == 0) mnemonic.resize(mnemonic.size() - n);
+    if (mnemonic.size() > n && mnemonic.compare(mnemonic.size() - n, n, suffix) == 0)
+      mnemonic.resize(mnemonic.size() - n);
   }
   const Opcode* opcode = find_opcode(mnemonic);
   if (!opcode) cannot_read(i.text, "unknown instruction " + mnemonic);
@@ -207,8 +239,10 @@ Instruction parse(const std::string& line, uint64_t address, uint32_t encoding) 
     bool first = true;
     for (const std::string& word : split_outside_brackets(strip(chunk), ' ')) {
       if (word.empty()) continue;
-      if (first && !starts_with(word, "gpr_idx(")) i.operands.push_back(parse_operand(word, line));
-      else parse_modifier(i, word, line, row_mask, bank_mask);
+      if (first && !starts_with(word, "gpr_idx("))
+        i.operands.push_back(parse_operand(word, line));
+      else
+        parse_modifier(i, word, line, row_mask, bank_mask);
       first = false;
     }
   }
@@ -246,7 +280,8 @@ std::string disassembler() {
 std::string disassemble(const void* elf, size_t size) {
   char path[] = "/tmp/gfx950-XXXXXX";
   const int file = mkstemp(path);
-  if (file < 0 || write(file, elf, size) != static_cast<ssize_t>(size)) throw Fault("software gfx950: cannot write /tmp");
+  if (file < 0 || write(file, elf, size) != static_cast<ssize_t>(size))
+    throw Fault("software gfx950: cannot write /tmp");
   close(file);
   std::string out;
   FILE* pipe = popen((disassembler() + " -d --mcpu=gfx950 " + path).c_str(), "r");
@@ -299,14 +334,16 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
   const auto* header = at<Elf64_Ehdr>(elf, size, 0);
   for (int k = 0; k < header->e_phnum; ++k) {
     const auto* segment = at<Elf64_Phdr>(elf, size, header->e_phoff + k * sizeof(Elf64_Phdr));
-    if (segment->p_type == PT_LOAD) program->image_bytes = std::max(program->image_bytes, segment->p_vaddr + segment->p_memsz);
+    if (segment->p_type == PT_LOAD)
+      program->image_bytes = std::max(program->image_bytes, segment->p_vaddr + segment->p_memsz);
   }
   program->image = std::make_unique<uint8_t[]>(program->image_bytes);
   for (int k = 0; k < header->e_phnum; ++k) {
     const auto* segment = at<Elf64_Phdr>(elf, size, header->e_phoff + k * sizeof(Elf64_Phdr));
     if (segment->p_type != PT_LOAD || segment->p_filesz == 0) continue;
     at<uint8_t>(elf, size, segment->p_offset + segment->p_filesz - 1);
-    memcpy(program->image.get() + segment->p_vaddr, static_cast<const uint8_t*>(elf) + segment->p_offset, segment->p_filesz);
+    memcpy(program->image.get() + segment->p_vaddr, static_cast<const uint8_t*>(elf) + segment->p_offset,
+           segment->p_filesz);
   }
   memory.add(reinterpret_cast<uint64_t>(program->image.get()), program->image_bytes, false, false);
   read_instructions(*program, disassemble(elf, size));

@@ -3,7 +3,9 @@
 `library()` is the path of a stand-in `libamdhip64.so`; `SoftwareGpu` is a handle on it for tests that bring their own kernels.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -44,13 +46,23 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get("JAX_DSV4_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "jax_dsv4_tests"))
 
 
+@contextlib.contextmanager
+def building(out: pathlib.Path):
+    """One process at a time, so that pytest-xdist's workers do not all compile the same thing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def library() -> pathlib.Path:
     """Compiles libamdhip64.so once per state of the sources (15 s) and returns its path."""
     inputs = [*SOURCES, *sorted(HERE.glob("*.h")), FFI / "rocm/hip.h", FFI / "rocm/code_object.h"]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in inputs) + " ".join(FLAGS).encode() + _machine())
     out = cache_directory() / f"gfx950-{digest.hexdigest()[:16]}" / "libamdhip64.so"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with building(out):
+        if out.exists():
+            return out
         with tempfile.TemporaryDirectory() as scratch:
             built = os.path.join(scratch, "libamdhip64.so")
             subprocess.run(["g++", *FLAGS, f"-I{FFI}", "-shared", "-o", built, *map(str, SOURCES)], check=True)

@@ -18,7 +18,7 @@ def make_cache(rng, slots, block_size=16, scale=0.02):
     latents = rng.normal(size=(cache.num_slots, LATENT)).astype(np.float32)
     latents[slots:] = np.nan
     where = jnp.asarray(rng.permutation(cache.num_slots), jnp.int32)
-    return jax.jit(lambda c, l, s: dsv4.append(c, l, s, implementation="aiter"))(cache, jnp.asarray(latents)[where], where)
+    return jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter"))(cache, jnp.asarray(latents)[where], where)
 
 
 def make_scope(rng, cache, slots, lengths, topk, holes=0.0):
@@ -163,8 +163,10 @@ def test_nan_reaches_its_own_token_only(rocm):
     scope = make_scope(rng, cache, 100, [40, 40, 40], 40)
     q = make_q(rng, 3, 16).at[1, 3, 7].set(jnp.nan)
     (out, lse), clean = attend(q, (scope,)), attend(q.at[1].set(0), (scope,))
-    assert np.isnan(out[1, 3]).all() and np.isnan(lse[1, 3])
-    assert not np.isnan(np.delete(np.asarray(lse), 1, 0)).any() and not np.isnan(np.asarray(lse)[1, 4:]).any()
+    assert np.isnan(out[1, 3]).all()
+    assert np.isnan(lse[1, 3])
+    assert not np.isnan(np.delete(np.asarray(lse), 1, 0)).any()
+    assert not np.isnan(np.asarray(lse)[1, 4:]).any()
     np.testing.assert_array_equal(np.asarray(out[0], np.float32), np.asarray(clean[0][0], np.float32))
 
 
@@ -176,7 +178,8 @@ def test_plan_for_other_lengths_is_noticed(rocm):
     q = make_q(rng, 4, 16)
     stale = plan_for([scope._replace(lengths=jnp.asarray([30, 63, 1, 9], jnp.int32))], 16)
     out, lse = attend(q, (scope,), None, stale)
-    assert np.isnan(np.asarray(lse[1:3])).all() and np.isnan(np.asarray(out[1:3], np.float32)).all()
+    assert np.isnan(np.asarray(lse[1:3])).all()
+    assert np.isnan(np.asarray(out[1:3], np.float32)).all()
     want = reference(q, [scope])
     check((out[jnp.array([0, 3])], lse[jnp.array([0, 3])]), (want[0][[0, 3]], want[1][[0, 3]]))
 
@@ -283,11 +286,12 @@ def test_append_writes_the_bytes_of_plain_jax(rocm, dtype):
     ours = dsv4.append(cache, latents, slots, implementation="aiter")
     plain = dsv4.append(cache, latents, slots, implementation="xla")
     np.testing.assert_array_equal(ours.data, plain.data)
-    assert (np.asarray(ours.data[0]) == 0).all() and (np.asarray(ours.data[..., LATENT:]) == 0).all()
+    assert (np.asarray(ours.data[0]) == 0).all()
+    assert (np.asarray(ours.data[..., LATENT:]) == 0).all()
 
 
 def test_append_donates(rocm):
-    append = jax.jit(lambda c, l, s: dsv4.append(c, l, s, implementation="aiter"), donate_argnums=0)
+    append = jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter"), donate_argnums=0)
     cache = dsv4.KVCache.create(4, 8, "aiter_fp8")
     text = append.lower(cache, jnp.zeros((2, LATENT)), jnp.zeros(2, jnp.int32)).compile().as_text()
     assert not [line for line in text.splitlines() if " copy(" in line and "u8[5,8,576]" in line]
@@ -307,7 +311,8 @@ def test_vmap_over_caches(rocm):
         # One scale serves all of q: give each entry the batch's largest number in a token of its own.
         padded = jnp.concatenate([q[k], jnp.full((1, 16, LATENT), scale_of_all)])
         scope = scopes[k]._replace(
-            indices=jnp.concatenate([scopes[k].indices, scopes[k].indices[:1]]), lengths=jnp.concatenate([scopes[k].lengths, jnp.zeros(1, jnp.int32)])
+            indices=jnp.concatenate([scopes[k].indices, scopes[k].indices[:1]]),
+            lengths=jnp.concatenate([scopes[k].lengths, jnp.zeros(1, jnp.int32)]),
         )
         want = reference(padded, [scope])
         check((out[k], lse[k]), (want[0][:2], want[1][:2]))
@@ -345,8 +350,16 @@ def test_kernel_choice(rocm, reports_lse):
 
 def test_handler_checks_in_the_words_of_python(rocm):
     call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct((2, 8, 512), jnp.uint8))
-    with pytest.raises(Exception, match=r"append: cache must have shape \(1 \+ num_blocks, block_size, 576\) = \(\*, 8, 576\), got \(2, 8, 512\)"):
-        call(jnp.zeros((2, 8, 512), jnp.uint8), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), block_size=np.int32(8), cache_scale=np.float32(1))
+    with pytest.raises(
+        Exception, match=r"append: cache must have shape \(1 \+ num_blocks, block_size, 576\) = \(\*, 8, 576\), got \(2, 8, 512\)"
+    ):
+        call(
+            jnp.zeros((2, 8, 512), jnp.uint8),
+            jnp.zeros((1, 512)),
+            jnp.zeros(1, jnp.int32),
+            block_size=np.int32(8),
+            cache_scale=np.float32(1),
+        )
 
 
 def test_cost_of_a_call(rocm, gpu):
@@ -376,4 +389,5 @@ def test_doctor(rocm, capsys):
 
     doctor.main()
     text = capsys.readouterr().out
-    assert "16 heads: 1 x 16 heads" in text and "\n  aiter  ok: cosine 0.999" in text
+    assert "16 heads: 1 x 16 heads" in text
+    assert "\n  aiter  ok: cosine 0.999" in text

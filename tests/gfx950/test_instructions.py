@@ -15,11 +15,11 @@ def fp8_matrix(rng, *shape):
 
 def registers(matrix, per_lane, rows):
     """[rows, k] fp8 -> per_lane // 4 registers: lane l holds row l % rows, columns per_lane * (l // rows) and on."""
-    lanes = np.stack([matrix[l % rows, per_lane * (l // rows) :][:per_lane] for l in range(64)])
+    lanes = np.stack([matrix[lane % rows, per_lane * (lane // rows) :][:per_lane] for lane in range(64)])
     return [np.ascontiguousarray(lanes[:, 4 * r : 4 * r + 4]).view(np.uint32).ravel() for r in range(per_lane // 4)]
 
 
-@pytest.mark.parametrize("name, m, k", [
+@pytest.mark.parametrize(("name", "m", "k"), [
     ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32),
     ("v_mfma_f32_16x16x128_f8f6f4", 16, 128),
     ("v_mfma_f32_32x32x64_f8f6f4", 32, 64),
@@ -64,16 +64,16 @@ def test_permlane_swap(assembler, row):
     np.testing.assert_array_equal(y, np.where(upper, b, a[LANES ^ row]))
 
 
-@pytest.mark.parametrize("control, source", [
-    ("row_newbcast:5", lambda l: (l & ~15) | 5),
-    ("quad_perm:[3,0,2,1]", lambda l: (l & ~3) | [3, 0, 2, 1][l & 3]),
-    ("row_ror:3", lambda l: (l & ~15) | (l - 3) & 15),
-    ("row_mirror", lambda l: l ^ 15),
-    ("row_half_mirror", lambda l: l ^ 7),
+@pytest.mark.parametrize(("control", "source"), [
+    ("row_newbcast:5", lambda lane: (lane & ~15) | 5),
+    ("quad_perm:[3,0,2,1]", lambda lane: (lane & ~3) | [3, 0, 2, 1][lane & 3]),
+    ("row_ror:3", lambda lane: (lane & ~15) | (lane - 3) & 15),
+    ("row_mirror", lambda lane: lane ^ 15),
+    ("row_half_mirror", lambda lane: lane ^ 7),
 ])  # fmt: skip
 def test_dpp(assembler, control, source):
     (out,) = assembler(f"v_mov_b32_dpp v40, v10 {control} row_mask:0xf bank_mask:0xf", [LANES + 7])
-    np.testing.assert_array_equal(out, [source(l) + 7 for l in range(64)])
+    np.testing.assert_array_equal(out, [source(lane) + 7 for lane in range(64)])
 
 
 def test_dpp_without_a_source(assembler):
@@ -90,10 +90,15 @@ def test_dpp_without_a_source(assembler):
 
 def test_conversion_to_fp8(assembler):
     rng = np.random.default_rng(2)
-    x = np.concatenate([[0.0, -0.0, 448.0, 463.0, 465.0, 2**-9, 2**-10, 3 * 2**-10, 0.0155, np.nan, -np.inf, 1.0625], rng.normal(size=52) * 30])
+    x = np.concatenate(
+        [[0.0, -0.0, 448.0, 463.0, 465.0, 2**-9, 2**-10, 3 * 2**-10, 0.0155, np.nan, -np.inf, 1.0625], rng.normal(size=52) * 30]
+    )
     y = rng.normal(size=64) * 0.05
     x, y = x.astype(np.float32), y.astype(np.float32)
-    body = "v_mov_b32 v40, 0x11223344\n v_cvt_pk_fp8_f32 v40, v10, v11 op_sel:[0,0,1]\n v_mov_b32 v41, 0x11223344\n v_cvt_pk_fp8_f32 v41, v10, v11"
+    body = """v_mov_b32 v40, 0x11223344
+      v_cvt_pk_fp8_f32 v40, v10, v11 op_sel:[0,0,1]
+      v_mov_b32 v41, 0x11223344
+      v_cvt_pk_fp8_f32 v41, v10, v11"""
     high, low = assembler(body, [x, y], 2)
     pair = x.astype(F8).view(np.uint8).astype(np.uint32) | y.astype(F8).view(np.uint8).astype(np.uint32) << 8
     # NaN's sign is the hardware's own business.
@@ -161,7 +166,8 @@ def test_masked_lanes_keep_their_value(assembler):
       v_mov_b32 v42, s23"""
     value, low, high = assembler(body, [LANES], 3)
     np.testing.assert_array_equal(value, np.where(LANES < 20, LANES, 7))
-    assert low[0] == sum(1 << l for l in range(11, 20)) and high[0] == 0  # inactive lanes compare as 0
+    assert low[0] == sum(1 << lane for lane in range(11, 20))
+    assert high[0] == 0
 
 
 def test_buffer_bounds(assembler):
@@ -227,7 +233,9 @@ def test_hazard_mode_names_the_weak_wait(gpu, assembler):
     assert gpu.hazards() == []
     assembler(body.format(wait=2), [LANES], 3)
     (hazard,) = gpu.hazards()
-    assert "v40 used at" in hazard and "the wait lgkmcnt(2)" in hazard and "would have to be lgkmcnt(1)" in hazard
+    assert "v40 used at" in hazard
+    assert "the wait lgkmcnt(2)" in hazard
+    assert "would have to be lgkmcnt(1)" in hazard
 
 
 def test_hazard_mode_sees_lds_races(gpu, assembler):
@@ -238,13 +246,17 @@ def test_hazard_mode_sees_lds_races(gpu, assembler):
       ds_read_b32 v40, v3
       s_waitcnt lgkmcnt(0)"""
     inputs = [np.arange(128, dtype=np.uint32)]
-    for guard, found in [("s_waitcnt lgkmcnt(0)\n s_barrier", None), ("s_waitcnt lgkmcnt(0)", "without a barrier between"), ("s_barrier", "no lgkmcnt wait lies between")]:
+    for guard, found in [
+        ("s_waitcnt lgkmcnt(0)\n s_barrier", None),
+        ("s_waitcnt lgkmcnt(0)", "without a barrier between"),
+        ("s_barrier", "no lgkmcnt wait lies between"),
+    ]:
         assembler(body.format(guard=guard), inputs, waves=2)
         hazards = gpu.hazards()
         assert (found in hazards[0]) if found else not hazards
 
 
-@pytest.mark.parametrize("body, message", [
+@pytest.mark.parametrize(("body", "message"), [
     ("v_mov_b32 v2, 0x400000\n global_load_dword v40, v2, s[4:5]", "read of .* is not live"),
     ("v_mov_b32 v2, 0x400000\n global_store_dword v2, v1, s[6:7]", "write to .* is not live"),
     ("s_load_dword s20, s[4:5], 0xff000", "read of .* is not live"),

@@ -4,6 +4,7 @@ The plans were made from ROCm/aiter e404860 (get_mla_metadata_v1, fast mode, spa
 results, not code. A test here runs our HIP planner on the software GPU.
 """
 
+import itertools
 import json
 import pathlib
 
@@ -27,6 +28,11 @@ PLANS = load()
 
 def describe(case):
     return f"{case['id']}-M{case['M']}-{case['tokens']}x{case['topk']}-{case['kind']}"
+
+
+def name_of(parameter):
+    """A case's name; its arrays have none."""
+    return describe(parameter) if "id" in parameter else ""
 
 
 def active_workers(case):
@@ -54,14 +60,16 @@ def check_coverage(plan, case, lengths):
     for t, length in enumerate(np.minimum(lengths, case["topk"])):
         mine = rows[rows[:, 0] == t]
         edges = np.append(mine[:, 4], mine[-1, 5]) - t * case["topk"] if len(mine) else np.array([0])
-        assert edges[0] == 0 and edges[-1] == length and (mine[1:, 4] == mine[:-1, 5]).all()
+        assert edges[0] == 0
+        assert edges[-1] == length
+        assert (mine[1:, 4] == mine[:-1, 5]).all()
         first, last = plan["reduce_indptr"][t : t + 2]
         np.testing.assert_array_equal(plan["reduce_partial_map"][first:last], mine[:, 1] if len(mine) > 1 else [])
     partials = rows[:, 1][rows[:, 1] >= 0]
     np.testing.assert_array_equal(np.sort(partials), np.arange(len(partials)))
 
 
-@pytest.mark.parametrize("case, aiter", [p for p in PLANS if p[0]["zero_items"] == 0], ids=lambda p: describe(p) if "id" in p else "")
+@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if p[0]["zero_items"] == 0], ids=name_of)
 def test_equal_where_aiters_is_well_defined(rocm, case, aiter):
     """No token is empty: item for item the same plan."""
     plan = ours(case, aiter, case["kv_granularity"], OVERHEAD)
@@ -74,7 +82,7 @@ def test_equal_where_aiters_is_well_defined(rocm, case, aiter):
     check_coverage(plan, case, aiter["lengths"])
 
 
-@pytest.mark.parametrize("case, aiter", [p for p in PLANS if p[0]["zero_items"] > 0], ids=lambda p: describe(p) if "id" in p else "")
+@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if p[0]["zero_items"] > 0], ids=name_of)
 def test_empty_tokens_get_no_item(rocm, case, aiter):
     """Where AITER emits an item for every empty token, which ends the worker that meets it, ours emits none."""
     assert (aiter["work_info_set"][:, 4] == aiter["work_info_set"][:, 5]).sum() == case["zero_items"]
@@ -85,7 +93,7 @@ def tiles_of_slowest_worker(plan, tile):
     """Tiles that the busiest worker computes, each item's fixed cost counted as three (jax_dsv4/implementations/aiter.py)."""
     rows, indptr = plan["work_info_set"], plan["work_indptr"]
     cost = -(-(rows[:, 5] - rows[:, 4]) // tile) + 3
-    return max(cost[a:b].sum() for a, b in zip(indptr, indptr[1:]))
+    return max(cost[a:b].sum() for a, b in itertools.pairwise(indptr))
 
 
 def test_knowing_the_tile_is_better(rocm, capsys):
@@ -101,7 +109,8 @@ def test_knowing_the_tile_is_better(rocm, capsys):
         computed = [int((-(-(p["work_info_set"][:n, 5] - p["work_info_set"][:n, 4]) // choice.tile)).sum()) for p, n in
                     ((aiter, len(aiter["work_info_set"])), (plan, plan["work_indptr"][-1]))]  # fmt: skip
         partials = [len(aiter["reduce_partial_map"]), int(plan["reduce_indptr"][-1])]
-        lines.append(f"{describe(case):32} slowest worker {slowest[0]:4} -> {slowest[1]:4}  tiles {computed[0]:5} -> {computed[1]:5}  partials {partials[0]:4} -> {partials[1]:4}")
+        changes = zip(("slowest worker", "tiles", "partials"), (slowest, computed, partials))
+        lines.append(f"{describe(case):32} " + "  ".join(f"{name} {a:4} -> {b:4}" for name, (a, b) in changes))
         assert computed[1] <= computed[0]
     with capsys.disabled():
         print(f"\nAITER's plan -> ours, at 256 workers and tiles of {choice.tile}", *lines, sep="\n")
@@ -118,7 +127,7 @@ def builder(rocm):
         pytest.skip("AITER's plan builder is not compiled: python -m jax_dsv4.build_aiter --source AITER (it takes minutes)")
 
 
-@pytest.mark.parametrize("case, aiter", [p for p in PLANS if p[0]["max_split_per_batch"] == -1][::3], ids=lambda p: describe(p) if "id" in p else "")
+@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if p[0]["max_split_per_batch"] == -1][::3], ids=name_of)
 def test_aiters_builder(builder, monkeypatch, case, aiter):
     """Through our bridge: the plans that were recorded from it, items of empty tokens included."""
     from jax_dsv4.implementations import aiter as implementation
@@ -139,8 +148,9 @@ def test_aiters_builder(builder, monkeypatch, case, aiter):
 def test_decode_on_aiters_plan(builder, monkeypatch):
     """Empty tokens first and between, a split one: the plan with empty items is harmless, and the answer that of our own plan."""
     import jax
-    import jax_dsv4 as dsv4
     from test_end_to_end import attend, check, make_cache, make_q, make_scope, plan_for, reference
+
+    import jax_dsv4 as dsv4
 
     rng = np.random.default_rng(0)
     cache = make_cache(rng, 400)

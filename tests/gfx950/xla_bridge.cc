@@ -1,10 +1,10 @@
 // Runs the ROCm handlers that we ship, unmodified, inside XLA on platform cpu: test only.
 //
-// A handler sees XLA through the function table of its call frame. Here it gets that table with two entries replaced: the
-// stream and the device ordinal come from the software GPU. Its buffers are the CPU client's, declared live for the time of
-// the call. And as XLA does with command buffers, execute is never let loose on a plain stream: it is captured into a graph,
-// so that whatever is forbidden under capture fails, and the graph is launched. With replay on, a graph is kept by its
-// buffers' addresses, and a call with the same addresses replays it without calling the handler.
+// A handler sees XLA through the function table of its call frame. Here it gets that table with two entries replaced:
+// the stream and the device ordinal come from the software GPU. Its buffers are the CPU client's, declared live for the
+// time of the call. And as XLA does with command buffers, execute is never let loose on a plain stream: it is captured
+// into a graph, so that whatever is forbidden under capture fails, and the graph is launched. With replay on, a graph
+// is kept by its buffers' addresses, and a call with the same addresses replays it without calling the handler.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -67,9 +67,15 @@ std::string message(const char* call, hip::Error error) {
 
 size_t element_bytes(XLA_FFI_DataType type) {
   switch (type) {
-    case XLA_FFI_DataType_U8: case XLA_FFI_DataType_S8: case XLA_FFI_DataType_PRED: return 1;
-    case XLA_FFI_DataType_BF16: case XLA_FFI_DataType_F16: return 2;
-    default: return 4;
+    case XLA_FFI_DataType_U8:
+    case XLA_FFI_DataType_S8:
+    case XLA_FFI_DataType_PRED:
+      return 1;
+    case XLA_FFI_DataType_BF16:
+    case XLA_FFI_DataType_F16:
+      return 2;
+    default:
+      return 4;
   }
 }
 
@@ -87,11 +93,13 @@ class Live {
     for (int64_t i = 0; i < frame.rets.size; ++i) add(static_cast<XLA_FFI_Buffer*>(frame.rets.rets[i]), true);
   }
   ~Live() {
-    for (const XLA_FFI_Buffer* b : buffers_) gpu<int(const void*, size_t)>("gfx950_unregister")(b->data, buffer_bytes(b));
+    for (const XLA_FFI_Buffer* b : buffers_)
+      gpu<int(const void*, size_t)>("gfx950_unregister")(b->data, buffer_bytes(b));
   }
   std::vector<uint64_t> addresses() const {
     std::vector<uint64_t> out;
-    for (const XLA_FFI_Buffer* b : buffers_) out.push_back(reinterpret_cast<uint64_t>(b->data)), out.push_back(buffer_bytes(b));
+    for (const XLA_FFI_Buffer* b : buffers_)
+      out.push_back(reinterpret_cast<uint64_t>(b->data)), out.push_back(buffer_bytes(b));
     return out;
   }
 
@@ -119,7 +127,8 @@ XLA_FFI_Error* run(const char* name, XLA_FFI_CallFrame* frame) {
   const std::lock_guard<std::mutex> lock(b.mutex);
   const Target& target = b.targets[name];
   // XLA asks for metadata through the same entry.
-  if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) return target.execute(frame);
+  if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata)
+    return target.execute(frame);
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return nullptr;
 
   // What the function table of a newer jaxlib has beyond ours is not used by handlers built here.
@@ -147,7 +156,8 @@ XLA_FFI_Error* run(const char* name, XLA_FFI_CallFrame* frame) {
     const hip::Error ended = gpu<hip::Error(hip::Stream, hip::Graph*)>("hipStreamEndCapture")(b.stream, &graph);
     if (error) return error;
     if (ended) return fail(frame->api, message("hipStreamEndCapture", ended));
-    gpu<hip::Error(hip::GraphExec*, hip::Graph, void*, char*, size_t)>("hipGraphInstantiate")(&exec, graph, nullptr, nullptr, 0);
+    gpu<hip::Error(hip::GraphExec*, hip::Graph, void*, char*, size_t)>("hipGraphInstantiate")(&exec, graph, nullptr,
+                                                                                              nullptr, 0);
     gpu<hip::Error(hip::Graph)>("hipGraphDestroy")(graph);
     found = b.graphs.insert_or_assign(key, exec).first;
   }
