@@ -1,0 +1,287 @@
+"""DeepSeek-V4 decodes in JAX: a prompt in, tokens out, `jax_dsv4.sparse_mla_decode` in every attention layer.
+
+    python examples/decode_loop.py                                              the tiny model of this repository
+    python examples/decode_loop.py --checkpoint DIR --prompt "Once upon a time"  a Hugging Face folder
+    python examples/decode_loop.py --prompt-ids "1,2,3;4,5" --json out.json      two requests, as token ids
+    python examples/decode_loop.py --memory                                     bytes of weights and caches, by model
+
+The loop itself is `prefill` and `generate` in deepseek_v4/generate.py, the model deepseek_v4/model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from deepseek_v4 import memory
+from deepseek_v4.config import CheckpointError, Config, load_config
+from deepseek_v4.generate import Sampling, State, attend, generate, prefill
+from deepseek_v4.model import create_cache
+from deepseek_v4.tokenizer import load_tokenizer
+from deepseek_v4.weights import load_weights
+
+import jax_dsv4 as dsv4
+
+TINY = Path(__file__).parent / "deepseek_v4" / "tiny"
+DEFAULT_PROMPT = "A function definition"
+PREFILL_CHUNK = 32  # prompt tokens per step
+STEPS_PER_CALL = 16  # tokens between two looks at the progress bar
+
+
+class UsageError(Exception):
+    """The command cannot be run as given. The message is one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(parse_arguments(argv))
+    except (UsageError, CheckpointError, NotImplementedError) as error:
+        print(f"decode_loop.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.memory:
+        print(memory.table())
+        return
+    config = load_config(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint)
+    prompts = read_prompts(args, tokenizer, config)
+    context = cache_tokens(args, prompts, config)
+    check_implementation(args.implementation)
+    try:
+        cache = create_cache(config, len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
+    except ValueError as error:
+        raise UsageError(error) from None
+    with progress(transient=True) as show:
+        weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))
+
+    with progress() as show:
+        cache_bytes = memory.nbytes(cache)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        padded = np.zeros((len(prompts), -(-lengths.max() // PREFILL_CHUNK) * PREFILL_CHUNK), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        limits = np.full(len(prompts), args.max_new_tokens, np.int32)
+
+        # Both loops are compiled here, once and ahead of time: an executable cannot be retraced by what follows.
+        options: Any = dict(config=config, sampling=Sampling(args.temperature, args.top_p), implementation=args.implementation)
+        inputs = (weights, cache, padded, lengths, limits, jnp.uint32(args.seed))
+        began = time.perf_counter()
+        with show.spinner("compiling prefill"):
+            prefill_once = prefill.lower(*inputs, **options, chunk=PREFILL_CHUNK).compile()
+        with show.spinner("compiling decode"):
+            after_prefill = jax.eval_shape(partial(prefill, **options, chunk=PREFILL_CHUNK), *inputs)
+            generate_more = generate.lower(weights, after_prefill, **options, steps=STEPS_PER_CALL).compile()
+        compile_seconds = time.perf_counter() - began
+
+        with show.spinner("reading the prompt"):
+            began = time.perf_counter()
+            state: State = jax.block_until_ready(prefill_once(*inputs))
+            prefill_seconds = time.perf_counter() - began
+
+        calls = [np.asarray(state.token)[:, None]]
+        began = time.perf_counter()
+        for _ in show.track("decoding")(range(-(-(args.max_new_tokens - 1) // STEPS_PER_CALL))):
+            if np.any(state.left):  # else every request met its end
+                state, tokens = generate_more(weights, state)
+                calls.append(np.asarray(tokens))
+        decode_seconds = time.perf_counter() - began
+        attention_seconds = time_attention(state, args, config)
+
+    tokens = [[int(token) for token in row if token >= 0] for row in np.concatenate(calls, axis=1)]
+    decoded = sum(len(row) - 1 for row in tokens)  # prefill drew the first of each
+    steps = max(len(row) - 1 for row in tokens)
+    report = {
+        "prompt_ids": [list(map(int, prompt)) for prompt in prompts],
+        "tokens": tokens,
+        "text": [tokenizer.decode(row) for row in tokens] if tokenizer else None,
+        "tokens_per_second": decoded / decode_seconds if decoded else None,
+        "seconds_per_step": decode_seconds / steps if steps else None,
+        "attention_seconds_per_step": attention_seconds,
+        "compile_seconds": compile_seconds,
+        "prefill_seconds": prefill_seconds,
+        "cache_bytes": cache_bytes,
+        "cache_tokens_per_request": context,
+        "weights_bytes": memory.nbytes(weights),
+        "cache_layout": args.cache_layout,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jax": jax.__version__, "jax_dsv4": getattr(dsv4, "__version__", None)},
+    }
+    print_report(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- the input
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"{self.prog}: {message}\n")
+
+    parser = Parser(prog="decode_loop.py", description="Decode with a DeepSeek-V4 checkpoint, by default a tiny one of this repository.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder: config.json, *.safetensors")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="text; needs the checkpoint's tokenizer")
+    prompt.add_argument("--prompt-ids", metavar="IDS", help='token ids: "1,2,3;4,5" is two requests')
+    add("--batch", type=positive, metavar="N", help="requests; prompts are repeated in turn (default: one of each)")
+    add("--max-new-tokens", type=positive, default=128, metavar="N")
+    add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
+    add("--cache-layout", default="fp8_ds_mla", metavar="NAME", help="of jax_dsv4.KVCache (default: %(default)s)")
+    add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
+    add("--json", type=Path, metavar="FILE", help="write prompt_ids, tokens, tokens_per_second and more")
+    add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
+    args = parser.parse_args(argv)
+
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature must be at least 0, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must be in (0, 1], got {args.top_p}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json must name a file in a folder that exists, got {args.json}")
+    if args.dtype is None:
+        args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return args
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Any, config: Config) -> list[Sequence[int]]:
+    """Token ids of each request."""
+    if args.prompt_ids is not None:
+        try:
+            prompts = [[int(token) for token in request.split(",")] for request in args.prompt_ids.split(";")]
+        except ValueError:
+            raise UsageError(f'--prompt-ids must be like "1,2,3;4,5", got {args.prompt_ids!r}') from None
+    elif tokenizer is None:
+        raise UsageError(f"{args.checkpoint} has no tokenizer: give --prompt-ids")
+    else:
+        prompts = [tokenizer.encode(DEFAULT_PROMPT if args.prompt is None else args.prompt)]
+    for prompt in prompts:
+        if not prompt:
+            raise UsageError("a prompt must have at least one token")
+        if bad := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            raise UsageError(f"token ids must be in [0, {config.vocab_size}), got {bad[0]}")
+    batch = args.batch or len(prompts)
+    if batch < len(prompts):
+        raise UsageError(f"--batch must be at least the number of prompts = {len(prompts)}, got {batch}")
+    return [prompts[i % len(prompts)] for i in range(batch)]
+
+
+def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config: Config) -> int:
+    """How many tokens per request the cache must hold; checks that they fit."""
+    longest = max(map(len, prompts))
+    needed = longest + args.max_new_tokens
+    limit = min(args.context or config.max_position_embeddings, config.max_position_embeddings)
+    if needed > limit:
+        raise UsageError(
+            f"a prompt of {longest} tokens and {args.max_new_tokens} new ones do not fit a cache of {limit} tokens per request"
+        )
+    return args.context or needed
+
+
+def check_implementation(name: str | None) -> None:
+    known = dsv4.implementations()
+    if name is not None and name not in known:
+        raise UsageError(f"--implementation must be one of {', '.join(known)}, got {name!r}")
+    if name is not None and not known[name].available:
+        raise UsageError(f"--implementation {name} is not there: {known[name].detail}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the output
+
+
+def time_attention(state: State, args: argparse.Namespace, config: Config) -> float:
+    """Seconds that one step spends in plans and sparse_mla_decode, timed alone at the positions decoding ended at."""
+
+    def once() -> None:
+        jax.block_until_ready(attend(state.cache, config=config, dtype=jnp.dtype(args.dtype), implementation=args.implementation))
+
+    once()  # compiles
+
+    def timed() -> float:
+        began = time.perf_counter()
+        once()
+        return time.perf_counter() - began
+
+    return statistics.median(timed() for _ in range(11))
+
+
+def print_report(report: dict[str, Any], prompts: list[str] | None) -> None:
+    for i, tokens in enumerate(report["tokens"]):
+        print(f"\n{prompts[i]}{report['text'][i]}" if prompts else f"\n{','.join(map(str, tokens))}")
+    step, attention = report["seconds_per_step"], report["attention_seconds_per_step"]
+    batch = len(report["tokens"])
+    print()
+    if step:
+        print(f"{report['tokens_per_second']:10.1f}  tokens/s ({batch} requests, {1e3 * step:.2f} ms per step)")
+        print(f"{1e3 * attention:10.3f}  ms per step in attention, timed alone ({attention / step:.0%})")
+    room = f"{report['cache_tokens_per_request']} tokens per request, {report['cache_layout']}"
+    print(f"{report['cache_bytes']:10d}  bytes of cache ({room})")
+    print(f"{report['compile_seconds']:10.1f}  s to compile prefill and decode, once; on {report['device']}")
+
+
+class Progress:
+    """Progress bars where rich is installed (the `example` extra), else a line per stage; on stderr."""
+
+    def __init__(self, start: Callable[[str], None], bar: Any = None):
+        self.start, self.bar = start, bar
+
+    def track(self, label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+        """A function that yields the items of a sequence and shows how far it is."""
+
+        def items(sequence: Sequence[Any]) -> Iterable[Any]:
+            self.start(label)
+            return self.bar.track(sequence, description=label) if self.bar else sequence
+
+        return items
+
+    @contextlib.contextmanager
+    def spinner(self, label: str) -> Iterator[None]:
+        for _ in self.track(label)([None]):
+            yield
+
+
+@contextlib.contextmanager
+def progress(transient: bool = False) -> Iterator[Progress]:
+    """Shows stages while it is entered; a transient one leaves nothing behind."""
+    try:
+        from rich import console, progress
+    except ImportError:
+        yield Progress(lambda label: None if transient else print(f"{label} …", file=sys.stderr))
+        return
+    columns = (progress.SpinnerColumn(), *progress.Progress.get_default_columns(), progress.TimeElapsedColumn())
+    stderr = console.Console(stderr=True)
+    hidden = transient and not stderr.is_terminal  # where nothing can be taken back, a transient bar is not shown
+    with progress.Progress(*columns, console=stderr, transient=transient, disable=hidden) as bar:
+        yield Progress(lambda label: None, bar)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

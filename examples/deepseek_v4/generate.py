@@ -1,0 +1,133 @@
+"""Prefill and decode: the loops around `forward`, each one jitted call, with the cache donated to it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import jax_dsv4 as dsv4
+from deepseek_v4.config import Config
+from deepseek_v4.model import Cache, begin_step, extra_topk, forward, logits, slots_of
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn. Static under jit."""
+
+    temperature: float = 0.0  # 0: the likeliest token, always
+    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
+
+
+GREEDY = Sampling()
+
+
+class State(NamedTuple):
+    """All that decoding carries from one token to the next."""
+
+    cache: Cache
+    token: Array  # int32 [b]: drawn last, not yet in the cache
+    left: Array  # int32 [b]: tokens that a request may still draw; 0 once it has drawn an end-of-sequence token
+    key: Array  # PRNG keys [b]
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "chunk", "implementation"), donate_argnames="cache")
+def prefill(
+    weights: Any,
+    cache: Cache,
+    prompts: Array,
+    lengths: Array,
+    max_new_tokens: Array,
+    seed: Array,
+    *,
+    config: Config,
+    sampling: Sampling = GREEDY,
+    chunk: int = 1,
+    implementation: Any = None,
+) -> State:
+    """Reads the prompts and draws each request's first token.
+
+    Args:
+        cache: empty, made for steps of `chunk` tokens. Donated.
+        prompts: int32 [b, n], n a multiple of `chunk`; what is past a request's length is ignored.
+        lengths: int32 [b], each at least 1. Their values do not change what is compiled.
+        max_new_tokens: int32 [b], each at least 1.
+    """
+
+    def read(i: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+        cache, last = carry
+        tokens = lax.dynamic_slice_in_dim(prompts, i * chunk, chunk, axis=1)
+        counts = jnp.clip(lengths - i * chunk, 0, chunk)
+        hidden, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation)
+        newest = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]  # [b, d]
+        return cache, jnp.where(counts[:, None] > 0, newest, last)
+
+    nothing = jnp.zeros((len(prompts), config.hidden_size), weights["embed"].dtype)
+    cache, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, nothing))
+    # A request's draws depend on the seed, its place in the batch and its position, not on its neighbours.
+    key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+    return draw(State(cache, jnp.zeros_like(lengths), max_new_tokens, key), logits(weights, last), sampling, config)
+
+
+@partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation"), donate_argnames="state")
+def generate(
+    weights: Any,
+    state: State,
+    *,
+    steps: int,
+    config: Config,
+    sampling: Sampling = GREEDY,
+    implementation: Any = None,
+) -> tuple[State, Array]:
+    """Decodes `steps` tokens per request without the host: int32 tokens [b, steps], −1 after a request's end."""
+
+    def step(state: State, _: None) -> tuple[State, Array]:
+        running = state.left > 0
+        hidden, cache = forward(
+            weights, state.cache, state.token[:, None], running.astype(jnp.int32), config=config, implementation=implementation
+        )
+        state = draw(state._replace(cache=cache), logits(weights, hidden[:, 0]), sampling, config)
+        return state, jnp.where(running, state.token, -1)
+
+    state, tokens = lax.scan(step, state, length=steps)
+    return state, tokens.T
+
+
+def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> State:
+    """Draws each request's next token from logits [b, v]."""
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        logits = logits / sampling.temperature
+        if sampling.top_p < 1:
+            likeliest = jnp.sort(logits, axis=-1, descending=True)
+            before = jnp.cumsum(jax.nn.softmax(likeliest), axis=-1) - jax.nn.softmax(likeliest)
+            least = jnp.min(likeliest, axis=-1, keepdims=True, where=before < sampling.top_p, initial=jnp.inf)
+            logits = jnp.where(logits >= least, logits, -jnp.inf)
+        key = jax.vmap(jax.random.fold_in)(state.key, state.cache.position)
+        token = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
+    ends = jnp.isin(token, jnp.array(config.eos_token_ids, jnp.int32))
+    return state._replace(token=token, left=jnp.where(ends, 0, jnp.maximum(state.left - 1, 0)))
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "implementation"))
+def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = None) -> Array:
+    """The attention of one decode step and nothing else, to be timed: plans, and one sparse_mla_decode per layer.
+
+    Queries are made up, and CSA layers read their first entries instead of choosing; lengths are the real ones.
+    """
+    b = len(cache.position)
+    step = begin_step(cache, jnp.zeros((b, 1), jnp.int32), jnp.ones(b, jnp.int32), config, implementation)
+    total = jnp.zeros(())
+    for kind, layer in zip(config.layers, cache.layers, strict=True):
+        q = jnp.ones((b, 1, config.num_attention_heads, config.head_dim), dtype)
+        swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
+        if kind != "swa":
+            first = jnp.arange(extra_topk(step.entries[kind], kind, config), dtype=jnp.int32)
+            first = jnp.broadcast_to(first, (b, 1, first.size))
+            extra = dsv4.Scope(layer.extra, slots_of(cache.tables[kind], first, kind), step.extra_lengths[kind])
+        out = dsv4.sparse_mla_decode(q, swa, extra, plan=step.plan[kind], implementation=implementation)
+        total += out.astype(jnp.float32).sum()
+    return total

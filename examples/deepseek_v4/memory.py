@@ -1,0 +1,60 @@
+"""Bytes: of a pytree, and of V4-Flash and V4-Pro at the contexts people ask about. Nothing is allocated."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_v4.config import PRESETS, Config
+from deepseek_v4.model import create_cache
+from deepseek_v4.weights import Tensor, abstract_weights, schema
+
+CONTEXTS = {"8k": 8 * 1024, "128k": 128 * 1024, "1M": 1024 * 1024}
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all leaves, arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def published_bytes(config: Config) -> int:
+    """Bytes of the weights as DeepSeek publishes them: fp4 experts, fp8 projections, scales included."""
+    bits = {"fp32": 32, "bf16": 16, "int64": 64, "fp8": 8, "fp4": 4}
+    total = 0
+    for tensor in jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor)):
+        size = int(np.prod(tensor.shape))
+        total += size * bits[tensor.stored] // 8
+        if tensor.stored == "fp4":
+            total += size // 32
+        if tensor.stored == "fp8":
+            total += -(-tensor.shape[-2] // 128) * -(-tensor.shape[-1] // 128)
+    return total
+
+
+def cache_bytes(config: Config, max_tokens: int, layout: str) -> int:
+    """Bytes of one request's cache: latents, rolling compressor rows, indexer keys, page tables."""
+    return nbytes(jax.eval_shape(partial(create_cache, config, 1, max_tokens, layout=layout)))
+
+
+def table() -> str:
+    """Markdown: weights, and cache per request by context and layout."""
+    contexts = " | ".join(f"{name} context" for name in CONTEXTS)
+    lines = [
+        f"| model | weights, published | weights, bf16 | cache layout | {contexts} |",
+        "|---|---:|---:|---|" + "---:|" * len(CONTEXTS),
+    ]
+    for name in ("v4-flash", "v4-pro"):
+        config = PRESETS[name]
+        weights = f"{_human(published_bytes(config))} | {_human(nbytes(abstract_weights(config)))}"
+        for layout in ("fp8_ds_mla", "bf16"):
+            caches = " | ".join(_human(cache_bytes(config, tokens, layout)) for tokens in CONTEXTS.values())
+            lines.append(f"| {name} | {weights} | {layout} | {caches} |")
+    return "\n".join(lines)
+
+
+def _human(count: int) -> str:
+    unit = "GB" if count >= 1e9 else "MB"
+    return f"{count / (1e9 if unit == 'GB' else 1e6):.3g} {unit}" if count < 1e12 else f"{count / 1e12:.3g} TB"

@@ -1,0 +1,431 @@
+"""DeepSeek-V4's forward pass over a paged cache, as pure functions on pytrees.
+
+`forward` runs t more tokens of each of b requests: t = 1 is a decode step, t > 1 a chunk of a prompt. Einsum letters:
+
+    b request   t token       n residual stream   d hidden    h head        k head_dim (512, or the indexer's 128)
+    r low rank  g head group  e expert            i expert's inner size     c compressed entry    w window row
+
+Attention itself is `jax_dsv4.sparse_mla_decode`; everything else is here. The numbers are those of the published model
+without its activation quantisation (no fp8 activations, no fp4 indexer): that of transformers, which tests hold it to.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import jax_dsv4 as dsv4
+from deepseek_v4.config import Config, Kind
+
+BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
+"""Slots per page of each kind of cache, as serving engines page them."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
+
+
+class LayerCache(NamedTuple):
+    """What one layer remembers. Fields past `swa` are None where the layer has no such part."""
+
+    swa: dsv4.KVCache  # latents of the last tokens, a ring per request
+    extra: dsv4.KVCache | None = None  # compressed latents, one per 4 (CSA) or 128 (HCA) tokens
+    rows: Array | None = None  # [b, ring, 2, width] float32: what the compressor projected of the last tokens
+    index_keys: Array | None = None  # [b, entries, 128]: the indexer's compressed keys
+    index_rows: Array | None = None  # [b, ring, 2, 256] float32: as `rows`, for the indexer's own compressor
+
+
+class Cache(NamedTuple):
+    """What all requests remember. Layers of one kind share a page table, as each token needs a slot in every layer."""
+
+    layers: tuple[LayerCache, ...]
+    tables: dict[Kind, Array]  # int32 [b, pages]: the block that holds page p of request b
+    position: Array  # int32 [b]: tokens so far
+
+
+def create_cache(
+    config: Config, batch: int, max_tokens: int, *, layout: str = "fp8_ds_mla", chunk: int = 1, dtype: Any = jnp.bfloat16
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        batch: requests.
+        max_tokens: of each request, prompt included.
+        layout: of the latents (`jax_dsv4.KVCache`).
+        chunk: the most tokens per request of one `forward`. Rings are this much longer than what a token looks back
+            on, so that a chunk's last token does not overwrite what its first one needs.
+        dtype: of the indexer's keys.
+    """
+    pages = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
+    for kind in set(config.layers) - {"swa"}:
+        pages[kind] = -(-max(max_tokens // config.ratio(kind), 1) // BLOCK_SIZE[kind])
+
+    def latents(kind: Kind) -> dsv4.KVCache:
+        return dsv4.KVCache.create(batch * pages[kind], BLOCK_SIZE[kind], layout=layout)
+
+    def rows(kind: Kind, dim: int) -> Array:
+        overlap = 2 if kind == "csa" else 1
+        return jnp.zeros((batch, overlap * config.ratio(kind) + chunk - 1, 2, overlap * dim), jnp.float32)
+
+    def layer(kind: Kind) -> LayerCache:
+        if kind == "swa":
+            return LayerCache(latents("swa"))
+        if kind == "hca":
+            return LayerCache(latents("swa"), latents("hca"), rows("hca", config.head_dim))
+        entries = pages["csa"] * BLOCK_SIZE["csa"]
+        return LayerCache(
+            latents("swa"),
+            latents("csa"),
+            rows("csa", config.head_dim),
+            jnp.zeros((batch, entries, config.index_head_dim), dtype),
+            rows("csa", config.index_head_dim),
+        )
+
+    # Pages are dealt in turn: page p of request b is block p·batch + b.
+    tables = {kind: jnp.arange(n * batch, dtype=jnp.int32).reshape(n, batch).T for kind, n in pages.items()}
+    return Cache(tuple(map(layer, config.layers)), tables, jnp.zeros(batch, jnp.int32))
+
+
+def slots_of(table: Array, entry: Array, kind: Kind, valid: Array | bool = True) -> Array:
+    """Slots of entries [b, ...] in the cache that `table` [b, pages] pages; −1 where not `valid`."""
+    page, offset = jnp.divmod(entry, BLOCK_SIZE[kind])
+    block = jnp.take_along_axis(table, page.reshape(len(table), -1), axis=1, mode="clip").reshape(entry.shape)
+    return jnp.where(valid, block * BLOCK_SIZE[kind] + offset, -1)
+
+
+# ------------------------------------------------------------------------- what all layers of one step have in common
+
+
+class Entries(NamedTuple):
+    """The compressed entries of one kind that a step may complete, and those that its tokens see."""
+
+    number: Array  # int32 [b, c]
+    complete: Array  # bool [b, c]: the entry's last token is in this step
+    slots: Array  # int32 [b, c]; −1 unless complete
+    visible: Array  # int32 [b, t]: a token sees the entries before this one
+    max_entries: int  # that the cache has room for
+
+
+class Step(NamedTuple):
+    """Made once per step and shared by its layers."""
+
+    tokens: Array  # int32 [b, t]
+    position: Array  # int32 [b, t]
+    valid: Array  # bool [b, t]: false where a request has fewer than t tokens in this step
+    tables: dict[Kind, Array]  # as in Cache
+    angle: dict[str, Array]  # float32 [b, t, 32]: "main" for SWA layers, "compress" for the others
+    swa_slots: Array  # int32 [b, t]: where each token's latent is written
+    swa_indices: Array  # int32 [b, t, window]
+    swa_lengths: Array  # int32 [b, t]
+    entries: dict[Kind, Entries]
+    extra_lengths: dict[Kind, Array]  # int32 [b, t]
+    hca_indices: Array | None  # int32 [b, t, entries]: HCA layers see every entry
+    plan: dict[Kind, dsv4.DecodePlan]
+
+
+def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, implementation: Any = None) -> Step:
+    """Lays out positions, slots, lengths and plans for `counts[b]` of `tokens` [b, t]."""
+    t = tokens.shape[1]
+    position = cache.position[:, None] + jnp.arange(t, dtype=jnp.int32)  # [b, t]
+    valid = jnp.arange(t) < counts[:, None]
+
+    ring = cache.tables["swa"].shape[1] * BLOCK_SIZE["swa"]
+    if config.sliding_window + t - 1 > ring:
+        raise ValueError(f"forward: a step must have at most {ring - config.sliding_window + 1} tokens, got {t}")
+    window = position[..., None] - jnp.arange(config.sliding_window, dtype=jnp.int32)  # [b, t, window], newest first
+    swa_lengths = jnp.where(valid, jnp.minimum(position + 1, config.sliding_window), 0)
+
+    entries: dict[Kind, Entries] = {}
+    extra_lengths: dict[Kind, Array] = {}
+    for kind in sorted(set(config.layers) - {"swa"}):
+        ratio = config.ratio(kind)
+        number = cache.position[:, None] // ratio + jnp.arange((t + ratio - 2) // ratio + 1, dtype=jnp.int32)
+        complete = (number + 1) * ratio <= (cache.position + counts)[:, None]
+        slots = slots_of(cache.tables[kind], number, kind, complete)
+        visible = jnp.where(valid, (position + 1) // ratio, 0)
+        entries[kind] = Entries(number, complete, slots, visible, cache.tables[kind].shape[1] * BLOCK_SIZE[kind])
+        topk = extra_topk(entries[kind], kind, config)
+        extra_lengths[kind] = jnp.minimum(visible, topk)
+
+    hca_indices = None
+    if "hca" in entries:
+        every = jnp.arange(entries["hca"].max_entries, dtype=jnp.int32)
+        every = slots_of(cache.tables["hca"], jnp.broadcast_to(every, (len(tokens), every.size)), "hca")
+        hca_indices = jnp.broadcast_to(every[:, None], (*tokens.shape, every.shape[-1]))
+
+    def plan(kind: Kind) -> dsv4.DecodePlan:
+        return dsv4.plan_decode(
+            swa_lengths,
+            extra_lengths.get(kind),
+            num_heads=config.num_attention_heads,
+            swa_topk=config.sliding_window,
+            extra_topk=extra_topk(entries[kind], kind, config) if kind in entries else 0,
+            implementation=implementation,
+        )
+
+    return Step(
+        tokens=tokens,
+        position=position,
+        valid=valid,
+        tables=cache.tables,
+        angle={name: rope_angle(position, name, config) for name in ("main", "compress")},
+        swa_slots=slots_of(cache.tables["swa"], position % ring, "swa", valid),
+        swa_indices=slots_of(cache.tables["swa"], window % ring, "swa", window >= 0),
+        swa_lengths=swa_lengths,
+        entries=entries,
+        extra_lengths=extra_lengths,
+        hca_indices=hca_indices,
+        plan={kind: plan(kind) for kind in sorted(set(config.layers))},
+    )
+
+
+def extra_topk(entries: Entries, kind: Kind, config: Config) -> int:
+    """The most entries a token attends to: what the indexer picks (CSA), or all that there is room for (HCA)."""
+    return min(config.index_topk, entries.max_entries) if kind == "csa" else entries.max_entries
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def forward(weights: Any, cache: Cache, tokens: Array, counts: Array, *, config: Config, implementation: Any = None) -> tuple[Array, Cache]:
+    """Runs more tokens of each request through all layers.
+
+    Args:
+        tokens: int32 [b, t].
+        counts: int32 [b] in 0…t: how many of a request's tokens are real. The others change nothing.
+    Returns:
+        hidden [b, t, d], ready for `logits`, and the cache with the tokens in it.
+    """
+    step = begin_step(cache, tokens, counts, config, implementation)
+    x = weights["embed"][tokens]  # [b, t, d]
+    x = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], config.hc_mult, x.shape[-1]))  # [b, t, n, d]
+
+    layers = []
+    for kind, w, layer in zip(config.layers, weights["layers"], cache.layers, strict=True):
+        pre, post, mix = hyper_connection(x, w["attn_hc"], config)
+        y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["attn_norm"], config)
+        y, layer = attention(y, w["attn"], layer, step, kind, config, implementation)
+        x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
+
+        pre, post, mix = hyper_connection(x, w["ffn_hc"], config)
+        y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["ffn_norm"], config)
+        y = moe(y, w["ffn"], tokens, config)
+        x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
+        layers.append(layer)
+
+    pre = jax.nn.sigmoid(stream_mixes(x, weights["hc_head"], config) * weights["hc_head"]["scale"] + weights["hc_head"]["base"])
+    x = jnp.einsum("btn,btnd->btd", (pre + config.hc_eps).astype(x.dtype), x)
+    return rms_norm(x, weights["norm"], config), Cache(tuple(layers), cache.tables, cache.position + counts)
+
+
+def logits(weights: Any, hidden: Array) -> Array:
+    """hidden [..., d] → float32 logits [..., vocabulary]."""
+    return jnp.einsum("...d,vd->...v", hidden, weights["head"], preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Array, weight: Array | None, config: Config) -> Array:
+    x32 = x.astype(jnp.float32)
+    x32 *= lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.rms_norm_eps)
+    return (x32 if weight is None else weight * x32).astype(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------ RoPE
+
+
+def rope_angle(position: Array, name: str, config: Config) -> Array:
+    """Angles [..., 32] of the 32 pairs at each position, float32. "compress" has its own base, and YaRN."""
+    pairs = jnp.arange(0, config.qk_rope_head_dim, 2, dtype=jnp.float32)
+    base = config.rope_theta if name == "main" else config.compress_rope_theta
+    frequency = base ** (-pairs / config.qk_rope_head_dim)
+    if name == "compress" and config.yarn:
+        # Pairs that turn more than beta_fast times in the original context keep their frequency, those that turn less
+        # than beta_slow times are slowed by `factor`, and those between are blended along a straight line.
+        yarn, dim = config.yarn, config.qk_rope_head_dim
+
+        def pair_turning(turns: float) -> float:
+            return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+        last = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
+        slowed = jnp.clip((jnp.arange(dim // 2) - first) / max(last - first, 0.001), 0, 1)
+        frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
+    return position[..., None].astype(jnp.float32) * frequency
+
+
+def rotate(x: Array, angle: Array) -> Array:
+    """Turns the last 64 of x [..., k], taken as pairs (2j, 2j+1), by angle [..., 32]."""
+    rope = 2 * angle.shape[-1]
+    even, odd = jnp.moveaxis(x[..., -rope:].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return jnp.concatenate([x[..., :-rope], turned.reshape(*x.shape[:-1], rope).astype(x.dtype)], axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------ hyper-connections
+
+
+def stream_mixes(x: Array, w: Any, config: Config) -> Array:
+    """x [b, t, n, d] → the mixing logits [b, t, m] of w["fn"] [m, n·d], float32."""
+    flat = rms_norm(x.reshape(*x.shape[:2], -1).astype(jnp.float32), None, config)
+    return jnp.einsum("btx,mx->btm", flat, w["fn"])
+
+
+def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Array]:
+    """mHC: how a sublayer reads the n residual streams (pre), writes them (post), and how they mix (m → n).
+
+    pre, post [b, t, n]; mix [b, t, m, n], made doubly stochastic by Sinkhorn's alternating normalisation, which is what
+    keeps the residual from growing with depth.
+    """
+    n, eps = config.hc_mult, config.hc_eps
+    mixes = stream_mixes(x, w, config)
+    pre, post, mix = jnp.split(mixes, [n, 2 * n], axis=-1)
+    pre_base, post_base, mix_base = jnp.split(w["base"], [n, 2 * n])
+    pre_scale, post_scale, mix_scale = w["scale"]
+
+    pre = jax.nn.sigmoid(pre * pre_scale + pre_base) + eps
+    post = 2 * jax.nn.sigmoid(post * post_scale + post_base)
+    mix = jax.nn.softmax((mix * mix_scale + mix_base).reshape(*x.shape[:2], n, n), axis=-1) + eps
+
+    def over(mix: Array, axis: int) -> Array:
+        return mix / (mix.sum(axis, keepdims=True) + eps)
+
+    mix = over(mix, -2)
+    mix = lax.fori_loop(1, config.hc_sinkhorn_iters, lambda _, mix: over(over(mix, -1), -2), mix)
+    return pre.astype(x.dtype), post.astype(x.dtype), mix.astype(x.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- attention
+
+
+def attention(x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Any) -> tuple[Array, LayerCache]:
+    """One attention sublayer: x [b, t, d] → [b, t, d]."""
+    b, t, _ = x.shape
+    append = partial(dsv4.append, implementation=implementation)
+    angle = step.angle["main" if kind == "swa" else "compress"]
+
+    q_low = rms_norm(jnp.einsum("btd,rd->btr", x, w["wq_a"]), w["q_norm"], config)
+    q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(b, t, -1, config.head_dim)
+    q = rotate(rms_norm(q, None, config), angle[:, :, None])  # [b, t, h, k]
+
+    latent = rms_norm(jnp.einsum("btd,kd->btk", x, w["wkv"]), w["kv_norm"], config)
+    layer = layer._replace(swa=append(layer.swa, rotate(latent, angle), step.swa_slots))
+    swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
+
+    if kind != "swa":
+        entries = step.entries[kind]
+        compressed, rows = compress(x, w["compressor"], layer.rows, step, kind, config)
+        layer = layer._replace(extra=append(layer.extra, compressed, entries.slots), rows=rows)
+        if kind == "csa":
+            indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config)
+        else:
+            indices = step.hca_indices
+        extra = dsv4.Scope(layer.extra, indices, step.extra_lengths[kind])
+
+    out = dsv4.sparse_mla_decode(q, swa, extra, attn_sink=w["sink"], plan=step.plan[kind], implementation=implementation)
+    # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
+    out = rotate(out, -angle[:, :, None])
+    out = out.reshape(b, t, config.o_groups, -1)  # [b, t, g, heads of the group · k]
+    out = jnp.einsum("btgx,grx->btgr", out, w["wo_a"].reshape(config.o_groups, config.o_lora_rank, -1))
+    return jnp.einsum("btx,dx->btd", out.reshape(b, t, -1), w["wo_b"]), layer
+
+
+def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Config) -> tuple[Array, Array]:
+    """The entries that this step may complete, [b, c, dim], and the rolling rows with this step's in them.
+
+    An entry is a per-channel softmax average of what its window's tokens project, in float32. HCA's windows are its 128
+    tokens. CSA's overlap: 4 tokens of the window before, which give the first half of their channels, and its own 4,
+    which give the second. The average is made at every step and kept only when a window ends: a shape that depends on
+    the position would not be static.
+    """
+    ratio, entries = config.ratio(kind), step.entries[kind]
+    value = jnp.einsum("btd,xd->btx", x, w["wkv"], preferred_element_type=jnp.float32)
+    score = jnp.einsum("btd,xd->btx", x, w["wgate"], preferred_element_type=jnp.float32)
+    score += w["ape"][step.position % ratio]
+
+    ring = rows.shape[1]
+    here = jnp.where(step.valid, step.position % ring, ring)  # past the end, where writes are dropped
+    request = jnp.arange(len(rows))[:, None, None]
+    # Value and score are two rows to the scatter: of a single row XLA makes a slice update, which it fuses into the
+    # gather below, and then that needs a copy of the old rows.
+    rows = rows.at[request, here[..., None], jnp.arange(2)].set(jnp.stack([value, score], axis=2), mode="drop")
+
+    first, dim = entries.number * ratio, w["norm"].size
+    window = first[..., None] + jnp.arange(-ratio if kind == "csa" else 0, ratio)  # [b, c, w]
+    windows = rows[request, window % ring]  # [b, c, w, 2, width]
+    # Nothing was projected before the text began: score −inf, weight 0.
+    windows = jnp.where(window[..., None, None] >= 0, windows, jnp.array([[0.0], [-jnp.inf]]))
+    if kind == "csa":
+        before, own = jnp.split(windows, 2, axis=2)
+        windows = jnp.concatenate([before[..., :dim], own[..., dim:]], axis=2)
+    value, score = windows[..., 0, :], windows[..., 1, :]  # [b, c, w, dim]
+    entry = jnp.einsum("bcwk,bcwk->bck", value, jax.nn.softmax(score, axis=2))
+    entry = rms_norm(entry.astype(x.dtype), w["norm"], config)
+    return rotate(entry, rope_angle(first, "compress", config)), rows
+
+
+def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config) -> tuple[Array, LayerCache]:
+    """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
+
+    score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
+    `extra_lengths` cuts the rest off.
+    """
+    entries = step.entries["csa"]
+    compressed, index_rows = compress(x, w["compressor"], layer.index_rows, step, "csa", config)
+    here = jnp.where(entries.complete, entries.number, entries.max_entries)  # past the end, where writes are dropped
+    keys = layer.index_keys.at[jnp.arange(len(x))[:, None], here].set(compressed.astype(layer.index_keys.dtype), mode="drop")
+
+    q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
+    q = rotate(q, step.angle["compress"][:, :, None])  # [b, t, h, k]
+    score = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
+    weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
+    score = jnp.einsum("bthc,bth->btc", score, weight * (config.index_head_dim * config.index_n_heads) ** -0.5)
+    score = jnp.where(jnp.arange(entries.max_entries) < entries.visible[..., None], score, -jnp.inf)
+
+    _, chosen = lax.top_k(score, extra_topk(entries, "csa", config))
+    slots = slots_of(step.tables["csa"], chosen, "csa")
+    return slots, layer._replace(index_keys=keys, index_rows=index_rows)
+
+
+# -------------------------------------------------------------------------------------------------------------------- MoE
+
+
+def swiglu(gate: Array, up: Array, config: Config) -> Array:
+    limit = config.swiglu_limit
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def moe(x: Array, w: Any, tokens: Array, config: Config) -> Array:
+    """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d]."""
+    score = jnp.sqrt(jax.nn.softplus(jnp.einsum("btd,ed->bte", x, w["gate"], preferred_element_type=jnp.float32)))
+    if "tid2eid" in w:  # hash layers: the token's id names its experts
+        chosen = w["tid2eid"][tokens]
+    else:  # the bias balances the load; it picks experts and does not weigh them
+        _, chosen = lax.top_k(score + w["bias"], config.num_experts_per_tok)
+    weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
+    weight = config.routed_scaling_factor * weight / weight.sum(-1, keepdims=True)
+
+    shared = w["shared"]
+    gate, up = jnp.einsum("btd,id->bti", x, shared["w1"]), jnp.einsum("btd,id->bti", x, shared["w3"])
+    out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), shared["w2"])
+
+    experts = w["experts"]
+    if chosen.size <= config.n_routed_experts:
+        # Few tokens: fetch only the experts that they chose (x: one of a token's experts).
+        w1, w3, w2 = (experts[name][chosen] for name in ("w1", "w3", "w2"))
+        gate, up = jnp.einsum("btd,btxid->btxi", x, w1), jnp.einsum("btd,btxid->btxi", x, w3)
+        return out + jnp.einsum("btxi,btxdi,btx->btd", swiglu(gate, up, config), w2, weight.astype(x.dtype))
+
+    # Many tokens choose most experts anyway: run each in turn over all tokens, with weight 0 where not chosen.
+    weight_of = jnp.einsum("btx,btxe->ebt", weight, jax.nn.one_hot(chosen, config.n_routed_experts))
+
+    def add_expert(out: Array, expert: tuple[Any, Array]) -> tuple[Array, None]:
+        w, weight = expert
+        gate, up = jnp.einsum("btd,id->bti", x, w["w1"]), jnp.einsum("btd,id->bti", x, w["w3"])
+        y = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["w2"])
+        return out + y * weight[..., None].astype(y.dtype), None
+
+    return lax.scan(add_expert, out, (experts, weight_of))[0]

@@ -1,0 +1,277 @@
+"""The weights: which tensors there are, and how a Hugging Face checkpoint fills them.
+
+`schema` is the one list of names, shapes and dtypes. The loader, the memory table and abstract lowering all read it.
+Matrices keep the checkpoint's [out, in] order, so nothing is transposed on load.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from deepseek_v4 import safetensors
+from deepseek_v4.config import CheckpointError, Config, Kind
+
+Weights = dict[str, Any]
+"""A pytree of arrays shaped like `schema`: dictionaries, with one list, `layers`."""
+
+
+class Tensor(NamedTuple):
+    """One leaf of the schema."""
+
+    name: str  # DeepSeek's published name; `*` stands for each expert, stacked on axis 0
+    shape: tuple[int, ...]
+    dtype: Any = None  # None: the dtype the caller chose for weights
+    stored: str = "bf16"  # how DeepSeek publishes it: bf16, fp32, fp8, fp4 or int64
+
+    def struct(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype or dtype)
+
+
+def schema(config: Config) -> Weights:
+    """The pytree of `Tensor`s that make a DeepSeek-V4 of this config."""
+    c = config
+    f32 = jnp.float32
+
+    def norm(name: str, size: int) -> Tensor:
+        return Tensor(f"{name}.weight", (size,), f32)
+
+    def linear(name: str, rows: int, columns: int, stored: str = "bf16") -> Tensor:
+        return Tensor(f"{name}.weight", (rows, columns), stored=stored)
+
+    def hyper_connection(name: str) -> Weights:
+        mixes = (2 + c.hc_mult) * c.hc_mult  # pre, post: [n]; comb: [n, n]
+        return {
+            "fn": Tensor(f"{name}_fn", (mixes, c.hc_mult * c.hidden_size), f32, "fp32"),
+            "base": Tensor(f"{name}_base", (mixes,), f32, "fp32"),
+            "scale": Tensor(f"{name}_scale", (3,), f32, "fp32"),
+        }
+
+    def compressor(name: str, ratio: int, dim: int) -> Weights:
+        width = dim * (2 if ratio == c.csa_ratio else 1)  # CSA's windows overlap: a half for this one and for the next
+        return {
+            "wkv": linear(f"{name}.wkv", width, c.hidden_size),
+            "wgate": linear(f"{name}.wgate", width, c.hidden_size),
+            "ape": Tensor(f"{name}.ape", (ratio, width), f32, "fp32"),
+            "norm": norm(f"{name}.norm", dim),
+        }
+
+    def attention(name: str, kind: Kind) -> Weights:
+        heads_dim = c.num_attention_heads * c.head_dim
+        weights: Weights = {
+            "wq_a": linear(f"{name}.wq_a", c.q_lora_rank, c.hidden_size, "fp8"),
+            "q_norm": norm(f"{name}.q_norm", c.q_lora_rank),
+            "wq_b": linear(f"{name}.wq_b", heads_dim, c.q_lora_rank, "fp8"),
+            "wkv": linear(f"{name}.wkv", c.head_dim, c.hidden_size, "fp8"),
+            "kv_norm": norm(f"{name}.kv_norm", c.head_dim),
+            "sink": Tensor(f"{name}.attn_sink", (c.num_attention_heads,), f32, "fp32"),
+            "wo_a": linear(f"{name}.wo_a", c.o_groups * c.o_lora_rank, heads_dim // c.o_groups, "fp8"),
+            "wo_b": linear(f"{name}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank, "fp8"),
+        }
+        if kind != "swa":
+            weights["compressor"] = compressor(f"{name}.compressor", c.ratio(kind), c.head_dim)
+        if kind == "csa":
+            weights["indexer"] = {
+                "wq_b": linear(f"{name}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank, "fp8"),
+                "weights_proj": linear(f"{name}.indexer.weights_proj", c.index_n_heads, c.hidden_size),
+                "compressor": compressor(f"{name}.indexer.compressor", c.csa_ratio, c.index_head_dim),
+            }
+        return weights
+
+    def swiglu(name: str, stored: str) -> Weights:
+        inner, outer = c.moe_intermediate_size, c.hidden_size
+        return {
+            "w1": linear(f"{name}.w1", inner, outer, stored),  # gate
+            "w3": linear(f"{name}.w3", inner, outer, stored),  # up
+            "w2": linear(f"{name}.w2", outer, inner, stored),  # down
+        }
+
+    def moe(name: str, layer: int) -> Weights:
+        experts = swiglu(f"{name}.experts.*", "fp4")
+        weights: Weights = {
+            "gate": linear(f"{name}.gate", c.n_routed_experts, c.hidden_size),
+            "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape)) for k, t in experts.items()},
+            "shared": swiglu(f"{name}.shared_experts", "fp8"),
+        }
+        if layer < c.num_hash_layers:
+            shape = (c.vocab_size, c.num_experts_per_tok)
+            weights["tid2eid"] = Tensor(f"{name}.gate.tid2eid", shape, jnp.int32, "int64")
+        else:
+            weights["bias"] = Tensor(f"{name}.gate.bias", (c.n_routed_experts,), f32, "fp32")
+        return weights
+
+    def layer(i: int, kind: Kind) -> Weights:
+        name = f"layers.{i}"
+        return {
+            "attn_hc": hyper_connection(f"{name}.hc_attn"),
+            "attn_norm": norm(f"{name}.attn_norm", c.hidden_size),
+            "attn": attention(f"{name}.attn", kind),
+            "ffn_hc": hyper_connection(f"{name}.hc_ffn"),
+            "ffn_norm": norm(f"{name}.ffn_norm", c.hidden_size),
+            "ffn": moe(f"{name}.ffn", i),
+        }
+
+    return {
+        "embed": linear("embed", c.vocab_size, c.hidden_size),
+        "layers": [layer(i, kind) for i, kind in enumerate(c.layers)],
+        "hc_head": {
+            "fn": Tensor("hc_head_fn", (c.hc_mult, c.hc_mult * c.hidden_size), f32, "fp32"),
+            "base": Tensor("hc_head_base", (c.hc_mult,), f32, "fp32"),
+            "scale": Tensor("hc_head_scale", (1,), f32, "fp32"),
+        },
+        "norm": norm("norm", c.hidden_size),
+        "head": linear("head", c.vocab_size, c.hidden_size),
+    }
+
+
+def map_schema(function: Callable[[Tensor], Any], config: Config) -> Weights:
+    """The weights' pytree with `function(tensor)` at each leaf."""
+    return jax.tree.map(function, schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
+
+
+def abstract_weights(config: Config, dtype: Any = jnp.bfloat16) -> Weights:
+    """Shapes and dtypes only: enough to trace, lower and count bytes of a model that fits nowhere here."""
+    return map_schema(lambda tensor: tensor.struct(dtype), config)
+
+
+def load_weights(
+    folder: str | Path,
+    config: Config,
+    dtype: Any = jnp.bfloat16,
+    track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
+) -> Weights:
+    """Reads a `DeepseekV4ForCausalLM` checkpoint: one or many safetensors files, fp8 and fp4 dequantised.
+
+    Args:
+        folder: holds model.safetensors, or shards with model.safetensors.index.json.
+        dtype: of the matrices. Norms, sinks, hyper-connections and biases stay float32.
+        track: wraps the list of tensors as it is read, for a progress bar.
+    Raises:
+        CheckpointError: a file or tensor is missing or does not have the shape that the config asks for.
+    """
+    tensors = open_checkpoint(folder)
+    wanted = jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
+    arrays = {t.name: jnp.asarray(_read(tensors, t, folder), t.dtype or dtype) for t in track(wanted)}
+    return map_schema(lambda tensor: arrays[tensor.name], config)
+
+
+def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint folder, memory-mapped, under DeepSeek's published name."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+            raise CheckpointError(f"{index}: not a JSON object with a weight_map") from None
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no *.safetensors file there")
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            read = safetensors.read(file)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: named in {index.name} but not there") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        tensors.update((published_name(name), tensor) for name, tensor in read.items())
+
+    for name in [name for name in tensors if name.endswith(".experts.gate_up_proj")]:
+        gate_up, prefix = tensors.pop(name), name.removesuffix("gate_up_proj")
+        inner = gate_up.shape[1] // 2  # [expert, gate | up, hidden]
+        tensors[f"{prefix}*.w1.weight"], tensors[f"{prefix}*.w3.weight"] = gate_up[:, :inner], gate_up[:, inner:]
+        tensors[f"{prefix}*.w2.weight"] = tensors.pop(f"{prefix}down_proj")
+    return tensors
+
+
+# transformers' module names, and what its save_pretrained writes, as DeepSeek published them. Applied in order.
+RENAMES = [
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^lm_head\.", "head."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+    (r"\.compressor\.indexer\.(scorer\.weights_proj|q_b_proj)\.", r".indexer.\1."),
+    (r"\.compressor\.indexer\.", ".indexer.compressor."),
+    (r"\.scorer\.weights_proj\.", ".weights_proj."),
+    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
+    (r"\.position_bias$", ".ape"),
+    (r"\.sinks$", ".attn_sink"),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),  # written so by transformers 5.23
+    (r"\.q_a_norm\.", ".q_norm."),
+    (r"\.(q_a|q_b|kv|o_a|o_b)_proj\.", r".w\1."),
+    (r"(experts(?:\.\d+)?)\.gate_proj\.", r"\1.w1."),
+    (r"(experts(?:\.\d+)?)\.up_proj\.", r"\1.w3."),
+    (r"(experts(?:\.\d+)?)\.down_proj\.", r"\1.w2."),
+    (r"\.e_score_correction_bias$", ".bias"),
+    (r"\.weight_scale_inv$", ".scale"),
+]
+
+
+def published_name(name: str) -> str:
+    """DeepSeek's name of a tensor that transformers may call otherwise."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path) -> np.ndarray:
+    """One leaf, dequantised; experts stacked."""
+    if "*" in tensor.name and tensor.name not in tensors:
+        experts = range(tensor.shape[0])
+        each = [tensor._replace(name=tensor.name.replace("*", str(e)), shape=tensor.shape[1:]) for e in experts]
+        return np.stack([_read(tensors, expert, folder) for expert in each])
+    if tensor.name not in tensors:
+        raise CheckpointError(f"{folder}: tensor {tensor.name} is missing")
+    found = tensors[tensor.name]
+    if found.dtype in (ml_dtypes.float8_e4m3fn, np.int8, np.uint8):
+        scale_name = tensor.name.removesuffix(".weight") + ".scale"
+        if scale_name not in tensors:
+            raise CheckpointError(f"{folder}: tensor {scale_name} is missing, and {tensor.name} is {found.dtype}")
+        try:
+            found = dequantize(found, tensors[scale_name])
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: tensor {tensor.name}: {error}") from None
+    if found.shape != tensor.shape:
+        raise CheckpointError(f"{folder}: tensor {tensor.name} must have shape {tensor.shape}, got {found.shape}")
+    return found
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def dequantize(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Quantised matrix [..., rows, columns] times its scales, as float32.
+
+    float8_e4m3fn carries one scale per 128 x 128 block. A byte dtype is fp4: two e2m1 numbers per byte, the low
+    nibble first, one scale per 32 numbers of a row. Scales are e8m0 (also as raw bytes: 2^(byte - 127)) or floats.
+    """
+    if packed.dtype == ml_dtypes.float8_e4m3fn:
+        values, block = packed.astype(np.float32), (128, 128)
+    else:
+        codes = packed.view(np.uint8)
+        values = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+        block = (1, 32)
+    rows, columns = values.shape[-2:]
+    grid = (*values.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+    if scale.shape != grid:
+        raise ValueError(f"scale must have shape {grid} for blocks of {block}, got {scale.shape}")
+    scale = scale.view(ml_dtypes.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
+    scale = scale.astype(np.float32).repeat(block[0], axis=-2).repeat(block[1], axis=-1)
+    return values * scale[..., :rows, :columns]

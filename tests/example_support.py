@@ -1,0 +1,124 @@
+"""What the example's tests share: the example on the path, the golden models, and logits of a given text."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import decode_loop  # noqa: E402, F401
+from deepseek_v4 import memory, safetensors  # noqa: E402, F401
+from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
+from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate, prefill  # noqa: E402, F401
+from deepseek_v4.model import Cache, create_cache, forward, logits  # noqa: E402, F401
+from deepseek_v4.tokenizer import Pieces  # noqa: E402, F401
+from deepseek_v4.weights import (  # noqa: E402, F401
+    RENAMES,
+    Tensor,
+    abstract_weights,
+    dequantize,
+    load_weights,
+    open_checkpoint,
+    published_name,
+    schema,
+)
+
+GOLDEN = ("yarn", "hca")
+
+# float32 throughout, sums in another order, and values of order 1 after four layers.
+EXACT = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def strict_types():
+    """In place of conftest's: dtypes are strict here too, but a model may broadcast [d] against [b, t, d]."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def golden_folder(name: str) -> Path:
+    return ROOT / "tests" / "data" / f"example_{name}"
+
+
+@cache
+def golden(name: str) -> tuple[Config, Any, dict[str, np.ndarray]]:
+    """A model of make_example_goldens.py: config, float32 weights, answers."""
+    folder = golden_folder(name)
+    config = load_config(folder)
+    return config, load_weights(folder, config, jnp.float32), dict(np.load(folder / "answers.npz"))
+
+
+@partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+def score(weights: Any, cache: Any, tokens: Any, counts: Any, *, config: Config, implementation: Any = None) -> Any:
+    hidden, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation)
+    return logits(weights, hidden), cache
+
+
+def score_text(
+    config: Config,
+    weights: Any,
+    tokens: np.ndarray,
+    *,
+    chunk: int = 32,
+    count: int | None = None,
+    single_from: int | None = None,
+    max_tokens: int | None = None,
+    layout: str = "float32",
+    implementation: Any = None,
+) -> np.ndarray:
+    """Logits [n, vocabulary] after each of `tokens`: `count` (default: all) of each chunk up to `single_from`, then one
+    token per step. What is compiled depends on `chunk` and `max_tokens` alone."""
+    single_from = len(tokens) if single_from is None else single_from
+    count = count or chunk
+    cache = create_cache(config, 1, max_tokens or len(tokens), layout=layout, chunk=chunk, dtype=jnp.float32)
+    steps = [(i, min(count, single_from - i), chunk) for i in range(0, single_from, count)]
+    steps += [(i, 1, 1) for i in range(single_from, len(tokens))]
+    found = []
+    for start, count, width in steps:
+        padded = np.zeros((1, width), np.int32)
+        padded[0, :count] = tokens[start : start + count]
+        out, cache = score(weights, cache, padded, np.array([count], np.int32), config=config, implementation=implementation)
+        found.append(np.asarray(out)[0, :count])
+    return np.concatenate(found)
+
+
+def golden_length(name: str) -> int:
+    """Tokens of a golden prompt and its answer."""
+    answers = golden(name)[2]
+    return len(answers["prompt"]) + len(answers["tokens"])
+
+
+def decode(
+    config: Config,
+    weights: Any,
+    prompts: list[np.ndarray],
+    new_tokens: int | list[int],
+    *,
+    max_tokens: int,
+    chunk: int = 32,
+    sampling: Sampling = GREEDY,
+    layout: str = "float32",
+    implementation: Any = None,
+) -> list[list[int]]:
+    """New tokens of each request, through `prefill` and `generate`."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    # One width for all prompts of a model: what is compiled depends on it.
+    padded = np.zeros((len(prompts), -(-max_tokens // chunk) * chunk), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    limits = np.broadcast_to(np.array(new_tokens, np.int32), lengths.shape)
+    options: Any = dict(config=config, sampling=sampling, implementation=implementation)
+    cache = create_cache(config, len(prompts), max_tokens, layout=layout, chunk=chunk, dtype=jnp.float32)
+    state = prefill(weights, cache, padded, lengths, limits, jnp.uint32(0), chunk=chunk, **options)
+    first = np.asarray(state.token)[:, None]
+    state, rest = generate(weights, state, steps=int(limits.max()) - 1, **options)
+    return [[int(t) for t in row if t >= 0] for row in np.concatenate([first, np.asarray(rest)], axis=1)]

@@ -1,0 +1,53 @@
+"""The example model against transformers, run here and now (the `oracle` extra)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example_support import EXACT, decode, load_config, load_weights, score_text, strict_types  # noqa: F401
+
+pytest.importorskip("transformers", reason="needs the oracle extra: pip install -e '.[oracle]'")
+pytest.importorskip("torch", reason="needs the oracle extra: pip install -e '.[oracle]'")
+import hf_oracle
+
+
+@pytest.fixture(scope="module", params=sorted(hf_oracle.CONFIGS))
+def case(request, tmp_path_factory):
+    """(config, weights, transformers' model, its answers)."""
+    model = hf_oracle.make_model(request.param, seed=1)
+    folder = tmp_path_factory.mktemp(request.param)
+    hf_oracle.save(model, folder)
+    config = load_config(folder)
+    weights = load_weights(folder, config, jnp.float32)
+    return config, weights, model, hf_oracle.answers(model, hf_oracle.prompt_ids(request.param, seed=1))
+
+
+def test_logits_and_greedy_tokens(case):
+    config, weights, _, answers = case
+    text = np.concatenate([answers["prompt"], answers["tokens"]])
+    n = len(answers["prompt"])
+    found = score_text(config, weights, text, single_from=n)
+    np.testing.assert_allclose(found[:n], answers["prefill_logits"], rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found[n:], answers["decode_logits"], rtol=0, atol=EXACT)
+    tokens = decode(config, weights, [answers["prompt"]], hf_oracle.DECODED, max_tokens=len(text))
+    assert tokens == [answers["tokens"].tolist()]
+
+
+def test_module_names_load_as_published_names_do(case, tmp_path):
+    config, weights, model, _ = case
+    hf_oracle.save(model, tmp_path, save_original_format=False)
+    again = load_weights(tmp_path, config, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, weights, again)
+
+
+def test_fp8_cache(case):
+    """See test_example_model.py for what these bounds mean."""
+    config, weights, model, answers = case
+    wanted = hf_oracle.packed_answers(model, answers["prompt"])
+    text = np.concatenate([wanted["prompt"], wanted["tokens"]])
+    found = score_text(config, weights, text, layout="fp8_ds_mla")
+    error = np.abs(found - np.concatenate([wanted["prefill_logits"], wanted["decode_logits"]])).max(axis=-1)
+    assert error[:2].max() < EXACT
+    assert np.quantile(error, 0.5) < 0.01
