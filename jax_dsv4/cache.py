@@ -291,7 +291,8 @@ def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     amax = jnp.max(jnp.where(jnp.isnan(tiles), 0, jnp.abs(tiles)), axis=-1)
     # The smallest k with amax <= 448 * 2^k, from amax's bits: amax = 1.m * 2^e and 448 = 1.75 * 2^8.
     bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(1e-4)), jnp.int32)
-    k = jnp.minimum((bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32), 127)
+    k = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
+    k = jnp.where(jnp.isinf(amax), 127, k)
     # 2^-k in two factors, for no factor may be subnormal (XLA may flush it).
     half = k // 2
     power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]

@@ -73,7 +73,8 @@ def unpack_fp8_ds_mla(packed: Array, block_size: int) -> Array:
     groups = packed[:, block_size * 576 : block_size * 584].reshape(blocks * block_size, 8)[:, :7]
     scales = np.where(groups == 255, np.nan, 2.0 ** (groups.astype(np.float64) - 127))
     nope = e4m3_to_float(rows[:, :448]) * np.repeat(scales, 64, axis=1)
-    rope = bf16_to_float(np.ascontiguousarray(rows[:, 448:]).view(np.uint16)).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        rope = bf16_to_float(np.ascontiguousarray(rows[:, 448:]).view(np.uint16)).astype(np.float64)
     return np.concatenate([nope, rope], axis=1)
 
 

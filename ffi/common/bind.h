@@ -89,7 +89,11 @@ inline ffi::Error bind_plan_params(const PlanOperands& o, PlanParams* p) {
                                 o.reduce_final_map, o.reduce_partial_map, &plan)) {
     return check.error();
   }
-  check.narrow(tokens * (static_cast<int64_t>(o.swa_topk) + o.extra_topk), "tokens * topk");
+  p->tokens = check.narrow(tokens, "tokens");
+  const int64_t topk = static_cast<int64_t>(o.swa_topk) + o.extra_topk;
+  check.narrow(tokens * topk, "tokens * topk");
+  const int64_t blocks = (topk + o.granularity - 1) / o.granularity;
+  check.narrow(tokens * (blocks + o.overhead) + o.overhead, "the cost of all items in blocks");
   check.require(o.active_workers >= 1 && o.active_workers <= plan.workers, "active_workers",
                 "be from 1 to workers = " + std::to_string(plan.workers), std::to_string(o.active_workers));
   check.require(
@@ -103,7 +107,6 @@ inline ffi::Error bind_plan_params(const PlanOperands& o, PlanParams* p) {
   p->lengths[1] = static_cast<const int32_t*>(o.extra_lengths.untyped_data());
   p->topk[0] = o.swa_topk;
   p->topk[1] = o.extra_topk;
-  p->tokens = check.narrow(tokens, "tokens");
   p->workers = plan.workers;
   p->active_workers = o.active_workers;
   p->granularity = o.granularity;

@@ -25,8 +25,10 @@ void write_packed(const float* row, uint8_t* data, uint8_t* scales) {
       amax = magnitude > amax ? magnitude : amax;  // NaN is passed over here and stays one below
     }
     const uint8_t scale = ue8m0_scale_of(amax);
-    const float inverse = ue8m0_to_float(static_cast<uint8_t>(254 - scale));  // 2^-k exactly, subnormal included
-    for (int d = 0; d < kScaleTile; ++d) data[t * kScaleTile + d] = float_to_e4m3(tile[d] * inverse);
+    // 2^-k as a product: 2^-127 is subnormal, and XLA's threads take subnormal numbers for zero.
+    const bool infinite = scale == 254;
+    const float inverse = ue8m0_to_float(static_cast<uint8_t>(infinite ? 1 : 254 - scale)), rest = infinite ? 0.5f : 1;
+    for (int d = 0; d < kScaleTile; ++d) data[t * kScaleTile + d] = float_to_e4m3(tile[d] * inverse * rest);
     scales[t] = scale;
   }
   scales[kScaleTiles] = 0;

@@ -63,16 +63,23 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
     if (info.batch_idx < 0 || info.batch_idx >= p.tokens) continue;
     int32_t* seen = state + static_cast<int64_t>(info.batch_idx) * kMaxHeadGroups;
     const int64_t first = static_cast<int64_t>(info.batch_idx) * stride;
-    const bool in_bounds = info.kv_start >= first && info.kv_start < info.kv_end && info.kv_end <= first + stride &&
-                           info.partial_qo_loc >= -1 && info.partial_qo_loc < plan.max_partials;
-    if (!in_bounds || seen[1] > plan.max_partials) {
+    // A token's items come in the order of its keys, each with the next of its rows of the partial buffers.
+    const int32_t begin = plan.reduce_indptr[info.batch_idx], end = plan.reduce_indptr[info.batch_idx + 1];
+    const int64_t at = static_cast<int64_t>(begin) + seen[1];
+    const bool listed = at >= 0 && at < end && at < plan.max_partials;
+    const int32_t row = begin == end ? -1 : listed ? plan.reduce_partial_map[at] : plan.max_partials;
+    const int32_t keys =
+        info.kv_start == first + seen[0] && info.kv_start < info.kv_end && info.kv_end <= first + stride
+            ? info.kv_end - info.kv_start
+            : 0;
+    // An item that writes the output must be the token's only one.
+    if (keys == 0 || row != info.partial_qo_loc || row < -1 || row >= plan.max_partials ||
+        (row < 0 && keys != plan.kv_lengths[info.batch_idx])) {
       seen[2] = 1;
       continue;
     }
-    seen[0] += info.kv_end - info.kv_start;
+    seen[0] += keys;
     seen[1] += 1;
-    // A whole token's item must be its only one.
-    if (info.partial_qo_loc < 0 && info.kv_end - info.kv_start != plan.kv_lengths[info.batch_idx]) seen[2] = 1;
   }
   for (int32_t t = 0; t < p.tokens; ++t) {
     int32_t* seen = state + static_cast<int64_t>(t) * kMaxHeadGroups;
@@ -82,11 +89,7 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
     int32_t partials = 0;
     if (valid && end != begin) {
       partials = seen[1];
-      valid = begin >= 0 && end <= plan.max_partials && static_cast<int64_t>(end) - begin == partials;
-      for (int32_t i = begin; valid && i < end; ++i) {
-        const int32_t row = plan.reduce_partial_map[i];
-        valid = row >= 0 && row < plan.max_partials;
-      }
+      valid = static_cast<int64_t>(end) - begin == partials;
     }
     if (!valid || length == 0) {
       const float nan = std::numeric_limits<float>::quiet_NaN();

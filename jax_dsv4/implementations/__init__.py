@@ -103,7 +103,13 @@ def plan_work(lengths: Sequence[jax.Array], topks: Sequence[int], key: PlanKey) 
         made = [implementation.plan(*call, key.num_heads) or blank for call in calls]
         return (*made, *(blank,) * (count - len(made)))
 
-    return dispatch(chosen, plan_on, *lengths)
+    call = jax.custom_batching.custom_vmap(lambda *lengths: dispatch(chosen, plan_on, *lengths))
+
+    @call.def_vmap
+    def rule(*_):  # type: ignore[no-untyped-def]
+        raise NotImplementedError(f"{op}: lengths must not be batched by vmap: a plan is of one call, made for all its tokens at once")
+
+    return call(*lengths)
 
 
 def append_rows(cache: KVCache, latents: jax.Array, slots: jax.Array, implementation: str | Sequence[str] | None) -> jax.Array:

@@ -1,0 +1,221 @@
+"""The native planner against the oracle's, against plans that AITER's own builder made, and against what any plan must hold."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi, reference
+from jax_dsv4.implementations import native
+from jax_dsv4.implementations.native import Geometry
+
+LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+ARRAYS = ("work_indptr", "work_info_set", "reduce_indptr", "reduce_final_map", "reduce_partial_map")
+AITER_OVERHEAD = 16
+Plan = dict[str, np.ndarray]
+
+
+@functools.cache
+def planner(topks: tuple[int, ...], geometry: Geometry, workers: int):
+    return jax.jit(lambda lengths: native.plan_call(lengths, topks, geometry, workers))
+
+
+def make_plan(lengths: list[np.ndarray], topks: tuple[int, ...], geometry: Geometry, workers: int) -> Plan:
+    """The native plan, cut to the rows in use (the oracle's form) once the rest is seen to be zeros, and kv_lengths."""
+    work = planner(topks, geometry, workers)([jnp.asarray(n, jnp.int32) for n in lengths])
+    plan = {name: np.asarray(array) for name, array in work._asdict().items()}
+    tokens = len(lengths[0])
+    items, partials = native.plan_capacity(tokens, workers)
+    assert plan["work_info_set"].shape == (items, 8)
+    assert plan["reduce_partial_map"].shape == (partials,)
+    used, used_partials = plan["work_indptr"][-1], plan["reduce_indptr"][-1]
+    split = np.diff(plan["reduce_indptr"]) > 0
+    assert not plan["work_info_set"][used:].any()
+    assert not plan["reduce_partial_map"][used_partials:].any()
+    assert not plan["reduce_final_map"][~split].any()
+    cut = {"work_info_set": plan["work_info_set"][:used], "reduce_partial_map": plan["reduce_partial_map"][:used_partials]}
+    return plan | cut | {"reduce_final_map": plan["reduce_final_map"][split]}
+
+
+def assert_same_plan(got: Plan, want: Plan) -> None:
+    for name in ARRAYS:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+def assert_sound(plan: Plan, lengths: np.ndarray, stride: int, geometry: Geometry, workers: int) -> None:
+    """Whoever carries the plan out computes every token, once, within the buffers that there are."""
+    items, indptr = plan["work_info_set"], plan["work_indptr"]
+    np.testing.assert_array_equal(plan["kv_lengths"], lengths)
+    assert len(indptr) == workers + 1
+    assert indptr[0] == 0
+    assert (np.diff(indptr) >= 0).all()
+    assert indptr[geometry.workers] == indptr[-1] == len(items)
+    capacity = native.plan_capacity(len(lengths), geometry.workers)
+    assert len(items) <= capacity[0]
+    assert len(plan["reduce_partial_map"]) <= capacity[1]
+    np.testing.assert_array_equal(plan["reduce_partial_map"], np.arange(len(plan["reduce_partial_map"])))
+    # Items lie in order of token and key, and those of a token cover its keys from the first to the last.
+    np.testing.assert_array_equal(items[:, 0], np.sort(items[:, 0]))
+    for token, length in enumerate(lengths):
+        mine = items[items[:, 0] == token]
+        begins, ends = mine[:, 4] - token * stride, mine[:, 5] - token * stride
+        assert (begins < ends).all(), "an empty item"
+        np.testing.assert_array_equal(np.append(0, ends), np.append(begins, length))
+        assert (begins % geometry.granularity == 0).all()
+        rows = plan["reduce_partial_map"][plan["reduce_indptr"][token] : plan["reduce_indptr"][token + 1]]
+        np.testing.assert_array_equal(mine[:, 1], rows if len(mine) > 1 else np.full(len(mine), -1))
+        np.testing.assert_array_equal(mine[:, 2:4], np.tile([token, token + 1], (len(mine), 1)))
+        np.testing.assert_array_equal(mine[:, 6], length - ends)
+        assert not mine[:, 7].any()
+    split = np.flatnonzero(np.diff(plan["reduce_indptr"]))
+    np.testing.assert_array_equal(plan["reduce_final_map"], np.stack([split, split + 1], axis=1))
+    # No worker has more than its share of the cost, which is rounded up and leaves room for one item more.
+    blocks = -(-lengths // geometry.granularity)
+    share = -(-int((blocks + geometry.overhead)[lengths > 0].sum()) // geometry.workers) + geometry.overhead
+    cost = np.append(0, np.cumsum(-(-(items[:, 5] - items[:, 4]) // geometry.granularity) + geometry.overhead))
+    assert (np.diff(cost[indptr]) <= share).all()
+
+
+def aiter_cases() -> list[tuple[dict, Plan]]:
+    data = np.load(Path(__file__).parent / "data" / "aiter_plans.npz")
+    names = ("lengths", *ARRAYS)
+    arrays, at, cases = {name: data[name] for name in names}, dict.fromkeys(names, 0), []
+    for case in json.loads(str(data["cases_json"])):
+        plan = {}
+        for name, rows in zip(names, case["sizes"]):
+            columns = {"work_info_set": 8, "reduce_final_map": 2}.get(name, 1)
+            flat = arrays[name][at[name] : at[name] + rows * columns]
+            plan[name] = flat.reshape(columns, rows).T if columns > 1 else flat
+            at[name] += rows * columns
+        plan["lengths"] = np.minimum(plan["lengths"], case["topk"])
+        cases.append((case, plan))
+    return cases
+
+
+AITER = aiter_cases()
+
+
+def aiter_geometry(case: dict) -> Geometry:
+    split = case["max_split_per_batch"]
+    return Geometry(min(case["M"], split * case["tokens"]) if split > 0 else case["M"], case["kv_granularity"], AITER_OVERHEAD)
+
+
+@pytest.mark.parametrize("workers", sorted({case["M"] for case, _ in AITER}))
+def test_aiter_plans(workers: int) -> None:
+    """Where no token is empty, the very arrays. AITER gives an empty token an item, and its cost: we leave it out."""
+    for case, want in AITER:
+        if case["M"] != workers:
+            continue
+        geometry, lengths = aiter_geometry(case), want["lengths"]
+        got = make_plan([lengths], (case["topk"],), geometry, workers)
+        assert_sound(got, lengths, case["topk"], geometry, workers)
+        if (lengths > 0).all():
+            assert_same_plan(got, want)
+        else:
+            kept = np.flatnonzero(lengths)
+            assert_same_plan(without_empty(got, kept, case["topk"]), make_plan([lengths[kept]], (case["topk"],), geometry, workers))
+
+
+def without_empty(plan: Plan, kept: np.ndarray, stride: int) -> Plan:
+    """The plan in terms of the kept tokens alone, renumbered."""
+    number = np.zeros(len(plan["kv_lengths"]), np.int32)
+    number[kept] = np.arange(len(kept))
+    items = plan["work_info_set"].copy()
+    token = items[:, 0].copy()
+    items[:, 0] = items[:, 2] = number[token]
+    items[:, 3] = items[:, 2] + 1
+    items[:, 4:6] += ((number[token] - token) * stride)[:, None]
+    final = number[plan["reduce_final_map"][:, :1]] + np.array([[0, 1]], np.int32)
+    return plan | {"work_info_set": items, "reduce_final_map": final, "reduce_indptr": plan["reduce_indptr"][np.append(0, kept + 1)]}
+
+
+def test_aiter_cases_are_all_there() -> None:
+    assert len(AITER) == 275
+    assert sum(bool((plan["lengths"] > 0).all()) for _, plan in AITER) == 225
+
+
+LENGTHS = st.one_of(st.integers(0, 70), st.integers(0, 3000), st.sampled_from([0, 0, 0, 1, INT_MIN, -5, INT_MAX, 10**9, 64, 128]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=12),
+    topks=st.sampled_from([(0,), (128,), (2048,), (128, 512), (0, 64), (64, 0)]),
+    active=st.integers(1, 12),
+    idle=st.integers(0, 3),
+    granularity=st.sampled_from([1, 16, 64, 1000]),
+    overhead=st.sampled_from([0, 1, 2, 16]),
+)
+@example([(INT_MAX, INT_MAX)] * 12, (128, 512), 12, 3, 1, 0)
+@example([(INT_MIN, INT_MIN)] * 12, (128, 512), 12, 3, 16, 16)
+def test_any_lengths(
+    lengths: list[tuple[int, int]], topks: tuple[int, ...], active: int, idle: int, granularity: int, overhead: int
+) -> None:
+    columns = [np.array(column, np.int32) for column in zip(*lengths)][: len(topks)]
+    geometry, stride = Geometry(active, granularity, overhead), sum(topks)
+    clamped = sum(np.clip(column, 0, topk) for column, topk in zip(columns, topks))
+    plan = make_plan(columns, topks, geometry, active + idle)
+    assert_sound(plan, clamped, stride, geometry, active + idle)
+    assert_same_plan(plan, reference.plan(clamped.tolist(), stride, active + idle, granularity, overhead, active))
+
+
+def test_capacity_is_reached() -> None:
+    """Two equal tokens on three workers, at no cost an item: both are cut, into as many items and partials as there is room for."""
+    plan = make_plan([np.array([48, 48])], (48,), Geometry(3, 16, 0), 3)
+    assert native.plan_capacity(2, 3) == (len(plan["work_info_set"]), len(plan["reduce_partial_map"])) == (4, 4)
+
+
+def test_plan_decode_is_the_planner_at_full_size() -> None:
+    """Arrays have room for any platform's workers; batch axes are flattened; the scopes' lengths are clamped and summed."""
+    swa = np.array([[128, 1000, -3], [7, INT_MAX, 0]], np.int32)
+    extra = np.array([[512, 64, -1], [0, 10**9, INT_MIN]], np.int32)
+    plan = dsv4.plan_decode(jnp.asarray(swa), jnp.asarray(extra), num_heads=64, swa_topk=128, extra_topk=512, implementation="cpu")
+    (work,) = plan.work
+    assert [tuple(a.shape) for a in work] == [tuple(a.shape) for a in native.plan_shapes(6)]
+    assert work.work_indptr.shape == (native.MAX_WORKERS + 1,)
+    lengths = np.array([640, 192, 0, 7, 640, 0])
+    np.testing.assert_array_equal(work.kv_lengths, lengths)
+    geometry = native.CPU.geometry
+    want = reference.plan(lengths.tolist(), 640, native.MAX_WORKERS, geometry.granularity, geometry.overhead, geometry.workers)
+    used = len(want["work_info_set"])
+    np.testing.assert_array_equal(work.work_info_set[:used], want["work_info_set"])
+    np.testing.assert_array_equal(work.work_indptr, want["work_indptr"])
+    np.testing.assert_array_equal(work.reduce_indptr, want["reduce_indptr"])
+    assert (plan.made_for.tokens, plan.made_for.num_heads, plan.made_for.implementation) == (6, 64, "cpu")
+
+
+def test_plan_per_scope() -> None:
+    """Without fusing, each scope has a plan of its own."""
+    lengths = jnp.array([5, 100], jnp.int32)
+    plan = dsv4.plan_decode(lengths, 2 * lengths, num_heads=8, swa_topk=64, extra_topk=512, implementation="cpu", fused=False)
+    np.testing.assert_array_equal([work.kv_lengths for work in plan.work], [[5, 64], [10, 200]])
+
+
+def test_no_tokens() -> None:
+    plan = dsv4.plan_decode(jnp.zeros((2, 0), jnp.int32), num_heads=8, swa_topk=64, implementation="cpu")
+    assert not any(np.asarray(a).any() for a in plan.work[0])
+    assert plan.made_for.tokens == 0
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 640), (1, 128), (4, 640), (4, 1152), (16, 192)])
+def test_fewer_items_than_aiter_on_small_batches(tokens: int, length: int) -> None:
+    """Each item reads whole tiles of 64 keys and each partial is merged: AITER's cuts at 16 keys for 256 workers cost both."""
+    lengths = np.full(tokens, length)
+    ours, theirs = native.CPU.geometry, Geometry(256, 16, AITER_OVERHEAD)
+    mine = make_plan([lengths], (length,), ours, ours.workers)
+    aiter = make_plan([lengths], (length,), theirs, theirs.workers)
+    assert len(mine["work_info_set"]) < len(aiter["work_info_set"])
+    tiles = lambda plan: int((-(-(plan["work_info_set"][:, 5] - plan["work_info_set"][:, 4]) // 64)).sum())  # noqa: E731
+    assert tiles(mine) == tokens * -(-length // 64) <= tiles(aiter)

@@ -1,0 +1,336 @@
+"""jit, loops, vmap, donation, export, derivatives: what a program may do around the ops."""
+
+from __future__ import annotations
+
+import functools
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import LSE, OUT_FLOAT32, assert_close, assert_same_bits
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi
+
+IMPLEMENTATIONS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")),
+    "xla",
+]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+native = pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")
+
+HEADS, TOPK, BLOCK = 2, 70, 8
+# No other array of these programs has a cache's shape.
+SWA_BLOCKS, EXTRA_BLOCKS = 13, 17
+STRIDE = BLOCK * 584 + 16
+
+
+def problem(*batch: int, seed: int = 0, caches: tuple[int, ...] = ()):
+    """q, swa, extra and sink, of the given batch axes; with `caches`, leading axes of the caches."""
+    rng = np.random.default_rng(seed)
+
+    def scope(blocks: int) -> dsv4.Scope:
+        latents = rng.standard_normal((*caches, blocks * BLOCK, 512)).astype(np.float32).reshape(-1, 512)
+        packed = dsv4.reference.pack_fp8_ds_mla(latents, BLOCK, STRIDE).reshape(*caches, blocks, STRIDE)
+        data = jnp.asarray(packed)
+        cache = jax.tree.unflatten(jax.tree.structure(dsv4.KVCache.create(1, BLOCK)), [data])
+        indices = rng.integers(-2, blocks * BLOCK + 2, (*batch, TOPK)).astype(np.int32)
+        lengths = rng.integers(-3, TOPK + 3, batch).astype(np.int32)
+        return dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths))
+
+    q = jnp.asarray(rng.standard_normal((*batch, HEADS, 512)), jnp.float32)
+    return q, scope(SWA_BLOCKS), scope(EXTRA_BLOCKS), jnp.asarray(rng.standard_normal(HEADS), jnp.float32)
+
+
+def attend(implementation: str, q, swa, extra, sink):
+    return dsv4.sparse_mla_decode(q, swa, extra, attn_sink=sink, implementation=implementation, return_lse=True)
+
+
+@functools.cache
+def jitted(implementation: str):
+    return jax.jit(partial(attend, implementation))
+
+
+def assert_same(got: object, want: object) -> None:
+    for i, (a, b) in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)):
+        assert_same_bits(f"result {i}", a, b)
+
+
+def assert_near(got: tuple, want: tuple) -> None:
+    """Another batch may be planned otherwise: the same within rounding."""
+    assert_close("out", got[0], np.asarray(want[0], np.float64), OUT_FLOAT32)
+    assert_close("lse", got[1], np.asarray(want[1], np.float64), LSE)
+
+
+# --- Loops
+
+
+def step(implementation: str, caches, latents, slots, q):
+    """A token: write to both caches, plan, attend twice (as two layers of one kind would)."""
+    swa, extra = (dsv4.append(c, latents, slots, implementation=implementation) for c in caches)
+    entries = jnp.arange(TOPK, dtype=jnp.int32)[None]
+    lengths = jnp.maximum(slots + 1, 0)
+    plan = dsv4.plan_decode(lengths, lengths, num_heads=HEADS, swa_topk=TOPK, extra_topk=TOPK, implementation=implementation)
+    scopes = dsv4.Scope(swa, entries, lengths), dsv4.Scope(extra, entries, lengths)
+    for _ in range(2):
+        q = dsv4.sparse_mla_decode(q, *scopes, plan=plan, implementation=implementation)
+    return (swa, extra), q
+
+
+def one_by_one(implementation: str, caches, latents, slots, q):
+    outs, one = [], jax.jit(partial(step, implementation))
+    for x, s in zip(latents, slots):
+        caches, q = one(caches, x, s, q)
+        outs.append(q)
+    return caches, jnp.stack(outs)
+
+
+def scanned(implementation: str, caches, latents, slots, q):
+    def body(carry, row):
+        caches, q = step(implementation, carry[0], *row, carry[1])
+        return (caches, q), q
+
+    (caches, _), outs = jax.lax.scan(body, (caches, q), (latents, slots))
+    return caches, outs
+
+
+def while_looped(implementation: str, caches, latents, slots, q):
+    def body(carry):
+        i, caches, q, outs = carry
+        caches, q = step(implementation, caches, latents[i], slots[i], q)
+        return i + 1, caches, q, outs.at[i].set(q)
+
+    outs = jnp.zeros((len(slots), *q.shape), q.dtype)
+    _, caches, _, outs = jax.lax.while_loop(lambda carry: carry[0] < len(slots), body, (0, caches, q, outs))
+    return caches, outs
+
+
+def reads_the_old_cache(implementation: str, caches, latents, slots, q):
+    """What a program must not do: the old bytes are wanted after the new ones are there."""
+
+    def body(carry, row):
+        (swa, extra), q = carry
+        new = dsv4.append(swa, row[0], row[1], implementation=implementation)
+        entries = jnp.arange(TOPK, dtype=jnp.int32)[None]
+        out = sum(dsv4.sparse_mla_decode(q, dsv4.Scope(c, entries), implementation=implementation) for c in (new, swa))
+        return ((new, extra), out), out
+
+    (caches, _), outs = jax.lax.scan(body, (caches, q), (latents, slots))
+    return caches, outs
+
+
+def loop_arguments():
+    rng = np.random.default_rng(0)
+    caches = tuple(dsv4.KVCache(jnp.zeros((n, STRIDE), jnp.uint8), block_size=BLOCK) for n in (SWA_BLOCKS, EXTRA_BLOCKS))
+    latents = jnp.asarray(rng.standard_normal((4, 1, 512)), jnp.float32)
+    slots = jnp.array([[0], [1], [-1], [2]], jnp.int32)
+    return caches, latents, slots, jnp.asarray(rng.standard_normal((1, HEADS, 512)), jnp.float32)
+
+
+def compiled(program, implementation: str):
+    return jax.jit(partial(program, implementation), donate_argnums=0).lower(*loop_arguments()).compile()
+
+
+def copies(program) -> list[str]:
+    """Lines of a compiled program's HLO that copy a whole cache."""
+    shape = rf"u8\[(?:{SWA_BLOCKS}|{EXTRA_BLOCKS}),{STRIDE}\]"
+    assert re.search(shape, program.as_text())
+    return re.findall(rf".*= \(?{shape}\S* (?:copy|copy-start)\(.*", program.as_text())
+
+
+@every_implementation
+@pytest.mark.parametrize("program", [scanned, while_looped])
+def test_loops(program, implementation: str) -> None:
+    """With the caches in the carry and donated: the bits of the steps one by one, in the caches' own memory, without a copy of them."""
+    arguments, loop = loop_arguments(), compiled(program, implementation)
+    addresses = {c.data.unsafe_buffer_pointer() for c in arguments[0]}
+    got = loop(*arguments)
+    assert all(c.data.is_deleted() for c in arguments[0])
+    assert {c.data.unsafe_buffer_pointer() for c in got[0]} == addresses
+    assert copies(loop) == []
+    # Run after, so that no memory holds the answer.
+    assert_same(got, one_by_one(implementation, *loop_arguments()))
+
+
+@native
+def test_copies_are_seen() -> None:
+    assert copies(compiled(reads_the_old_cache, "cpu"))
+
+
+# --- jit
+
+
+@every_implementation
+def test_jit_and_eager_agree(implementation: str) -> None:
+    arguments = problem(3)
+    assert_same(jitted(implementation)(*arguments), attend(implementation, *arguments))
+
+
+@native
+@pytest.mark.parametrize("fused", [None, False])
+def test_plan_and_decode_in_one_jit(fused: bool | None) -> None:
+    q, swa, extra, sink = problem(5)
+    make = lambda a, b: dsv4.plan_decode(a, b, num_heads=HEADS, swa_topk=TOPK, extra_topk=TOPK, fused=fused)  # noqa: E731
+    decode = lambda plan: dsv4.sparse_mla_decode(q, swa, extra, attn_sink=sink, plan=plan, fused=fused, return_lse=True)  # noqa: E731
+    in_one = jax.jit(lambda a, b: decode(make(a, b)))(swa.lengths, extra.lengths)
+    plan = jax.jit(make)(swa.lengths, extra.lengths)
+    assert_same(in_one, jax.jit(decode)(plan))
+    assert_same(in_one, jax.jit(lambda: decode(None))())
+
+
+@every_implementation
+def test_zero_tokens(implementation: str) -> None:
+    for batch in ((0,), (2, 0)):
+        q, swa, extra, sink = problem(*batch)
+        out, lse = jitted(implementation)(q, swa, extra, sink)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:-1], jnp.float32)
+    out, _ = jax.vmap(partial(attend, implementation), (0, dsv4.Scope(None, 0, 0), dsv4.Scope(None, 0, 0), None))(*problem(2, 0))
+    assert out.shape == (2, 0, HEADS, 512)
+
+
+# --- vmap
+
+SHARED = dsv4.Scope(None, 0, 0)  # batched indices and lengths, one cache
+
+
+@every_implementation
+def test_vmap_with_one_cache(implementation: str) -> None:
+    """One more batch axis, by vmap: to the bit the op on that axis."""
+    arguments = problem(3, 4)
+    got = jax.jit(jax.vmap(partial(attend, implementation), (0, SHARED, SHARED, None)))(*arguments)
+    assert_same(got, jitted(implementation)(*arguments))
+
+
+@every_implementation
+def test_vmap_of_vmap_over_other_axes(implementation: str) -> None:
+    """Nested, and over an axis that is not the first."""
+    arguments = problem(3, 2, 4)
+    inner = jax.vmap(partial(attend, implementation), (0, SHARED, SHARED, None))
+    middle = dsv4.Scope(None, 1, 1)
+    got = jax.jit(jax.vmap(inner, (1, middle, middle, None), out_axes=1))(*arguments)
+    want = jitted(implementation)(*arguments)
+    # The outer axis comes first in the call that vmap makes, so tokens are planned in another order.
+    assert_near(got, want)
+
+
+@every_implementation
+def test_vmap_of_q_alone(implementation: str) -> None:
+    q, swa, extra, sink = problem(4)
+    many = jnp.stack([q, 2 * q, -q])
+    got = jax.jit(jax.vmap(partial(attend, implementation), (0, None, None, None)))(many, swa, extra, sink)
+    for i in range(3):
+        assert_near((got[0][i], got[1][i]), jitted(implementation)(many[i], swa, extra, sink))
+
+
+@every_implementation
+def test_vmap_with_a_cache_each(implementation: str) -> None:
+    """A slot outside its own cache names no row of its neighbour's."""
+    arguments = problem(3, 4, caches=(3,))
+    got = jax.jit(jax.vmap(partial(attend, implementation), (0, 0, 0, None)))(*arguments)
+    for i in range(3):
+        one = jax.tree.map(lambda x: x[i], arguments[:3])  # noqa: B023
+        assert_near((got[0][i], got[1][i]), jitted(implementation)(*one, arguments[3]))
+
+
+@every_implementation
+def test_vmap_with_a_cache_each_in_one_scope(implementation: str) -> None:
+    q, swa, _, sink = problem(3, 4, caches=(3,))
+    _, _, extra, _ = problem(3, 4)
+    got = jax.jit(jax.vmap(partial(attend, implementation), (0, 0, SHARED, None)))(q, swa, extra, sink)
+    one = jax.tree.map(lambda x: x[2], (q, swa))
+    other = dsv4.Scope(extra.cache, extra.indices[2], extra.lengths[2])
+    assert_near((got[0][2], got[1][2]), jitted(implementation)(*one, other, sink))
+
+
+@every_implementation
+def test_vmap_with_a_sink_each(implementation: str) -> None:
+    q, swa, extra, sink = problem(4)
+    sinks = jnp.stack([sink, jnp.full(HEADS, -jnp.inf), jnp.full(HEADS, jnp.inf)])
+    got = jax.jit(jax.vmap(partial(attend, implementation), (None, None, None, 0)))(q, swa, extra, sinks)
+    for i in range(3):
+        assert_near((got[0][i], got[1][i]), jitted(implementation)(q, swa, extra, sinks[i]))
+    assert not np.asarray(got[0][2]).any()
+
+
+@native
+def test_plan_under_vmap() -> None:
+    q, swa, _, _ = problem(3, 4)
+    plan = dsv4.plan_decode(swa.lengths[0], num_heads=HEADS, swa_topk=TOPK)
+    decode = lambda q, swa: dsv4.sparse_mla_decode(q, swa, plan=plan)  # noqa: E731
+    message = "sparse_mla_decode: plan must be left out under vmap, or made for all tokens at once: give q one more batch axis instead"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        jax.vmap(decode, (0, SHARED))(q, swa)
+    message = "plan_decode: lengths must not be batched by vmap: a plan is of one call, made for all its tokens at once"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        jax.vmap(lambda n: dsv4.plan_decode(n, num_heads=HEADS, swa_topk=TOPK))(swa.lengths)
+
+
+@every_implementation
+def test_append_under_vmap(implementation: str) -> None:
+    """To the byte the appends one by one; slots outside their own cache are skipped, also those that a neighbour's would be."""
+    rng = np.random.default_rng(0)
+    caches = jax.tree.map(lambda x: jnp.stack([x] * 3), dsv4.KVCache.create(2, 4))
+    latents = jnp.asarray(rng.standard_normal((3, 5, 512)), jnp.float32)
+    slots = jnp.array([[0, 8, 3, 3, -1], [7, 9, -8, -1, 1], [16, 2, 15, 4, 2**31 - 1]], jnp.int32)
+    append = lambda *a: dsv4.append(*a, implementation=implementation)  # noqa: E731
+    got = jax.jit(jax.vmap(append))(caches, latents, slots)
+    shared = jax.jit(jax.vmap(append, (0, None, 0)))(caches, latents[0], slots)
+    one = jax.jit(append)
+    for i in range(3):
+        mine = jax.tree.map(lambda x: x[i], caches)  # noqa: B023
+        np.testing.assert_array_equal(got.data[i], one(mine, latents[i], slots[i]).data)
+        np.testing.assert_array_equal(shared.data[i], one(mine, latents[0], slots[i]).data)
+
+
+@native
+def test_append_to_one_cache_under_vmap() -> None:
+    message = "append: under vmap the cache must be batched too: every entry writes to its own"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        jax.vmap(lambda x, s: dsv4.append(dsv4.KVCache.create(2, 4), x, s))(jnp.zeros((3, 1, 512)), jnp.zeros((3, 1), jnp.int32))
+
+
+# --- Export
+
+OUR_CALLS = [jax.export.DisabledSafetyCheck.custom_call(target) for target in _ffi.TARGETS]
+
+
+def whole_step(data, latents, slots, q, indices):
+    """All three ops, of arrays alone."""
+    cache = dsv4.append(dsv4.KVCache(data, block_size=BLOCK), latents, slots)
+    lengths = jnp.full(slots.shape, TOPK, jnp.int32)
+    plan = dsv4.plan_decode(lengths, num_heads=HEADS, swa_topk=TOPK)
+    return cache.data, dsv4.sparse_mla_decode(q, dsv4.Scope(cache, indices, lengths), plan=plan, return_lse=True)
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cuda",), ("rocm",), ("cpu", "cuda", "rocm")], ids="+".join)
+def test_export(platforms: tuple[str, ...]) -> None:
+    """From a machine without the other platforms; what is for this one runs, after a round trip through bytes, with the same bits."""
+    q, swa, _, _ = problem(3)
+    rng = np.random.default_rng(1)
+    arguments = (swa.cache.data, jnp.asarray(rng.standard_normal((3, 512)), jnp.float32), jnp.arange(3, dtype=jnp.int32), q, swa.indices)
+    program = jax.jit(whole_step)
+    exported = jax.export.export(program, platforms=platforms, disabled_checks=OUR_CALLS)(*arguments)
+    assert exported.platforms == platforms
+    back = jax.export.deserialize(exported.serialize())
+    assert (back.platforms, back.in_avals, back.out_avals) == (platforms, exported.in_avals, exported.out_avals)
+    if "cpu" in platforms:
+        if dsv4.implementations()["cpu"].available:
+            assert all(target in exported.mlir_module() for target in _ffi.TARGETS)
+        assert_same(jax.jit(back.call)(*arguments), program(*arguments))
+
+
+# --- Derivatives ("cpu": test_errors.py)
+
+
+def test_derivative_of_xla_composes() -> None:
+    """grad under jit, vmap and scan, in q and the sink, of packed caches."""
+    q, swa, extra, sink = problem(2, 1)
+    loss = lambda q, swa, extra, sink: attend("xla", q, swa, extra, sink)[0].sum()  # noqa: E731
+    together = jax.jit(jax.grad(lambda q, sink: loss(q, swa, extra, sink), (0, 1)))(q, sink)
+    each = jax.jit(jax.vmap(jax.grad(loss, (0, 3)), (0, SHARED, SHARED, None)))(q, swa, extra, sink)
+    np.testing.assert_allclose(each[0], together[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(each[1].sum(0), together[1], rtol=1e-4, atol=1e-3)
+    assert np.abs(np.asarray(together[1])).max() > 1e-2
