@@ -7,6 +7,9 @@ Slot s is row `s % block_size` of block `s // block_size`. Layouts, for a latent
                 pad byte), then whatever pads it to its stride.
 `"bf16"`        512 bfloat16 a slot.
 `"float32"`     512 float32 a slot, for exactness tests (CPU and XLA).
+`"aiter_fp8"`   576 bytes a slot: 512 e4m3fn, nope and rope alike, in units of the cache's one scale, then 64 zeros. It is what AITER's
+                persistent kernels read. They also read row 0 for lanes that have no key, so the first block is zeros and belongs to no
+                slot: slot s is row `block_size + s`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ SCALE_TILES = NOPE_DIM // SCALE_TILE
 PACKED_ROW_BYTES = NOPE_DIM + 2 * ROPE_DIM
 PACKED_SCALE_BYTES = 8
 PACKED_TOKEN_BYTES = PACKED_ROW_BYTES + PACKED_SCALE_BYTES
+AITER_ROW_BYTES = 576
 # Writers of fp8_ds_mla round a block's bytes up to a multiple of this.
 PACKED_STRIDE_MULTIPLE = 576
 
@@ -40,6 +44,12 @@ class Layout:
     code: int
     dtype: Any
     token_bytes: int
+    zero_blocks: int = 0  # at the front of `data`, of no slot
+
+    @property
+    def row(self) -> int:
+        """Numbers a slot in `data`, for layouts that keep nothing but rows."""
+        return self.token_bytes // jnp.dtype(self.dtype).itemsize
 
 
 LAYOUTS = {
@@ -48,6 +58,7 @@ LAYOUTS = {
         Layout("fp8_ds_mla", 0, jnp.uint8, PACKED_TOKEN_BYTES),
         Layout("bf16", 1, jnp.bfloat16, 2 * LATENT_DIM),
         Layout("float32", 2, jnp.float32, 4 * LATENT_DIM),
+        Layout("aiter_fp8", 3, jnp.uint8, AITER_ROW_BYTES, zero_blocks=1),
     )
 }
 
@@ -58,9 +69,12 @@ class KVCache:
 
     Args:
       data: the bytes. `"fp8_ds_mla"`: uint8 [num_blocks, block_stride_bytes], any stride of at least block_size * 584, so that the bytes
-        another engine wrote can be wrapped as they are. `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype.
+        another engine wrote can be wrapped as they are. `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype. `"aiter_fp8"`:
+        uint8 [1 + num_blocks, block_size, 576], the first block zeros.
       block_size: slots in a block.
       layout: one of `LAYOUTS`.
+      scale: `"aiter_fp8"`: what a stored number is multiplied by, a positive Python float. The largest magnitude that can be kept is
+        448 * scale, the smallest that is not rounded to zero scale / 1024. Other layouts: 1.
 
     Bytes that no valid slot of a call names may be anything, NaN included.
 
@@ -71,10 +85,11 @@ class KVCache:
     data: jax.Array
     block_size: int
     layout: str
-    __slots__ = ("block_size", "data", "layout")
+    scale: float
+    __slots__ = ("block_size", "data", "layout", "scale")
     _OP: ClassVar[str] = "KVCache"
 
-    def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla"):
+    def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla", scale: float = 1.0):
         spec = _layout(layout, self._OP)
         block_size = _checks.require_int(block_size, self._OP, "block_size", 1)
         _checks.require_dtype(data, self._OP, "data", spec.dtype)
@@ -84,15 +99,27 @@ class KVCache:
             rule = f"be at least block_size * {PACKED_TOKEN_BYTES} = {least} bytes"
             _checks.require(data.shape[1] >= least, self._OP, "data's block stride", rule, data.shape[1])
         else:
-            names, shape = "(num_blocks, block_size, 512)", (None, block_size, LATENT_DIM)
+            blocks = "1 + num_blocks" if spec.zero_blocks else "num_blocks"
+            names, shape = f"({blocks}, block_size, {spec.row})", (None, block_size, spec.row)
             _checks.require_shape(data, self._OP, "data", names, shape)
+        _checks.require(data.shape[0] >= spec.zero_blocks, self._OP, "data", "begin with a block of zeros", data.shape)
         _checks.require_fits_int32(data.shape[0] * block_size, self._OP, "num_blocks * block_size")
+        _require_scale(scale, spec, self._OP)
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "block_size", block_size)
         object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "scale", float(scale))
 
     @classmethod
-    def create(cls, num_blocks: int, block_size: int, layout: str = "fp8_ds_mla", *, block_stride_bytes: int | None = None) -> KVCache:
+    def create(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        layout: str = "fp8_ds_mla",
+        *,
+        block_stride_bytes: int | None = None,
+        scale: float = 1.0,
+    ) -> KVCache:
         """A cache of zeros.
 
         `block_stride_bytes` is for `"fp8_ds_mla"` alone; default: as FlashMLA and vLLM pad a block, to a multiple of 576.
@@ -109,17 +136,17 @@ class KVCache:
             shape: tuple[int, ...] = (num_blocks, stride)
         else:
             _checks.require(block_stride_bytes is None, op, "block_stride_bytes", f"be left out for layout {layout!r}", block_stride_bytes)
-            shape = (num_blocks, block_size, LATENT_DIM)
-        return cls(jnp.zeros(shape, spec.dtype), block_size=block_size, layout=layout)
+            shape = (spec.zero_blocks + num_blocks, block_size, spec.row)
+        return cls(jnp.zeros(shape, spec.dtype), block_size=block_size, layout=layout, scale=scale)
 
     @property
     def num_blocks(self) -> int:
-        return self.data.shape[0]
+        return self.data.shape[0] - LAYOUTS[self.layout].zero_blocks
 
     @property
     def num_slots(self) -> int:
         """num_blocks * block_size: slots are 0 to num_slots - 1."""
-        return self.data.shape[0] * self.block_size
+        return self.num_blocks * self.block_size
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +154,7 @@ class KVCache:
 
     def replace(self, data: jax.Array) -> KVCache:
         """The same cache with other bytes."""
-        return KVCache(data, block_size=self.block_size, layout=self.layout)
+        return KVCache(data, block_size=self.block_size, layout=self.layout, scale=self.scale)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"KVCache is immutable; use append() or replace() instead of setting {name}")
@@ -136,14 +163,14 @@ class KVCache:
         kind, shape = getattr(self.data, "dtype", self.data), list(getattr(self.data, "shape", ()))
         return f"KVCache(layout={self.layout!r}, block_size={self.block_size}, data={kind}{shape})"
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, str]]:
-        return ((jax.tree_util.GetAttrKey("data"), self.data),), (self.block_size, self.layout)
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, str, float]]:
+        return ((jax.tree_util.GetAttrKey("data"), self.data),), (self.block_size, self.layout, self.scale)
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[int, str], children: Any) -> KVCache:
+    def tree_unflatten(cls, aux: tuple[int, str, float], children: Any) -> KVCache:
         # Transformations put placeholders where arrays were: no checks here.
         cache = object.__new__(cls)
-        for name, value in zip(("data", "block_size", "layout"), (*children, *aux)):
+        for name, value in zip(("data", "block_size", "layout", "scale"), (*children, *aux)):
             object.__setattr__(cache, name, value)
         return cache
 
@@ -168,7 +195,8 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     after the append brings a copy back, so attend on what append returns.
 
     `"fp8_ds_mla"` quantises every 64 nope numbers to e4m3fn with the scale 2^ceil(log2(max(amax, 1e-4) / 448)), stored as ue8m0; rope
-    stays bfloat16. Rounding is to nearest even; infinities saturate, NaN stays NaN.
+    stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout. Rounding is to nearest even; infinities and
+    what is too large saturate, NaN stays NaN.
 
     Args:
       cache: where to write.
@@ -223,6 +251,9 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     if cache.num_slots == 0:
         return jnp.zeros((*slots.shape, LATENT_DIM), jnp.float32)
     block, offset = slots // cache.block_size, slots % cache.block_size
+    if cache.layout == "aiter_fp8":
+        codes = cache.data[LAYOUTS[cache.layout].zero_blocks + block, offset, :LATENT_DIM]
+        return jnp.take(jnp.asarray(_E4M3_VALUES), codes.astype(jnp.int32), axis=0) * jnp.float32(cache.scale)
     if cache.layout != "fp8_ds_mla":
         return cache.data[block, offset].astype(jnp.float32)
     rows = _gather_bytes(cache.data, block, offset * PACKED_ROW_BYTES, PACKED_ROW_BYTES)
@@ -243,6 +274,9 @@ def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Arra
     keep = jnp.zeros(slots.shape, bool).at[order].set(last) & valid_slots(cache, slots)
     block = jnp.where(keep, slots // cache.block_size, cache.num_blocks)  # past the end: dropped
     offset = slots % cache.block_size
+    if cache.layout == "aiter_fp8":
+        codes = jnp.pad(_to_e4m3(latents.astype(jnp.float32) * _inverse(cache.scale)), ((0, 0), (0, AITER_ROW_BYTES - LATENT_DIM)))
+        return cache.data.at[LAYOUTS[cache.layout].zero_blocks + block, offset].set(codes, mode="drop")
     if cache.layout != "fp8_ds_mla":
         return cache.data.at[block, offset].set(latents.astype(cache.data.dtype), mode="drop")
     rows, scales = quantize(latents)
@@ -262,12 +296,21 @@ def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     # 2^-k in two factors, for no factor may be subnormal (XLA may flush it).
     half = k // 2
     power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]
-    scaled = jnp.clip(tiles * power[0] * power[1], -448, 448)
-    nope = jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8)
-    nope = jnp.where(jnp.isnan(tiles), jnp.uint8(0x7F), nope)
+    nope = _to_e4m3(tiles * power[0] * power[1])
     rope = jax.lax.bitcast_convert_type(latents[:, NOPE_DIM:].astype(jnp.bfloat16), jnp.uint8)
     rows = jnp.concatenate([nope.reshape(-1, NOPE_DIM), rope.reshape(-1, 2 * ROPE_DIM)], axis=-1)
     return rows, jnp.pad((k + 127).astype(jnp.uint8), ((0, 0), (0, PACKED_SCALE_BYTES - SCALE_TILES)))
+
+
+def _to_e4m3(values: jax.Array) -> jax.Array:
+    """Codes of e4m3fn, saturated; 0x7F for NaN."""
+    codes = jax.lax.bitcast_convert_type(jnp.clip(values, -448, 448).astype(jnp.float8_e4m3fn), jnp.uint8)
+    return jnp.where(jnp.isnan(values), jnp.uint8(0x7F), codes)
+
+
+def _inverse(scale: float) -> np.float32:
+    """As the kernels compute it, so that appends agree to the bit."""
+    return np.float32(1) / np.float32(scale)
 
 
 def _e4m3_values() -> np.ndarray:
@@ -296,6 +339,14 @@ def _scatter_bytes(data: jax.Array, block: jax.Array, start: jax.Array, values: 
     """data[block, start : start + values.shape[1]] = values, rows whose block is out of range dropped."""
     dims = jax.lax.ScatterDimensionNumbers(update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1))
     return jax.lax.scatter(data, jnp.stack([block, start], axis=-1), values, dims, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def _require_scale(scale: float, spec: Layout, op: str) -> None:
+    is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
+    _checks.require(is_number, op, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
+    # Within these neither the scale nor its inverse is subnormal in float32.
+    _checks.require(2.0**-100 <= scale <= 2.0**100, op, "scale", "be positive, from 2**-100 to 2**100", scale)
+    _checks.require(spec.name == "aiter_fp8" or scale == 1, op, "scale", f"be 1 for layout {spec.name!r}", scale)
 
 
 def _layout(name: str, op: str) -> Layout:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dsv4 import _checks
-from jax_dsv4.cache import LATENT_DIM, KVCache, Scope
+from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
 from jax_dsv4.implementations import any_native, cannot_fuse, choose, dispatch, fuses, no_derivative, spelling
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 from jax_dsv4.plan import DecodePlan, PlanKey, WorkPlan
@@ -183,8 +183,10 @@ def _merge_scope(spread: Any, axis_size: int, scope: Scope, batched: Scope) -> S
     cache = scope.cache
     if batched.cache.data:
         slots = cache.data.shape[1] * cache.block_size
+        # A layout's own blocks at the front are between the caches now: no slot may name them.
+        valid = slots - LAYOUTS[cache.layout].zero_blocks * cache.block_size
         _checks.require_fits_int32(axis_size * slots, _OP, "slots of all caches under vmap")
         cache = cache.replace(cache.data.reshape(-1, *cache.data.shape[2:]))
         first = slots * jnp.arange(axis_size, dtype=jnp.int32)[:, None, None]
-        indices = jnp.where((indices >= 0) & (indices < slots), indices + first, -1)
+        indices = jnp.where((indices >= 0) & (indices < valid), indices + first, -1)
     return Scope(cache, indices.reshape(-1, indices.shape[-1]), lengths.reshape(-1))

@@ -29,7 +29,7 @@ Library = dict[str, tuple[str, ...]]  # source, from the top of the repository -
 CMAKE_IRRELEVANT = {
     *("cmake_minimum_required", "project", "enable_language", "check_language", "option", "message", "install"),
     *("find_package", "find_program", "find_path", "execute_process"),
-    "target_include_directories",
+    *("target_include_directories", "target_link_libraries", "set_property"),
     "add_subdirectory",  # ffi/cuda: what nvcc compiles is CMake's alone
 }
 

@@ -1,11 +1,13 @@
-// JAX_DSV4_HD: a function that is compiled for the processor and, by nvcc and hipcc, for the GPU too.
+// JAX_DSV4_HD: a function that is compiled for the processor and, by nvcc and hipcc, for the GPU too. Static, because
+// the CPU kernels' files are compiled for different instruction sets: of an inline function with linkage the linker
+// would keep one copy for all.
 #ifndef JAX_DSV4_COMMON_HOST_DEVICE_H_
 #define JAX_DSV4_COMMON_HOST_DEVICE_H_
 
 #if defined(__CUDACC__) || defined(__HIP__)
-#define JAX_DSV4_HD __host__ __device__ inline
+#define JAX_DSV4_HD __host__ __device__ static inline
 #else
-#define JAX_DSV4_HD inline
+#define JAX_DSV4_HD static inline
 #endif
 
 #endif  // JAX_DSV4_COMMON_HOST_DEVICE_H_

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
-from jax_dsv4.cache import KVCache
-from jax_dsv4.implementations import native, xla
+from jax_dsv4.cache import LAYOUTS, KVCache
+from jax_dsv4.implementations import aiter, native, xla
 from jax_dsv4.implementations._interface import Availability, Implementation
 from jax_dsv4.plan import PlanKey, WorkPlan
 
 # In order of preference.
-_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, native.CUDA, xla.XLA)}
+_REGISTRY: dict[str, Implementation] = {i.name: i for i in (native.CPU, native.CUDA, aiter.AITER, xla.XLA)}
 
 Spelling = str | tuple[str, ...] | None
 
@@ -28,6 +28,11 @@ Spelling = str | tuple[str, ...] | None
 def implementations() -> dict[str, Availability]:
     """Which implementations can run in this process, in order of preference; for each absent one, why."""
     return {name: implementation.availability() for name, implementation in _REGISTRY.items()}
+
+
+def platforms_of(name: str) -> tuple[str, ...]:
+    """The platforms, by JAX's names, that an implementation runs on; () for any."""
+    return _REGISTRY[name].platforms
 
 
 def spelling(implementation: str | Sequence[str] | None) -> Spelling:
@@ -130,7 +135,8 @@ def append_rows(cache: KVCache, latents: jax.Array, slots: jax.Array, implementa
         per_cache = data.shape[1] * cache.block_size
         _checks.require_fits_int32(axis_size * per_cache, op, "slots of all caches under vmap")
         first = per_cache * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
-        slots = jnp.where((slots >= 0) & (slots < per_cache), slots + first, -1)
+        valid = per_cache - LAYOUTS[cache.layout].zero_blocks * cache.block_size
+        slots = jnp.where((slots >= 0) & (slots < valid), slots + first, -1)
         updated = call(data.reshape(-1, *data.shape[2:]), latents.reshape(-1, latents.shape[-1]), slots.reshape(-1))
         return updated.reshape(data.shape), True
 

@@ -40,11 +40,17 @@ def plan_shapes(tokens: int, workers: int = MAX_WORKERS) -> WorkPlan:
     return WorkPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))  # type: ignore[arg-type]
 
 
-def plan_call(lengths: Sequence[jax.Array], topks: Sequence[int], geometry: Geometry, workers: int = MAX_WORKERS) -> WorkPlan:
-    """The target dsv4_plan; `workers` is the size of work_indptr less one."""
+def plan_call(
+    lengths: Sequence[jax.Array],
+    topks: Sequence[int],
+    geometry: Geometry,
+    workers: int = MAX_WORKERS,
+    target: str = "dsv4_plan",
+) -> WorkPlan:
+    """A planner's target; `workers` is the size of work_indptr less one."""
     tokens = lengths[0].shape[0]
     absent = jnp.zeros((tokens,), jnp.int32)
-    call = jax.ffi.ffi_call("dsv4_plan", plan_shapes(tokens, workers))
+    call = jax.ffi.ffi_call(target, plan_shapes(tokens, workers))
     swa_topk, extra_topk = (*topks, 0)[:2]
     return WorkPlan(
         *call(
@@ -128,6 +134,8 @@ class _CPU:
         return False  # every process has a CPU: absent means absent
 
     def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
+        if any(cache.layout == "aiter_fp8" for cache in caches):
+            return "it does not read layout 'aiter_fp8'"
         return None
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:

@@ -1,0 +1,228 @@
+#include "rocm/aiter.h"
+
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <sstream>
+
+#include "rocm/code_object.h"
+
+namespace jax_dsv4::rocm {
+namespace {
+
+// One 16-byte slot each; the names are those of AITER's host code. The first 288 bytes are the same in every version.
+enum Slot : int {
+  kPartialOut = 0x00,
+  kPartialLse = 0x10,
+  kQ = 0x20,
+  kKv = 0x30,
+  kKvIndptr = 0x40,  // not read with a plan
+  kKvIndices = 0x50,
+  kLastPageLens = 0x60,  // not read at page size 1
+  kSoftmaxScale = 0x70,
+  kMqa = 0x80,
+  kKvSplit = 0x90,
+  kQBytes = 0xa0,
+  kKvBytes = 0xb0,
+  kLog2Page = 0xc0,
+  kQoIndptr = 0xd0,
+  kWork = 0xe0,
+  kOut = 0xf0,
+  kQScale = 0x100,
+  kKvScale = 0x110,
+  kBytesOfFirst = 0x120,  // what the wheel of 2025 takes
+  kOut16NoSplit = 0x120,
+  kLse = 0x130,
+  kBytesWithLse = 0x180,  // lse, and context parallelism: a pointer and two numbers, of which the first is a count
+  kContextRanks = 0x150,
+};
+constexpr int kPointers[] = {kPartialOut,   kPartialLse, kQ,    kKv,  kKvIndptr, kKvIndices,
+                             kLastPageLens, kQoIndptr,   kWork, kOut, kQScale,   kKvScale};
+constexpr int kNumbers[] = {kSoftmaxScale, kMqa, kKvSplit, kQBytes, kKvBytes, kLog2Page};
+
+struct Known {
+  const char* name;
+  int heads;
+  bool reports_lse;
+};
+// In order of preference among those with equally many heads. Left out: the 32-head kernel, whose lse of unsplit rows
+// is never written and which wraps at 4 GiB; 16-head ones do its work.
+constexpr Known kKnown[] = {
+    {"mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", 128, true},
+    {"mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", 64, true},
+    {"mla_a8w8_qh16_qseqlen1_gqaratio16_lse_ps", 16, true},
+    {"mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, false},
+};
+
+std::string& directory() {
+  static std::string* path = new std::string;
+  return *path;
+}
+
+// AITER's list of kernels, where it has one: name of the file -> symbol, for fp8 persistent decode kernels.
+std::map<std::string, std::string> read_registry(const std::string& folder, bool* exists) {
+  std::map<std::string, std::string> symbols;
+  std::ifstream in(folder + "/mla_asm.csv");
+  *exists = in.good();
+  std::vector<std::string> columns;
+  for (std::string line; std::getline(in, line);) {
+    std::vector<std::string> cells;
+    std::stringstream row(line);
+    for (std::string cell; std::getline(row, cell, ',');) cells.push_back(cell);
+    if (columns.empty()) {
+      columns = cells;
+      continue;
+    }
+    std::map<std::string, std::string> entry;
+    for (size_t i = 0; i < cells.size() && i < columns.size(); ++i) entry[columns[i]] = cells[i];
+    const bool fits = entry["qType"] == "fp8" && entry["kvType"] == "fp8" && entry["ps"] == "1" &&
+                      entry["prefill"] == "0" && entry["cprr"] == "0";
+    if (fits) symbols[entry["co_name"]] = entry["knl_name"];
+  }
+  return symbols;
+}
+
+bool has_argument(const KernelNotes& notes, int offset, int bytes) {
+  for (const KernelArgument& a : notes.arguments) {
+    if (a.offset == offset && a.size == bytes) return true;
+  }
+  return false;
+}
+
+// Whether the notes describe the arguments that pack_arguments fills in.
+bool knows_abi(const KernelNotes& notes, bool reports_lse, std::string* reason) {
+  const auto fail = [&](const std::string& what) {
+    *reason = "its argument list is not one that is known (" + what + ")";
+    return false;
+  };
+  if (notes.kernarg_bytes != kBytesOfFirst && notes.kernarg_bytes != kBytesWithLse) {
+    return fail(std::to_string(notes.kernarg_bytes) + " bytes");
+  }
+  for (int offset : kPointers) {
+    if (!has_argument(notes, offset, 8)) return fail("no pointer at " + std::to_string(offset));
+  }
+  for (int offset : kNumbers) {
+    if (!has_argument(notes, offset, 4)) return fail("no number at " + std::to_string(offset));
+  }
+  if (reports_lse && !has_argument(notes, kLse, 8)) return fail("no pointer to the lse");
+  if (notes.required_workgroup[0] != kThreads)
+    return fail("workgroups of " + std::to_string(notes.required_workgroup[0]));
+  return true;
+}
+
+struct Candidates {
+  std::vector<AiterKernel> kernels;
+  std::string reasons;  // why others are not among them
+};
+
+Candidates find_kernels(const std::string& architecture) {
+  Candidates found;
+  if (architecture != "gfx950") {
+    found.reasons = "AITER's kernels are driven on gfx950 only; this is " + architecture;
+    return found;
+  }
+  if (directory().empty()) {
+    found.reasons =
+        "AITER is not installed (pip install --no-deps amd-aiter, or name its hsa directory in JAX_DSV4_AITER_HSA)";
+    return found;
+  }
+  const std::string folder = directory() + "/" + architecture + "/mla";
+  bool has_registry = false;
+  const std::map<std::string, std::string> registry = read_registry(folder, &has_registry);
+  for (const Known& known : kKnown) {
+    const std::string name = std::string(known.name) + ".co", file = folder + "/" + name;
+    std::ifstream in(file, std::ios::binary);
+    if (!in) continue;
+    const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+    CodeObjectNotes notes;
+    std::string reason;
+    bool ok = read_notes(bytes.data(), bytes.size(), &notes, &reason);
+    if (ok && notes.architecture != architecture) ok = false, reason = "it is for another architecture";
+    if (ok && notes.kernels.size() != 1) ok = false, reason = "it holds more than one kernel";
+    if (ok && !knows_abi(notes.kernels[0], known.reports_lse, &reason)) ok = false;
+    if (ok && has_registry) {
+      const auto listed = registry.find(name);
+      if (listed == registry.end())
+        ok = false, reason = "AITER's registry does not list it as an fp8 persistent decode kernel";
+      else if (listed->second != notes.kernels[0].name)
+        ok = false, reason = "AITER's registry names another symbol";
+    }
+    if (!ok) {
+      found.reasons += (found.reasons.empty() ? "" : "; ") + file + ": " + reason;
+      continue;
+    }
+    AiterKernel kernel;
+    kernel.file = file;
+    kernel.symbol = notes.kernels[0].name;
+    kernel.heads = known.heads;
+    kernel.reports_lse = known.reports_lse;
+    kernel.kernarg_bytes = notes.kernels[0].kernarg_bytes;
+    // The 16-head kernel was rewritten when the argument list grew: tiles of 128 keys, 64-bit offsets.
+    const bool first_generation = kernel.kernarg_bytes == kBytesOfFirst;
+    kernel.wraps_at_4gib = first_generation;
+    kernel.tile = known.heads == 16 && !first_generation ? 128 : 64;
+    found.kernels.push_back(kernel);
+  }
+  if (found.kernels.empty() && found.reasons.empty())
+    found.reasons = folder + " has none of the kernels that are known";
+  return found;
+}
+
+}  // namespace
+
+void set_aiter_directory(const std::string& hsa) { directory() = hsa; }
+
+const AiterKernel* choose_kernel(const std::string& architecture, int heads, int64_t pool_bytes, std::string* reason) {
+  static std::mutex* mutex = new std::mutex;
+  static auto* found = new std::map<std::string, Candidates>;
+  const std::lock_guard<std::mutex> lock(*mutex);
+  auto it = found->find(architecture);
+  if (it == found->end()) it = found->emplace(architecture, find_kernels(architecture)).first;
+  const Candidates& candidates = it->second;
+  const bool large = pool_bytes >= int64_t{1} << 32;
+  bool too_large = false;
+  for (const AiterKernel& kernel : candidates.kernels) {
+    if (kernel.heads != heads && kernel.heads != 16) continue;
+    if (large && kernel.wraps_at_4gib) {
+      too_large = true;
+      continue;
+    }
+    return &kernel;
+  }
+  *reason = too_large ? "the installed AITER's kernel wraps at 4 GiB and the cache has " + std::to_string(pool_bytes) +
+                            " bytes; use kernels from an AITER source tree (JAX_DSV4_AITER_HSA)"
+            : candidates.kernels.empty() ? candidates.reasons
+                                         : "no kernel for " + std::to_string(heads) + " heads";
+  return nullptr;
+}
+
+std::vector<uint8_t> pack_arguments(const AiterKernel& kernel, const DecodeScopeParams& p) {
+  std::vector<uint8_t> packed(kernel.kernarg_bytes);
+  const auto put = [&](int slot, auto value) {
+    if (slot + sizeof value <= packed.size()) std::memcpy(&packed[slot], &value, sizeof value);
+  };
+  put(kPartialOut, p.partial_out);
+  put(kPartialLse, p.partial_lse);
+  put(kQ, p.q_packed);
+  put(kKv, p.pool);
+  put(kKvIndices, p.rows);
+  put(kSoftmaxScale, p.scale);
+  put(kMqa, int32_t{p.kernel_heads});
+  put(kKvSplit, int32_t{1});
+  put(kQBytes, int32_t{p.kernel_heads * kRowBytes});
+  put(kKvBytes, int32_t{kRowBytes});
+  put(kLog2Page, int32_t{0});
+  put(kQoIndptr, p.qo_indptr);
+  put(kWork, p.work_pointers);
+  put(kOut, p.out);
+  put(kQScale, p.scales);
+  put(kKvScale, p.scales + 1);
+  put(kOut16NoSplit, int64_t{1});
+  put(kLse, p.lse);
+  put(kContextRanks, int32_t{1});
+  return packed;
+}
+
+}  // namespace jax_dsv4::rocm

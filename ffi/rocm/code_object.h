@@ -1,0 +1,35 @@
+// What an AMDGPU code object says of its kernels, in its ELF notes.
+#ifndef JAX_DSV4_ROCM_CODE_OBJECT_H_
+#define JAX_DSV4_ROCM_CODE_OBJECT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace jax_dsv4::rocm {
+
+struct KernelArgument {
+  std::string kind;  // global_buffer, by_value, hidden_...
+  int offset = 0, size = 0;
+};
+
+struct KernelNotes {
+  std::string name;        // what hipModuleGetFunction wants
+  std::string descriptor;  // the symbol of its 64-byte descriptor
+  int kernarg_bytes = 0, lds_bytes = 0, private_bytes = 0, max_workgroup = 1024;
+  int required_workgroup[3] = {0, 0, 0};
+  std::vector<KernelArgument> arguments;
+};
+
+struct CodeObjectNotes {
+  std::string architecture;  // gfx950, gfx942, or "" for any other
+  std::vector<KernelNotes> kernels;
+};
+
+// False, with the reason, for what is not an AMDGPU code object or is malformed.
+bool read_notes(const void* elf, size_t size, CodeObjectNotes* notes, std::string* reason);
+
+}  // namespace jax_dsv4::rocm
+
+#endif  // JAX_DSV4_ROCM_CODE_OBJECT_H_

@@ -1,0 +1,340 @@
+// Our own kernels around AITER's: plan, pack, check, combine, append. Built by clang alone, without a ROCm
+// installation, so this file uses the compiler's builtins and no HIP header.
+#define __host__ __attribute__((host))
+#define __device__ __attribute__((device))
+#define __global__ __attribute__((global))
+#define __shared__ __attribute__((shared))
+
+// The formats' definitions are plain functions; here they are compiled for the device.
+#pragma clang force_cuda_host_device begin
+#include "common/fp8.h"
+#pragma clang force_cuda_host_device end
+#include "common/plan.h"
+#include "rocm/params.h"
+
+namespace jax_dsv4::rocm {
+namespace {
+
+#define JAX_DSV4_KERNEL extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(kThreads, kThreads)))
+
+constexpr int kWave = 64;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+__device__ int thread_id() { return __builtin_amdgcn_workitem_id_x(); }
+__device__ int block_id() { return __builtin_amdgcn_workgroup_id_x(); }
+
+__device__ void barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+__device__ float infinity() { return __builtin_inff(); }
+__device__ float quiet_nan() { return __builtin_nanf(""); }
+
+__device__ float load(const void* data, Dtype dtype, int64_t i) {
+  return dtype == Dtype::kFloat32 ? static_cast<const float*>(data)[i]
+                                  : bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+}
+
+__device__ void store(void* data, Dtype dtype, int64_t i, float value) {
+  if (dtype == Dtype::kFloat32) {
+    static_cast<float*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] = float_to_bf16(value);
+  }
+}
+
+// The sum over a workgroup, in a fixed order.
+__device__ int64_t sum_over_threads(int64_t value) {
+  __shared__ int64_t partial[kThreads];
+  const int t = thread_id();
+  partial[t] = value;
+  for (int step = kThreads / 2; step; step >>= 1) {
+    barrier();
+    if (t < step) partial[t] += partial[t + step];
+  }
+  barrier();
+  const int64_t sum = partial[0];
+  barrier();
+  return sum;
+}
+
+// The largest value in a wave.
+__device__ float max_over_wave(float value) {
+  const int lane = thread_id() % kWave;
+  for (int step = 1; step < kWave; step <<= 1) {
+    const int other = __builtin_amdgcn_ds_bpermute(4 * (lane ^ step), __builtin_bit_cast(int, value));
+    const float theirs = __builtin_bit_cast(float, other);
+    value = theirs > value ? theirs : value;
+  }
+  return value;
+}
+
+}  // namespace
+
+// ---- Plan: one workgroup. One thread places tokens, a chunk at a time; all write their rows.
+
+JAX_DSV4_KERNEL void dsv4_plan(PlanParams p) {
+  __shared__ int32_t lengths[kThreads];
+  __shared__ PlanCursor at[kThreads];
+  __shared__ PlanCut cuts[kThreads];
+  __shared__ PlanCursor cursor;
+  const int t = thread_id();
+  int64_t cost = 0;
+  for (int32_t token = t; token < p.tokens; token += kThreads)
+    cost += plan_cost(p, plan_blocks(p, plan_length(p, token)));
+  const int32_t payload = plan_payload(p, sum_over_threads(cost));
+
+  // work_indptr must hold the number of items before rows are written: so tokens are placed twice, first only to count.
+  for (int pass = 0; pass < 2; ++pass) {
+    if (t == 0) cursor = PlanCursor{0, payload, 0, 0};
+    for (int32_t first = 0; first < p.tokens; first += kThreads) {
+      if (first + t < p.tokens) lengths[t] = plan_length(p, first + t);
+      barrier();
+      if (t == 0) {
+        for (int32_t i = 0; i < kThreads && first + i < p.tokens; ++i) {
+          at[i] = cursor;
+          cuts[i] = plan_token_place(p, payload, plan_blocks(p, lengths[i]), &cursor);
+        }
+      }
+      barrier();
+      if (pass == 1 && first + t < p.tokens) plan_token_write(p, first + t, lengths[t], at[t], cuts[t]);
+      barrier();
+    }
+    if (pass == 0) {
+      for (int32_t w = t; w < p.workers; w += kThreads) p.work_indptr[w + 1] = cursor.items;
+      if (t == 0) p.work_indptr[0] = 0, p.reduce_indptr[0] = 0;
+    }
+    barrier();
+  }
+}
+
+// ---- Around AITER's plan builder: one workgroup each.
+
+JAX_DSV4_KERNEL void dsv4_metadata_inputs(MetadataParams p) {
+  __shared__ int32_t lengths[kThreads];
+  __shared__ int32_t sum;
+  const int t = thread_id();
+  if (t == 0) sum = 0;
+  for (int32_t first = 0; first < p.plan.tokens; first += kThreads) {
+    const int32_t token = first + t;
+    lengths[t] = token < p.plan.tokens ? plan_length(p.plan, token) : 0;
+    barrier();
+    int32_t before = sum;
+    for (int i = 0; i < t; ++i) before += lengths[i];
+    if (token < p.plan.tokens) {
+      p.plan.kv_lengths[token] = lengths[t];
+      p.kv_indptr[token] = before;
+      p.qo_indptr[token] = token;
+      p.last_page_lens[token] = 1;
+    }
+    barrier();
+    if (t == kThreads - 1) sum = before + lengths[t];
+    barrier();
+  }
+  if (t == 0) p.kv_indptr[p.plan.tokens] = sum, p.qo_indptr[p.plan.tokens] = p.plan.tokens;
+}
+
+// The builder knows of one worker per unit; the plan's array has room for more.
+JAX_DSV4_KERNEL void dsv4_metadata_finish(MetadataParams p) {
+  const int32_t units = p.plan.active_workers, items = p.plan.work_indptr[units];
+  for (int32_t w = units + 1 + thread_id(); w <= p.plan.workers; w += kThreads) p.plan.work_indptr[w] = items;
+}
+
+// ---- Queries: one scale for all, then e4m3 rows of 576.
+
+// Each of kAmaxBlocks workgroups leaves the largest finite |q| it has seen.
+JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
+  __shared__ float largest[kThreads / kWave];
+  const int t = thread_id();
+  const int64_t count = static_cast<int64_t>(p.tokens) * p.heads * kLatentDim;
+  float top = 0;
+  for (int64_t i = block_id() * kThreads + t; i < count; i += kAmaxBlocks * kThreads) {
+    const float magnitude = __builtin_fabsf(load(p.q, p.q_dtype, i));
+    if (magnitude > top && magnitude < infinity()) top = magnitude;
+  }
+  top = max_over_wave(top);
+  if (t % kWave == 0) largest[t / kWave] = top;
+  barrier();
+  for (float other : largest) top = other > top ? other : top;
+  if (t == 0) p.amax[block_id()] = top;
+}
+
+// One workgroup per token and padded head.
+JAX_DSV4_KERNEL void dsv4_pack_q(DecodeScopeParams p) {
+  const int padded = p.folds * p.kernel_heads;
+  const int64_t row = block_id();
+  const int64_t token = row / padded;
+  const int head = static_cast<int>(row % padded);
+  static_assert(kAmaxBlocks == kWave, "one for each lane");
+  const float top = max_over_wave(p.amax[thread_id() % kWave]);
+  // The least scale is one whose inverse is finite; it is reached when all of q is zero or next to it.
+  const float scale = top > 1e-30f ? top / kMaxE4m3 : 1e-30f;
+  const float inverse = 1 / scale;
+  uint8_t* to = p.q_packed + row * kRowBytes;
+  for (int d = thread_id(); d < kRowBytes; d += kThreads) {
+    const bool inside = head < p.heads && d < kLatentDim;
+    to[d] = inside ? float_to_e4m3(load(p.q, p.q_dtype, (token * p.heads + head) * kLatentDim + d) * inverse) : 0;
+  }
+  if (row == 0 && thread_id() == 0) p.scales[0] = scale, p.scales[1] = p.cache_scale;
+}
+
+// ---- Slots: valid ones to the front, as rows of the pool. One wave per token.
+
+JAX_DSV4_KERNEL void dsv4_pack_slots(DecodeScopeParams p) {
+  const int lane = thread_id() % kWave;
+  const int32_t token = block_id() * (kThreads / kWave) + thread_id() / kWave;
+  if (token >= p.tokens) return;
+  const int32_t length = plan_max(0, plan_min(p.lengths[token], p.topk));
+  const int32_t* slots = p.indices + static_cast<int64_t>(token) * p.topk;
+  int32_t* rows = p.rows + static_cast<int64_t>(token) * p.row_stride;
+  int32_t valid = 0;
+  for (int32_t first = 0; first < length; first += kWave) {
+    const int32_t slot = first + lane < length ? slots[first + lane] : -1;
+    const bool keep = slot >= 0 && slot < p.num_slots;
+    const uint64_t kept = __builtin_amdgcn_ballot_w64(keep);
+    const uint32_t before = __builtin_amdgcn_mbcnt_hi(kept >> 32, __builtin_amdgcn_mbcnt_lo(kept, 0));
+    if (keep) rows[valid + before] = slot + kZeroBlocks * p.block_size;
+    valid += __builtin_popcountll(kept);
+  }
+  if (lane == 0) {
+    if (valid == 0) rows[0] = 0;  // for items that holes left empty
+    p.state[token] = {valid, p.plan.kv_lengths[token] == length ? length : -1, 0};
+  }
+}
+
+// ---- Items: the plan as AITER's kernel may follow it. One workgroup.
+//
+// The kernel ends a whole worker at an empty item and reads wherever an item points, so every item is checked here. One
+// that is out of bounds, or that holes among the slots left without keys, is made to attend to one row and to write
+// where nobody reads; each fold gets a copy of all items. A token whose items are bad or do not cover it is answered
+// with NaN.
+JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
+  const int t = thread_id();
+  const int32_t* indptr = p.plan.work_indptr;
+  const int padded = p.folds * p.kernel_heads;
+  const int32_t nobody = p.plan.max_partials + p.tokens;
+  int64_t disorder = 0;
+  for (int32_t w = t; w < p.workers; w += kThreads) {
+    disorder += indptr[w] < 0 || indptr[w + 1] < indptr[w] || indptr[w + 1] > p.plan.max_items;
+  }
+  const bool usable = sum_over_threads(disorder) == 0 && indptr[0] == 0;
+  const int32_t items = usable ? indptr[p.workers] : 0;
+
+  for (int32_t f = 0; f < p.folds; ++f) {
+    for (int32_t w = t; w < p.workers; w += kThreads) {
+      p.work_indptr[f * p.workers + w] = f * items + (usable ? indptr[w] : 0);
+    }
+  }
+  for (int32_t i = t; i <= p.tokens * p.folds; i += kThreads) p.qo_indptr[i] = i;
+  if (t == 0) {
+    p.work_indptr[p.folds * p.workers] = p.folds * items;
+    p.work_pointers[0] = reinterpret_cast<uint64_t>(p.work_indptr);
+    p.work_pointers[1] = reinterpret_cast<uint64_t>(p.work_info_set);
+  }
+
+  for (int32_t i = t; i < items; i += kThreads) {
+    const WorkInfo info = reinterpret_cast<const WorkInfo*>(p.plan.work_info_set)[i];
+    const int32_t token = info.batch_idx;
+    bool sound = token >= 0 && token < p.tokens && info.partial_qo_loc < p.plan.max_partials;
+    int32_t begin = 0, end = 0, partial = nobody;
+    if (sound) {
+      TokenState& state = p.state[token];
+      begin = info.kv_start - token * p.topk;
+      end = info.kv_end - token * p.topk;
+      sound = state.length >= 0 && begin >= 0 && begin < end && end <= state.length;
+      if (sound) {
+        __atomic_fetch_add(&state.covered, end - begin, __ATOMIC_RELAXED);
+        partial = info.partial_qo_loc;
+        if (partial < 0) partial = p.direct ? -1 : p.plan.max_partials + token;
+        end = plan_min(end, state.valid);
+        if (end <= begin) {
+          // Nothing but holes. Its partial counts for nothing; an unsplit token without any key is answered by combine.
+          for (int h = 0; partial >= 0 && h < padded; ++h)
+            p.partial_lse[static_cast<int64_t>(partial) * padded + h] = -infinity();
+          sound = false, partial = nobody;
+        }
+      }
+    }
+    for (int32_t f = 0; f < p.folds; ++f) {
+      const int32_t owner = (sound ? token : 0) * p.folds + f, at = (sound ? token : 0) * p.row_stride;
+      const int32_t row = partial < 0 ? -1 : partial * p.folds + f;
+      const int32_t last = sound ? end : 1;
+      p.work_info_set[f * items + i] = {
+          owner, row, owner, owner + 1, at + (sound ? begin : 0), at + last, sound ? p.state[token].valid - last : 0,
+          0};
+    }
+  }
+}
+
+// ---- Combine: what is not written yet. One workgroup per token and head.
+
+JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
+  const int64_t row = block_id();
+  const int32_t token = static_cast<int32_t>(row / p.heads), head = static_cast<int32_t>(row % p.heads);
+  const int padded = p.folds * p.kernel_heads;
+  const TokenState state = p.state[token];
+  int32_t first = p.plan.reduce_indptr[token], last = p.plan.reduce_indptr[token + 1];
+  bool sound =
+      state.length >= 0 && state.covered == state.length && first >= 0 && first <= last && last <= p.plan.max_partials;
+  const bool split = first < last;
+  if (!split) first = 0, last = 1;
+
+  float top = -infinity(), total = 0;
+  if (sound && state.valid > 0) {
+    if (!split && p.direct) return;
+    for (int32_t i = first; i < last; ++i) {
+      const int32_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
+      if (split && (partial < 0 || partial >= p.plan.max_partials)) {
+        sound = false;
+        break;
+      }
+      const float lse = p.partial_lse[static_cast<int64_t>(partial) * padded + head];
+      if (lse != lse || lse > top) top = lse;
+    }
+  }
+  const bool empty = sound && top == -infinity();
+  // exp(lse - lse) is 1 for the only partial of a token, so an unsplit one comes out as the kernel wrote it.
+  constexpr int kPerThread = kLatentDim / kThreads;
+  float sum[kPerThread] = {};
+  for (int32_t i = first; sound && !empty && i < last; ++i) {
+    const int64_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
+    const float lse = p.partial_lse[partial * padded + head];
+    if (lse == -infinity()) continue;  // no keys: its output was never written
+    const float weight = __builtin_amdgcn_exp2f((lse - top) * kLog2E);
+    total += weight;
+    const float* values = p.partial_out + (partial * padded + head) * kLatentDim;
+    for (int k = 0; k < kPerThread; ++k) sum[k] += weight * values[thread_id() + k * kThreads];
+  }
+  for (int k = 0; k < kPerThread; ++k) {
+    const float value = !sound ? quiet_nan() : empty ? 0 : sum[k] / total;
+    store(p.out, p.out_dtype, row * kLatentDim + thread_id() + k * kThreads, value);
+  }
+  if (thread_id() == 0) {
+    p.lse[row] = !sound ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;
+  }
+}
+
+// ---- Append: one wave per latent.
+
+JAX_DSV4_KERNEL void dsv4_append_fp8(AppendFp8Params p) {
+  const int lane = thread_id() % kWave;
+  const int64_t row = static_cast<int64_t>(block_id()) * (kThreads / kWave) + thread_id() / kWave;
+  if (row >= p.count) return;
+  const int32_t slot = p.slots[row];
+  if (slot < 0 || slot >= p.num_slots) return;
+  // Of equal slots the last row wins, whatever the order in which waves run.
+  for (int64_t first = row + 1; first < p.count; first += kWave) {
+    const bool again = first + lane < p.count && p.slots[first + lane] == slot;
+    if (__builtin_amdgcn_ballot_w64(again)) return;
+  }
+  uint8_t* to = p.pool + (static_cast<int64_t>(slot) + kZeroBlocks * p.block_size) * kRowBytes;
+  const float inverse = 1 / p.cache_scale;
+  for (int d = lane; d < kRowBytes; d += kWave) {
+    to[d] = d < kLatentDim ? float_to_e4m3(load(p.latents, p.dtype, row * kLatentDim + d) * inverse) : 0;
+  }
+}
+
+}  // namespace jax_dsv4::rocm

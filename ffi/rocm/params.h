@@ -1,0 +1,90 @@
+// What the kernels of kernels.hip are handed, by value: plain structs, the same for host and device compilers.
+#ifndef JAX_DSV4_ROCM_PARAMS_H_
+#define JAX_DSV4_ROCM_PARAMS_H_
+
+#include <cstdint>
+
+#include "common/params.h"
+#include "common/plan.h"
+
+namespace jax_dsv4::rocm {
+
+// A row of the cache and of a packed query head: 512 e4m3 numbers, 64 zeros. AITER's kernels compute scores over 576
+// numbers and take the first 512 as the value.
+constexpr int kRowBytes = 576;
+// The kernels' padding lanes read row 0 of the pool, so block 0 is zeros and belongs to no slot: slot s is row
+// s + block_size.
+constexpr int kZeroBlocks = 1;
+// Largest finite e4m3fn number.
+constexpr float kMaxE4m3 = 448.0f;
+// Workgroups that look for the largest |q|; each leaves one number.
+constexpr int kAmaxBlocks = 64;
+constexpr int kThreads = 256;
+
+// What is known of a token's keys once its slots are packed.
+struct TokenState {
+  int32_t valid;    // slots that name a row of the cache
+  int32_t length;   // keys that the plan must cover; -1: the plan is not for this call, the answer is NaN
+  int32_t covered;  // keys that its items cover
+};
+
+// One scope of one call. Heads are padded to folds * kernel_heads; fold f of token t is the kernel's token t * folds +
+// f. Rows of the partial buffers: the plan's own, then one per token (an unsplit item whose kernel cannot report its
+// lse), then one that nobody reads.
+struct DecodeScopeParams {
+  const void* q;           // [tokens, heads, 512] of q_dtype
+  const uint8_t* pool;     // [rows, 576]
+  const int32_t* indices;  // [tokens, topk]
+  const int32_t* lengths;  // [tokens]
+  Plan plan;
+  void* out;   // [tokens, heads, 512] of out_dtype
+  float* lse;  // [tokens, heads]
+  // Workspaces, all uninitialised.
+  uint8_t* q_packed;        // [tokens, folds * kernel_heads, 576] e4m3
+  int32_t* rows;            // [tokens, row_stride] rows of the pool, valid ones first
+  TokenState* state;        // [tokens]
+  int32_t* work_indptr;     // [folds * workers + 1]
+  WorkInfo* work_info_set;  // [folds * plan.max_items]
+  int32_t* qo_indptr;       // [tokens * folds + 1] 0, 1, 2, ...
+  uint64_t* work_pointers;  // [2] where work_indptr and work_info_set are
+  float* scales;            // [2] of q and of the cache
+  float* amax;              // [kAmaxBlocks]
+  float* partial_out;       // [max_partials + tokens + 1, folds * kernel_heads, 512]
+  float* partial_lse;       // [max_partials + tokens + 1, folds * kernel_heads]
+  int64_t num_slots;
+  int32_t block_size;
+  int32_t tokens;
+  int32_t heads;
+  int32_t kernel_heads;
+  int32_t folds;
+  int32_t topk;
+  int32_t row_stride;  // max(topk, 1)
+  int32_t workers;     // of the plan that get work
+  int32_t direct;      // whether an unsplit item writes out and lse itself
+  float scale;
+  float cache_scale;
+  Dtype q_dtype, out_dtype;
+};
+
+// What surrounds AITER's plan builder: its inputs before, what it leaves open after.
+struct MetadataParams {
+  PlanParams plan;          // granularity and overhead are the builder's own business
+  int32_t* qo_indptr;       // [tokens + 1] 0, 1, 2, ...
+  int32_t* kv_indptr;       // [tokens + 1] sums of the clamped lengths
+  int32_t* last_page_lens;  // [tokens] ones
+};
+
+struct AppendFp8Params {
+  const void* latents;   // [count, 512] of dtype
+  const int32_t* slots;  // [count]
+  uint8_t* pool;         // [rows, 576]
+  int64_t count;
+  int64_t num_slots;
+  int32_t block_size;
+  float cache_scale;
+  Dtype dtype;
+};
+
+}  // namespace jax_dsv4::rocm
+
+#endif  // JAX_DSV4_ROCM_PARAMS_H_

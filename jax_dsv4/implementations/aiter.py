@@ -1,0 +1,182 @@
+"""AITER's persistent MLA decode kernels on ROCm, layout `"aiter_fp8"`; ffi/rocm has the other side.
+
+The kernels are AITER's own code objects, found where it is installed. q is quantised to e4m3fn with one scale for all of it on the
+device in the same call, and the cache is in the kernel's format already, so no step casts a cache. Each scope is a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_dsv4 import _ffi
+from jax_dsv4 import cache as kv
+from jax_dsv4.implementations import native
+from jax_dsv4.implementations._interface import Availability
+from jax_dsv4.plan import WorkPlan
+
+AMAX_BLOCKS = 64  # ffi/rocm/params.h
+
+
+class Choice(ctypes.Structure):
+    """dsv4_rocm_choice of ffi/rocm/handlers.cc: the kernel that a call runs."""
+
+    _fields_ = (
+        ("kernel_heads", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
+        ("reports_lse", ctypes.c_int32),
+        ("units", ctypes.c_int32),
+        ("kernarg_bytes", ctypes.c_int32),
+        ("architecture", ctypes.c_char * 32),
+        ("text", ctypes.c_char * 2048),
+    )
+
+    @property
+    def found(self) -> bool:
+        return self.kernel_heads > 0
+
+    def folds(self, heads: int) -> int:
+        """How many times the kernel runs over a token to cover its heads."""
+        return -(-heads // self.kernel_heads)
+
+
+@functools.cache
+def choose_kernel(heads: int, pool_bytes: int) -> Choice:
+    """The kernel for a call; not `found`, with the reason in `text`, if there is none."""
+    library, detail = _ffi.load_rocm()
+    choice = Choice()
+    if library is None:
+        choice.text = detail.encode()
+        return choice
+    library.dsv4_rocm_choose.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(Choice))
+    library.dsv4_rocm_choose(heads, pool_bytes, ctypes.byref(choice))
+    return choice
+
+
+class _AITER:
+    name = "aiter"
+    platforms: tuple[str, ...] = ("rocm",)
+    fuses = False
+
+    def availability(self) -> Availability:
+        choice = choose_kernel(16, 0)
+        if not choice.found:
+            return Availability(False, choice.text.decode())
+        own = _own_kernels(choice)
+        if not own.exists():
+            return Availability(False, f"{own} was not built; build the package where there is a clang with an AMDGPU target")
+        return Availability(True, f"{choice.text.decode()} on {choice.architecture.decode()}, {choice.units} units, {_planner()}")
+
+    def exportable(self) -> bool:
+        return False  # the sizes of plans and workspaces come from the device and the kernels found
+
+    def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
+        for cache in caches:
+            if cache.layout != "aiter_fp8":
+                return f"it reads layout 'aiter_fp8', and the cache's is {cache.layout!r}"
+        choice = choose_kernel(num_heads, max((cache.nbytes for cache in caches), default=0))
+        return None if choice.found else choice.text.decode()
+
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
+        geometry = _geometry(num_heads)
+        if _ffi.aiter_plan_builder() is None:
+            return native.plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")
+        return _aiters_plan(lengths[0], topks[0], geometry, choose_kernel(num_heads, 0).kernel_heads)
+
+    def decode(
+        self,
+        q: jax.Array,
+        scopes: Sequence[kv.Scope],
+        attn_sink: jax.Array | None,
+        scale: float,
+        work: WorkPlan | None,
+        out_dtype: jax.typing.DTypeLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        from jax_dsv4.merge import apply_attn_sink
+
+        assert work is not None
+        ((cache, indices, lengths),) = scopes
+        tokens, heads, _ = q.shape
+        topk = indices.shape[1]
+        choice = choose_kernel(heads, cache.nbytes)
+        workers = _geometry(heads).workers
+        folds = choice.folds(heads)
+        padded = folds * choice.kernel_heads
+        max_items = work.work_info_set.shape[0]
+        _, partials = native.plan_capacity(tokens, workers)
+        partials = max(1, min(partials, tokens * -(-topk // choice.tile))) + tokens + 1
+        u8, i32, f32 = jnp.uint8, jnp.int32, jnp.float32
+        shapes = (
+            (q.shape, out_dtype),  # out
+            ((tokens, heads), f32),  # lse
+            # The rest are workspaces; ffi/rocm/params.h says what is in them.
+            ((tokens, padded, kv.AITER_ROW_BYTES), u8),  # q_packed
+            ((tokens, max(topk, 1)), i32),  # rows
+            ((tokens, 3), i32),  # state
+            ((folds * workers + 1,), i32),  # own_indptr
+            ((folds * max_items, 8), i32),  # own_items
+            ((tokens * folds + 1,), i32),  # qo_indptr
+            ((4,), i32),  # work_pointers
+            ((2,), f32),  # scales
+            ((AMAX_BLOCKS,), f32),  # amax
+            ((partials, padded, kv.LATENT_DIM), f32),  # partial_out
+            ((partials, padded), f32),  # partial_lse
+        )
+        results = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
+        out, lse, *_ = jax.ffi.ffi_call("dsv4_aiter_decode", results)(
+            *(q, cache.data, indices, lengths, *work),
+            scale=np.float32(scale),
+            cache_scale=np.float32(cache.scale),
+            block_size=np.int32(cache.block_size),
+            workers=np.int32(workers),
+        )
+        return (out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)), lse
+
+    def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
+        call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
+        return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), cache_scale=np.float32(cache.scale))
+
+
+def _planner() -> str:
+    builder = _ffi.aiter_plan_builder()
+    return f"AITER's plan builder {builder}" if builder else "our own planner (python -m jax_dsv4.build_aiter compiles AITER's)"
+
+
+def _own_kernels(choice: Choice):  # type: ignore[no-untyped-def]
+    library = _ffi.find_library("libdsv4_rocm")
+    assert library is not None
+    return library.with_name(f"dsv4_{choice.architecture.decode()}.co")
+
+
+def _aiters_plan(lengths: jax.Array, topk: int, geometry: native.Geometry, kernel_heads: int) -> WorkPlan:
+    """From get_mla_metadata_v1. It gives an empty token an item of no keys, which decode's check of the items takes out."""
+    (tokens,) = lengths.shape
+    # What it reads besides: qo_indptr, kv_indptr, last_page_lens, and where it writes its two addresses, which nobody reads.
+    inputs = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens + 1, tokens + 1, tokens, 4)]
+    call = jax.ffi.ffi_call("dsv4_aiter_metadata_plan", (*native.plan_shapes(tokens), *inputs))
+    plan = call(
+        lengths,
+        topk=np.int32(topk),
+        units=np.int32(geometry.workers),
+        granularity=np.int32(geometry.granularity),
+        heads=np.int32(kernel_heads),
+    )
+    return WorkPlan(*plan[: len(WorkPlan._fields)])
+
+
+def _geometry(heads: int) -> native.Geometry:
+    """The plan's workers are shared out among the folds of a token: each runs the same plan."""
+    choice = choose_kernel(heads, 0)
+    # AITER's builder always plans for every unit.
+    sharing = 1 if _ffi.aiter_plan_builder() else choice.folds(heads)
+    workers = max(1, min(native.MAX_WORKERS, choice.units // sharing))
+    # An item costs 4,100 wave-instructions and 64 keys of 16 heads 1,374 (the wheel's kernel) or 693: three blocks' worth.
+    return native.Geometry(workers=workers, granularity=choice.tile, overhead=3)
+
+
+AITER = _AITER()

@@ -1,0 +1,196 @@
+"""AITER's persistent MLA kernels called by hand: where they are, their arguments packed, and what they should answer.
+
+This is the test's own reading of the ABI, independent of the handlers in ffi/rocm.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import struct
+
+import ml_dtypes
+import numpy as np
+
+ROW = 576  # bytes of a cache row and of a query head; the last 64 are zero
+LATENT = 512
+F8 = ml_dtypes.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase:
+    """A kernel: where it comes from, its file, its head count, and the keys that it works on at a time."""
+
+    source: str  # "wheel" or "tree"
+    name: str
+    heads: int
+    tile: int
+    kernarg_bytes: int
+    has_lse: bool  # writes the final LSE of an unsplit row
+
+    @property
+    def symbol(self) -> str:
+        return f"_ZN5aiter{len(self.name)}{self.name}E"
+
+
+KERNELS = (
+    KernelCase("wheel", "mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, 64, 288, False),
+    KernelCase("tree", "mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, 128, 384, False),
+    KernelCase("tree", "mla_a8w8_qh16_qseqlen1_gqaratio16_lse_ps", 16, 128, 384, True),
+    KernelCase("tree", "mla_a8w8_qh32_qseqlen1_gqaratio32_lse_ps", 32, 128, 304, False),
+    KernelCase("tree", "mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", 64, 64, 384, True),
+    KernelCase("tree", "mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", 128, 64, 384, True),
+)
+
+
+def wheel_directory() -> pathlib.Path | None:
+    """hsa/ of an installed amd-aiter, or of one unpacked where JAX_DSV4_AITER_WHEEL says. Nothing of it is imported."""
+    if named := os.environ.get("JAX_DSV4_AITER_WHEEL"):
+        return pathlib.Path(named) / "aiter_meta/hsa"
+    spec = importlib.util.find_spec("aiter_meta")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return pathlib.Path(next(iter(spec.submodule_search_locations))) / "hsa"
+
+
+def tree_directory() -> pathlib.Path | None:
+    """hsa/ of the AITER source tree that JAX_DSV4_AITER_SOURCE names."""
+    named = os.environ.get("JAX_DSV4_AITER_SOURCE")
+    return pathlib.Path(named) / "hsa" if named else None
+
+
+def find(case: KernelCase) -> pathlib.Path | None:
+    root = wheel_directory() if case.source == "wheel" else tree_directory()
+    path = root / "gfx950/mla" / f"{case.name}.co" if root else None
+    return path if path and path.exists() else None
+
+
+@dataclasses.dataclass
+class Problem:
+    q: np.ndarray  # fp8 [tokens, heads, 576]
+    kv: np.ndarray  # fp8 [slots, 576]
+    indices: np.ndarray  # int32 [tokens, topk]
+    lengths: np.ndarray  # int32 [tokens]
+    q_scale: float = 1.0
+    kv_scale: float = 1.0
+    scale: float = LATENT**-0.5
+
+
+def make_problem(rng, heads: int, lengths, topk: int, slots: int = 0, q_scale=0.02, kv_scale=0.015) -> Problem:
+    """Slot 0 is the zero row that padding lanes read; what no token attends to is NaN."""
+    lengths = np.asarray(lengths, np.int32)
+    slots = slots or int(max(lengths.max(initial=1), 1)) * 2 + 8
+
+    def pad(x):
+        return np.concatenate([x, np.zeros((*x.shape[:-1], ROW - LATENT))], -1).astype(F8)
+
+    q = pad(rng.normal(size=(len(lengths), heads, LATENT)) / q_scale)
+    kv = pad(rng.normal(size=(slots, LATENT)) / kv_scale)
+    indices = np.full((len(lengths), topk), 2**31 - 1, np.int32)  # garbage past the length
+    for t, n in enumerate(lengths):
+        indices[t, :n] = rng.choice(np.arange(1, slots), n, replace=False)
+    used = np.unique(np.concatenate([indices[t, :n] for t, n in enumerate(lengths)] + [[0]]).astype(int))
+    mask = np.ones(slots, bool)
+    mask[used] = False
+    kv[mask] = np.nan
+    kv[0] = 0
+    return Problem(q, kv, indices, lengths, q_scale, kv_scale)
+
+
+def reference(p: Problem):
+    """float64 attention on the rounded operands: out [tokens, heads, 512], lse [tokens, heads]."""
+    q = p.q.astype(np.float64) * p.q_scale
+    kv = p.kv.astype(np.float64) * p.kv_scale
+    out = np.zeros((*p.q.shape[:2], LATENT))
+    lse = np.full(p.q.shape[:2], -np.inf)
+    for t, n in enumerate(p.lengths):
+        if n:
+            keys = kv[p.indices[t, :n]]
+            scores = p.scale * q[t] @ keys.T
+            top = scores.max(-1, keepdims=True)
+            weights = np.exp(scores - top)
+            lse[t] = top[:, 0] + np.log(weights.sum(-1))
+            out[t] = weights @ keys[:, :LATENT] / weights.sum(-1, keepdims=True)
+    return out, lse
+
+
+@dataclasses.dataclass
+class Plan:
+    work_indptr: np.ndarray
+    work_info: np.ndarray
+    partials: list  # per token: rows of the partial buffers, or [] when unsplit
+
+
+def make_plan(p: Problem, workers: int, split_keys: int = 0, split_all: bool = False) -> Plan:
+    """Items dealt to workers in turn. Tokens longer than split_keys are cut; split_all gives every item a partial row."""
+    topk = p.indices.shape[1]
+    items, partials = [], []
+    rows = 0
+    for t, n in enumerate(p.lengths):
+        step = split_keys or max(int(n), 1)
+        cuts = [(a, min(a + step, int(n))) for a in range(0, int(n), step)]
+        mine = []
+        for a, b in cuts:
+            row = -1
+            if len(cuts) > 1 or split_all:
+                row, rows = rows, rows + 1
+                mine.append(row)
+            items.append([t, row, t, t + 1, t * topk + a, t * topk + b, int(n) - b, 0])
+        partials.append(mine)
+    order = [[k for k in range(len(items)) if k % workers == w] for w in range(workers)]
+    info = np.asarray([items[k] for worker in order for k in worker], np.int32).reshape(-1, 8)
+    indptr = np.concatenate([[0], np.cumsum([len(worker) for worker in order])]).astype(np.int32)
+    return Plan(indptr, info, partials)
+
+
+def run(gpu, case: KernelCase, p: Problem, plan: Plan, code: bytes | None = None):
+    """Launches the kernel; returns out fp32 and lse with partials combined in NumPy, NaN lse where the kernel gives none."""
+    tokens, heads = p.q.shape[:2]
+    rows = max(1, sum(map(len, plan.partials)))
+    function = gpu.function(code or find(case).read_bytes(), case.symbol)
+    buffers = {
+        "partial_out": np.full((rows, heads, LATENT), np.nan, np.float32),
+        "partial_lse": np.full((rows, heads), np.nan, np.float32),
+        "q": p.q.view(np.uint8),
+        "kv": p.kv.view(np.uint8),
+        "kv_indptr": np.concatenate([[0], np.cumsum(p.lengths)]).astype(np.int32),
+        "kv_indices": p.indices,
+        "last_page": np.ones(tokens, np.int32),
+        "qo_indptr": np.arange(tokens + 1, dtype=np.int32),
+        "work_indptr": plan.work_indptr,
+        "work_info": plan.work_info,
+        "out": np.full((tokens, heads, LATENT), np.nan).astype(ml_dtypes.bfloat16).view(np.uint16),
+        "lse": np.full((tokens, heads), np.nan, np.float32),
+        "q_scale": np.float32([p.q_scale]),
+        "kv_scale": np.float32([p.kv_scale]),
+    }
+    device = {name: gpu.array(value) for name, value in buffers.items()}
+    device["work"] = gpu.array(np.uint64([device["work_indptr"].pointer, device["work_info"].pointer]))
+    at = {name: b.pointer for name, b in device.items()}
+    arguments = pack(case, at, p, heads)
+    try:
+        gpu.launch(function, len(plan.work_indptr) - 1, 256, arguments)
+        result = {name: device[name].read() for name in ("partial_out", "partial_lse", "out", "lse")}
+    finally:
+        for b in device.values():
+            b.free()
+    out = result["out"].view(ml_dtypes.bfloat16).astype(np.float32)
+    lse = result["lse"]
+    for t, mine in enumerate(plan.partials):
+        if mine:
+            part = result["partial_lse"][mine]
+            top = part.max(0)
+            weights = np.exp(part - top)
+            lse[t] = top + np.log(weights.sum(0))
+            out[t] = (weights[..., None] * result["partial_out"][mine]).sum(0) / weights.sum(0)[:, None]
+    return out, lse
+
+
+def pack(case: KernelCase, at: dict, p: Problem, heads: int) -> bytes:
+    slots = [
+        at["partial_out"], at["partial_lse"], at["q"], at["kv"], at["kv_indptr"], at["kv_indices"], at["last_page"],
+        float(p.scale), heads, 1, heads * ROW, ROW, 0, at["qo_indptr"], at["work"], at["out"], at["q_scale"], at["kv_scale"],
+        1, at["lse"], 0, 1, 0, 0,
+    ]  # fmt: skip
+    packed = b"".join(struct.pack("<fxxxxxxxxxxxx", s) if isinstance(s, float) else struct.pack("<Qxxxxxxxx", s) for s in slots)
+    return packed[: case.kernarg_bytes]

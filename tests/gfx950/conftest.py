@@ -1,0 +1,88 @@
+import ctypes
+import os
+import shutil
+
+import pytest
+import software_gpu
+
+
+@pytest.fixture(scope="session")
+def shared_gpu():
+    if reason := software_gpu.missing():
+        pytest.skip(reason)
+    return software_gpu.SoftwareGpu()
+
+
+@pytest.fixture
+def gpu(shared_gpu):
+    shared_gpu.options()
+    shared_gpu.counters(), shared_gpu.hazards()
+    yield shared_gpu
+    shared_gpu.options()
+
+
+@pytest.fixture
+def assembler(gpu):
+    """Runs assembly over 64 lanes: run(body, inputs, outputs) with inputs in v10, v11, ... and results from v40, v41, ..."""
+    if not software_gpu.tool("clang"):
+        pytest.skip("assembling gfx950 needs clang with an AMDGPU target (Debian: apt install clang-22 lld-22)")
+
+    def run(body, inputs=(), outputs=1, waves=1, lds_bytes=4096):
+        return software_gpu.run_assembly(gpu, body, inputs, outputs, waves, lds_bytes)
+
+    return run
+
+
+@pytest.fixture(scope="session", params=["wheel", "tree"])
+def shared_rocm(request, shared_gpu, tmp_path_factory):
+    """The ROCm handlers over the software GPU of 8 units, with the kernels of AITER's wheel or of a source tree.
+
+    The library of handlers is a copy: its process-wide state (the HIP library, the kernels found) stays this fixture's own.
+    """
+    import aiter_kernel
+
+    from jax_dsv4 import _ffi
+
+    built = _ffi.find_library("libdsv4_rocm")
+    if built is None or not built.with_name("dsv4_gfx950.co").exists():
+        pytest.skip("libdsv4_rocm.so and dsv4_gfx950.co are not installed: install jax-dsv4 where clang-22 and lld-22 are")
+    hsa = aiter_kernel.wheel_directory() if request.param == "wheel" else aiter_kernel.tree_directory()
+    if hsa is None:
+        install = {"wheel": "pip install --no-deps amd-aiter", "tree": "name an AITER source tree in JAX_DSV4_AITER_SOURCE"}
+        pytest.skip(f"AITER's kernels are not here: {install[request.param]}")
+    copy = tmp_path_factory.mktemp("rocm") / "libdsv4_rocm.so"
+    shutil.copy(built, copy)
+    handlers = ctypes.CDLL(str(copy))
+    handlers.dsv4_rocm_directories(os.fsencode(hsa), os.fsencode(built.parent), os.fsencode(_ffi.aiter_plan_builder() or ""))
+    return handlers, copy
+
+
+@pytest.fixture
+def rocm(gpu, shared_rocm, monkeypatch):
+    """`implementation="aiter"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
+    import bridge
+    import jax
+
+    from jax_dsv4 import _ffi
+    from jax_dsv4.implementations import aiter
+
+    handlers, path = shared_rocm
+    monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
+    monkeypatch.setenv("GFX950_UNITS", "8")
+    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
+    monkeypatch.setattr(aiter.AITER, "platforms", ("cpu",))
+    aiter.choose_kernel.cache_clear()
+    connected = bridge.connect(path, software_gpu.library())
+    connected.bridge_replay(0)
+    yield connected
+    connected.bridge_replay(0)
+    aiter.choose_kernel.cache_clear()
+    jax.clear_caches()  # programs keep the sizes of the kernel that they were traced for
+
+
+@pytest.fixture
+def reports_lse(rocm):
+    """Whether the 16-head kernel writes the lse of unsplit rows itself."""
+    from jax_dsv4.implementations import aiter
+
+    return bool(aiter.choose_kernel(16, 0).reports_lse)

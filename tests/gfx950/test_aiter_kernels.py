@@ -1,0 +1,134 @@
+"""AITER's own code objects, unmodified, on hand-made plans, against float64 NumPy."""
+
+import aiter_kernel
+import numpy as np
+import pytest
+import software_gpu
+
+# P is cast to fp8 inside the kernel: three mantissa bits, so up to 2^-4 relative per weight and about 2 % of a row's
+# norm at worst; over 28 lengths the cosine never fell under 0.99974.
+COSINE = 0.999
+LSE_TOLERANCE = 1e-3
+
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
+
+
+@pytest.fixture(params=aiter_kernel.KERNELS, ids=lambda c: f"{c.source}-{c.name}")
+def kernel(request, gpu):
+    if not aiter_kernel.find(request.param):
+        pytest.skip(
+            "no amd-aiter here: pip install --no-deps amd-aiter, or name an unpacked wheel in JAX_DSV4_AITER_WHEEL"
+            if request.param.source == "wheel"
+            else "JAX_DSV4_AITER_SOURCE names no AITER source tree with this kernel"
+        )
+    return request.param
+
+
+@pytest.fixture
+def wheel_kernel(gpu):
+    case = aiter_kernel.KERNELS[0]
+    if not aiter_kernel.find(case):
+        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+    return case
+
+
+def check(out, lse, problem, cosine=COSINE):
+    want, want_lse = aiter_kernel.reference(problem)
+    for t, n in enumerate(problem.lengths):
+        assert np.isfinite(out[t]).all(), f"token {t} of length {n}"
+        norm = np.linalg.norm(out[t]) * np.linalg.norm(want[t])
+        assert (out[t] * want[t]).sum() / norm >= cosine, f"token {t} of length {n}"
+    if lse is not None:
+        np.testing.assert_allclose(lse, want_lse, atol=LSE_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("plan", [{}, {"split_keys": 48}, {"split_all": True}], ids=["unsplit", "split", "all-split"])
+def test_kernel(gpu, kernel, plan, record_property):
+    problem = aiter_kernel.make_problem(np.random.default_rng(0), kernel.heads, LENGTHS, topk=208)
+    out, lse = aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=3, **plan))
+    known = np.isfinite(lse)
+    assert known.all() == (kernel.has_lse or "split_all" in plan)
+    check(out, lse if known.all() else None, problem)
+
+
+def test_cost(gpu, kernel):
+    """Wave-instructions per (token, 16 heads, 64 keys) and what a work item costs besides: the cost model, printed."""
+    spent = {}
+    for keys in (128, 640):
+        problem = aiter_kernel.make_problem(np.random.default_rng(1), kernel.heads, [keys], topk=640)
+        gpu.counters()
+        aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=1))
+        spent[keys] = gpu.counters()
+    per = {k: (spent[640][k] - spent[128][k]) / 8 for k in ("instructions", "matrix", "bytes_read")}
+    fixed = spent[128]["instructions"] - 2 * per["instructions"]
+    print(
+        f"\n{kernel.source} {kernel.name}: {per['instructions'] / (kernel.heads / 16):.0f} wave-instructions per 16 heads and 64 keys "
+        f"({per['matrix']:.0f} matrix per tile of all heads), {fixed:.0f} per item; {per['bytes_read'] / 64:.0f} bytes read per key"
+    )
+    assert 0 < per["matrix"] < per["instructions"]
+
+
+# ---- Negative proof: what must not go unnoticed does not.
+
+
+def test_an_empty_item_ends_its_worker(gpu, kernel):
+    """Trap 1: the items behind an empty one are never computed. The planner must emit none."""
+    problem = aiter_kernel.make_problem(np.random.default_rng(2), kernel.heads, [20, 20, 20], topk=32)
+    plan = aiter_kernel.make_plan(problem, workers=1)
+    plan.work_info[1, 5] = plan.work_info[1, 4]  # kv_end = kv_start
+    out, _ = aiter_kernel.run(gpu, kernel, problem, plan)
+    assert np.isfinite(out[0]).all()
+    assert np.isnan(out[1:]).all()
+
+
+def test_a_broken_plan_is_caught(gpu, kernel):
+    problem = aiter_kernel.make_problem(np.random.default_rng(3), kernel.heads, [20, 20], topk=32)
+    plan = aiter_kernel.make_plan(problem, workers=1)
+    plan.work_info[0, 4:6] = [1 << 24, (1 << 24) + 20]  # keys that do not exist
+    with pytest.raises(software_gpu.HipError, match="is not live"):
+        aiter_kernel.run(gpu, kernel, problem, plan)
+
+
+def test_an_invalid_slot_is_caught(gpu, kernel):
+    """Trap 2: -1 inside the range is read as an address."""
+    problem = aiter_kernel.make_problem(np.random.default_rng(4), kernel.heads, [20, 20], topk=32)
+    problem.indices[0, 3] = -1
+    with pytest.raises(software_gpu.HipError, match="is not live"):
+        aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=1))
+
+
+def test_a_nan_in_row_0_is_caught(gpu, kernel):
+    """Padding lanes of the last tile read row 0, whoever owns it."""
+    problem = aiter_kernel.make_problem(np.random.default_rng(5), kernel.heads, [20], topk=32)
+    problem.kv[0, 7] = np.nan
+    out, _ = aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=1))
+    assert np.isnan(out).any()
+
+
+def test_missing_padding_is_caught(gpu, wheel_kernel):
+    """Trap 3: rows of 512 instead of 576 are read shifted, and the last one past the end."""
+    problem = aiter_kernel.make_problem(np.random.default_rng(6), 16, [8], topk=8, slots=9)
+    problem.kv = np.ascontiguousarray(problem.kv[:, :512])
+    with pytest.raises(software_gpu.HipError, match="is not live"):
+        aiter_kernel.run(gpu, wheel_kernel, problem, aiter_kernel.make_plan(problem, workers=1))
+
+
+def test_weak_waits_are_found(gpu, wheel_kernel):
+    """The wheel's kernel passes two barriers with LDS writes still under way: lgkmcnt(4) where 2 is needed."""
+    gpu.options(hazards=True)
+    problem = aiter_kernel.make_problem(np.random.default_rng(7), 16, [300], topk=300)
+    aiter_kernel.run(gpu, wheel_kernel, problem, aiter_kernel.make_plan(problem, workers=1))
+    weak = [h for h in gpu.hazards() if "would have to be lgkmcnt(2)" in h]
+    assert {address for h in weak for address in ("0x3AB8", "0x4E18") if f"lgkmcnt(4) at {address}" in h} == {"0x3AB8", "0x4E18"}
+
+
+def test_scheduling_matters(gpu):
+    """The 64-head kernel is right only if loads take their time: it reads registers that a load under way will overwrite."""
+    case = next(c for c in aiter_kernel.KERNELS if c.heads == 64)
+    if not aiter_kernel.find(case):
+        pytest.skip("JAX_DSV4_AITER_SOURCE names no AITER source tree with this kernel")
+    gpu.options(lds_latency=0, vm_latency=0)
+    problem = aiter_kernel.make_problem(np.random.default_rng(8), 64, [300], topk=300)
+    out, _ = aiter_kernel.run(gpu, case, problem, aiter_kernel.make_plan(problem, workers=1))
+    with pytest.raises(AssertionError):
+        check(out, None, problem)

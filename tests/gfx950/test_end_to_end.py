@@ -1,0 +1,411 @@
+"""jax_dsv4 with implementation="aiter", under jit, through the handlers that we ship and AITER's own kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi
+
+LATENT = 512
+COSINE = 0.999
+LSE_TOLERANCE = 1e-3
+
+
+def make_cache(rng, slots, block_size=16, scale=0.02):
+    """Appended through the handler under test; slots past `slots` hold NaN."""
+    cache = dsv4.KVCache.create(-(-slots // block_size) + 1, block_size, "aiter_fp8", scale=scale)
+    latents = rng.normal(size=(cache.num_slots, LATENT)).astype(np.float32)
+    latents[slots:] = np.nan
+    where = jnp.asarray(rng.permutation(cache.num_slots), jnp.int32)
+    return jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter"))(cache, jnp.asarray(latents)[where], where)
+
+
+def make_scope(rng, cache, slots, lengths, topk, holes=0.0):
+    indices = rng.integers(0, slots, (len(lengths), topk)).astype(np.int32)
+    indices[rng.random(indices.shape) < holes] = rng.choice([-1, 2**30, -(2**31)])
+    for t, n in enumerate(lengths):
+        indices[t, max(n, 0) :] = slots  # NaN rows, past the length
+    return dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths, jnp.int32))
+
+
+def reference(q, scopes, sink=None, round_q=True):
+    """float64, on q rounded as the handler rounds it (or as it is) and the cache as it is stored."""
+    q = np.asarray(q, np.float64)
+    step = np.float32(np.abs(q).max() / 448)
+    codes = (np.asarray(q, np.float32) * (np.float32(1) / step)).astype(jnp.float8_e4m3fn)
+    q = codes.astype(np.float64) * np.float64(step) if round_q else q
+    tokens, heads, _ = q.shape
+    out, lse = np.zeros(q.shape), np.full((tokens, heads), -np.inf)
+    pools = [np.asarray(dsv4.dequantize(cache), np.float64) for cache, _, _ in scopes]
+    for t in range(tokens):
+        keys = []
+        for pool, (_, indices, lengths) in zip(pools, scopes):
+            row = np.asarray(indices)[t, : max(int(lengths[t]), 0)]
+            keys.append(pool[row[(row >= 0) & (row < len(pool))]])
+        keys = np.concatenate(keys)
+        if len(keys):
+            scores = q[t] @ keys.T * LATENT**-0.5
+            top = scores.max(-1)
+            weights = np.exp(scores - top[:, None])
+            lse[t] = top + np.log(weights.sum(-1))
+            total = weights.sum(-1) + (0 if sink is None else np.exp(np.asarray(sink, np.float64) - top))
+            out[t] = weights @ keys / total[:, None]
+    return out, lse
+
+
+def check(got, want):
+    (out, lse), (want_out, want_lse) = [np.asarray(x, np.float64) for x in got], want
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    for t in range(len(out)):
+        if np.isneginf(want_lse[t]).all():
+            assert (out[t] == 0).all()
+            continue
+        assert np.isfinite(out[t]).all(), f"token {t}"
+        cosine = (out[t] * want_out[t]).sum() / np.linalg.norm(out[t]) / np.linalg.norm(want_out[t])
+        assert cosine >= COSINE, f"token {t}: cosine {cosine}"
+    finite = np.isfinite(want_lse)
+    np.testing.assert_allclose(lse[finite], want_lse[finite], atol=LSE_TOLERANCE, rtol=0)
+
+
+@jax.jit
+def attend(q, scopes, sink=None, plan=None):
+    return dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, plan=plan, implementation="aiter", return_lse=True)
+
+
+def plan_for(scopes, heads):
+    lengths, topks = [s.lengths for s in scopes], [s.indices.shape[1] for s in scopes]
+    extra = {"extra_topk": topks[1]} if len(scopes) > 1 else {}
+    return dsv4.plan_decode(*lengths, num_heads=heads, swa_topk=topks[0], **extra, implementation="aiter")
+
+
+def make_q(rng, tokens, heads, dtype=jnp.bfloat16):
+    return jnp.asarray(rng.normal(size=(tokens, heads, LATENT)), dtype)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 16, 32, 40, 64, 128])
+def test_heads(rocm, heads):
+    """Native head counts, folded ones, and padded ones."""
+    rng = np.random.default_rng(heads)
+    cache = make_cache(rng, 100)
+    scope = make_scope(rng, cache, 100, [0, 70, 33], 70)
+    q = make_q(rng, 3, heads)
+    check(attend(q, (scope,)), reference(q, [scope]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_two_scopes_and_sink(rocm, dtype):
+    """Each scope is a call; JAX merges them and applies the sink. One scope or both may be empty."""
+    rng = np.random.default_rng(1)
+    swa = make_scope(rng, make_cache(rng, 60, block_size=8), 60, [0, 17, 0, 20, 1], 20)
+    extra = make_scope(rng, make_cache(rng, 200, block_size=64, scale=0.05), 200, [0, 0, 40, 130, 65], 130)
+    q, sink = make_q(rng, 5, 16, dtype), jnp.asarray(rng.normal(size=16), jnp.float32)
+    out = attend(q, (swa, extra), sink)
+    assert out[0].dtype == dtype
+    check(out, reference(q, [swa, extra], sink))
+
+
+LENGTHS = [1, 15, 0, 16, 17, 0, 0, 64, 65, 127, 128, 129, 150]
+
+
+def test_lengths(rocm):
+    """Empty tokens between full ones, first and last; lengths beyond topk and below zero are clamped."""
+    rng = np.random.default_rng(2)
+    cache = make_cache(rng, 160)
+    lengths = [-3, *LENGTHS, 10**9, 0]
+    scope = make_scope(rng, cache, 160, np.clip(lengths, 0, 150), 150)
+    q = make_q(rng, len(lengths), 16)
+    want = reference(q, [scope])
+    check(attend(q, (scope._replace(lengths=jnp.asarray(lengths, jnp.int32)),)), want)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40], ids=lambda n: f"{n} tokens")
+def test_split_and_unsplit(rocm, tokens):
+    """8 units: one token is split over all of them, 40 are mostly whole."""
+    rng = np.random.default_rng(3)
+    cache = make_cache(rng, 700)
+    scope = make_scope(rng, cache, 700, rng.integers(300, 600, tokens), 600)
+    q = make_q(rng, tokens, 16)
+    work = plan_for([scope], 16).work[0]
+    split = int((np.diff(work.reduce_indptr) > 0).sum())
+    assert split == 1 if tokens == 1 else tokens < 8 or split < tokens
+    check(attend(q, (scope,)), reference(q, [scope]))
+
+
+def test_holes(rocm):
+    """Slots that name no row of the cache are passed over: some of a token's, all of a work item's, all of a token's."""
+    rng = np.random.default_rng(4)
+    cache = make_cache(rng, 100)
+    scope = make_scope(rng, cache, 100, [90, 600, 600, 30, 5], 600, holes=0.3)
+    indices = np.array(scope.indices)
+    indices[1, :] = -1
+    indices[2, 20:] = cache.num_slots
+    indices[4, :5] = [-1, 3, -1, -7, cache.num_slots - 1 + 1]
+    scope = scope._replace(indices=jnp.asarray(indices))
+    q = make_q(rng, 5, 16)
+    check(attend(q, (scope,)), reference(q, [scope]))
+
+
+def test_same_bits_every_time(rocm):
+    rng = np.random.default_rng(5)
+    cache = make_cache(rng, 300)
+    scope = make_scope(rng, cache, 300, [300, 5, 200], 300)
+    q = make_q(rng, 3, 32)
+    first = attend(q, (scope,))
+    for _ in range(3):
+        for got, want in zip(attend(q, (scope,)), first):
+            np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+def test_nan_reaches_its_own_token_only(rocm):
+    rng = np.random.default_rng(6)
+    cache = make_cache(rng, 100)
+    scope = make_scope(rng, cache, 100, [40, 40, 40], 40)
+    q = make_q(rng, 3, 16).at[1, 3, 7].set(jnp.nan)
+    (out, lse), clean = attend(q, (scope,)), attend(q.at[1].set(0), (scope,))
+    assert np.isnan(out[1, 3]).all()
+    assert np.isnan(lse[1, 3])
+    assert not np.isnan(np.delete(np.asarray(lse), 1, 0)).any()
+    assert not np.isnan(np.asarray(lse)[1, 4:]).any()
+    np.testing.assert_array_equal(np.asarray(out[0], np.float32), np.asarray(clean[0][0], np.float32))
+
+
+def test_plan_for_other_lengths_is_noticed(rocm):
+    """Rows of tokens whose length is another are NaN; the others are right."""
+    rng = np.random.default_rng(7)
+    cache = make_cache(rng, 100)
+    scope = make_scope(rng, cache, 100, [30, 64, 0, 9], 64)
+    q = make_q(rng, 4, 16)
+    stale = plan_for([scope._replace(lengths=jnp.asarray([30, 63, 1, 9], jnp.int32))], 16)
+    out, lse = attend(q, (scope,), None, stale)
+    assert np.isnan(np.asarray(lse[1:3])).all()
+    assert np.isnan(np.asarray(out[1:3], np.float32)).all()
+    want = reference(q, [scope])
+    check((out[jnp.array([0, 3])], lse[jnp.array([0, 3])]), (want[0][[0, 3]], want[1][[0, 3]]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_corrupt_plan_never_faults(rocm, gpu, seed):
+    """Any int32 in the plan: the software GPU checks every access of every kernel, and tokens not covered are NaN."""
+    rng = np.random.default_rng(100 + seed)
+    cache = make_cache(rng, 100)
+    scope = make_scope(rng, cache, 100, [30, 150, 0, 9], 150)
+    q = make_q(rng, 4, 16)
+    plan = plan_for([scope], 16)
+
+    def corrupt(x):
+        x = np.array(x)
+        at = rng.random(x.shape) < 0.2
+        values = rng.choice([-1, -(2**31), 2**31 - 1, 0, 7, 150, 600], x.shape)
+        return jnp.asarray(np.where(at, values, x).astype(np.int32))
+
+    work = plan.work[0]
+    broken = [work._replace(**{name: corrupt(getattr(work, name))}) for name in work._fields]
+    for one in [*broken, type(work)(*map(corrupt, work))]:
+        attend(q, (scope,), None, dsv4.DecodePlan((one,), plan.made_for))
+
+
+def test_planner_is_the_common_one(rocm):
+    """The HIP planner against the same plan.h on the CPU."""
+    from jax_dsv4.implementations import native
+
+    if not native.CPU.availability().available:
+        pytest.skip(native.CPU.availability().detail)
+    rng = np.random.default_rng(8)
+    for tokens in (1, 5, 300):
+        lengths = jnp.asarray(rng.integers(-2, 700, tokens) * (rng.random(tokens) < 0.8), jnp.int32)
+        for geometry in (native.Geometry(8, 64, 3), native.Geometry(256, 16, 16), native.Geometry(1, 128, 0)):
+            ours = native.plan_call([lengths], [600], geometry, target="dsv4_aiter_plan")
+            cpu = native.plan_call([lengths], [600], geometry)
+            for name, a, b in zip(ours._fields, ours, cpu):
+                np.testing.assert_array_equal(a, b, err_msg=f"{name} of {tokens} tokens, {geometry}")
+
+
+# ---- Capture: the bridge captures every call, so what is forbidden there has failed already. Here: replay.
+
+
+def test_replay_sees_new_lengths_and_values(rocm, gpu):
+    """A decode loop whose graphs are captured once: the plan is rebuilt in the same buffers for new lengths, the cache grows, and a
+    replay answers for what the buffers hold now. (AITER's own metadata pointers go stale when a buffer moves.)"""
+    rng = np.random.default_rng(9)
+    steps, heads, topk = 6, 16, 80
+    latents = jnp.asarray(rng.normal(size=(steps, LATENT)), jnp.bfloat16)
+    q = jnp.asarray(rng.normal(size=(steps, 2, heads, LATENT)), jnp.bfloat16)
+    start = make_cache(rng, 40)
+    indices = jnp.asarray(rng.permutation(topk)[None].repeat(2, 0) % start.num_slots, jnp.int32)
+
+    def step(cache, i):
+        cache = dsv4.append(cache, jax.lax.dynamic_slice_in_dim(latents, i, 1), i[None], implementation="aiter")
+        lengths = jnp.stack([7 * i + 30, jnp.where(i % 2, 0, 80 - i)]).astype(jnp.int32)
+        scope = dsv4.Scope(cache, indices, lengths)
+        plan = dsv4.plan_decode(lengths, num_heads=heads, swa_topk=topk, implementation="aiter")
+        return cache, dsv4.sparse_mla_decode(q[i], scope, plan=plan, implementation="aiter", return_lse=True)
+
+    loop = jax.jit(lambda cache: jax.lax.scan(step, cache, jnp.arange(steps)))
+    _, want = jax.block_until_ready(loop(start))
+    rocm.bridge_replay(1)
+    _, got = jax.block_until_ready(loop(start))
+    assert rocm.bridge_replayed() >= 3 * (steps - 2)  # XLA's buffers settle in the first rounds
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_nothing_forbidden_under_capture(rocm, gpu):
+    rng = np.random.default_rng(10)
+    cache = make_cache(rng, 50)
+    scope = make_scope(rng, cache, 50, [30], 30)
+    gpu.counters()
+    jax.block_until_ready(attend(make_q(rng, 1, 16), (scope,)))
+    counters = gpu.counters()
+    assert counters["calls_refused_under_capture"] == 0
+    assert counters["launches_under_capture"] == counters["launches"]
+    # plan, amax, q, slots, items, AITER's, combine; AITER's planner has a kernel of ours before and after it.
+    assert counters["launches"] == (9 if _ffi.aiter_plan_builder() else 7)
+
+
+def test_buffers_may_move(rocm):
+    """The same program on other buffers: no address is kept from one call to the next."""
+    rng = np.random.default_rng(11)
+    for _ in range(3):
+        cache = make_cache(rng, 50)
+        scope = make_scope(rng, cache, 50, [30, 0, 8], 30)
+        q = make_q(rng, 3, 16)
+        check(attend(q, (scope,)), reference(q, [scope]))
+
+
+# ---- Cache.
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_append_writes_the_bytes_of_plain_jax(rocm, dtype):
+    """Saturation, NaN, subnormals; slots that are invalid; of equal slots the last."""
+    rng = np.random.default_rng(12)
+    latents = rng.normal(size=(40, LATENT)) * np.exp(rng.normal(size=(40, 1)) * 3)
+    latents[3, :4] = [np.nan, np.inf, -np.inf, 1e30]
+    latents = jnp.asarray(latents, dtype)
+    slots = jnp.asarray(np.where(rng.random(40) < 0.2, -1, rng.integers(0, 35, 40)), jnp.int32)
+    cache = dsv4.KVCache.create(4, 8, "aiter_fp8", scale=0.03)
+    ours = dsv4.append(cache, latents, slots, implementation="aiter")
+    plain = dsv4.append(cache, latents, slots, implementation="xla")
+    np.testing.assert_array_equal(ours.data, plain.data)
+    assert (np.asarray(ours.data[0]) == 0).all()
+    assert (np.asarray(ours.data[..., LATENT:]) == 0).all()
+
+
+def test_plain_jax_reads_the_layout():
+    """Any platform: "xla" on the same bytes, q not rounded; slot 0 is the first row after the block of zeros."""
+    rng = np.random.default_rng(15)
+    cache = dsv4.KVCache.create(4, 8, "aiter_fp8", scale=0.02)
+    latents = jnp.asarray(rng.normal(size=(32, LATENT)), jnp.float32)
+    cache = dsv4.append(cache, latents, jnp.arange(32, dtype=jnp.int32), implementation="xla")
+    np.testing.assert_allclose(dsv4.dequantize(cache), latents, rtol=2**-4, atol=0.02 * 2**-10)
+    assert (np.asarray(cache.data[0]) == 0).all()
+    assert cache.num_slots == 32
+    scope = dsv4.Scope(cache, jnp.asarray([[0, 31, -1, 32, 5]], jnp.int32), jnp.asarray([5], jnp.int32))
+    q = make_q(rng, 1, 16, jnp.float32)
+    got = dsv4.sparse_mla_decode(q, scope, implementation="xla", return_lse=True)
+    check(got, reference(q, [scope], round_q=False))
+
+
+def test_append_donates(rocm):
+    append = jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter"), donate_argnums=0)
+    cache = dsv4.KVCache.create(4, 8, "aiter_fp8")
+    text = append.lower(cache, jnp.zeros((2, LATENT)), jnp.zeros(2, jnp.int32)).compile().as_text()
+    assert not [line for line in text.splitlines() if " copy(" in line and "u8[5,8,576]" in line]
+
+
+def test_vmap_over_caches(rocm):
+    rng = np.random.default_rng(13)
+    caches = [make_cache(rng, 30) for _ in range(2)]
+    scopes = [make_scope(rng, c, 30, [20, 7], 20, holes=0.2) for c in caches]
+    # A slot past one's own cache is a hole, though another cache lies there.
+    scopes[0] = scopes[0]._replace(indices=scopes[0].indices.at[0, :3].set(caches[0].num_slots))
+    q = make_q(rng, 4, 16).reshape(2, 2, 16, LATENT)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *scopes)
+    out, lse = jax.vmap(lambda q, s: dsv4.sparse_mla_decode(q, s, implementation="aiter", return_lse=True))(q, stacked)
+    scale_of_all = jnp.max(jnp.abs(q))
+    for k in range(2):
+        # One scale serves all of q: give each entry the batch's largest number in a token of its own.
+        padded = jnp.concatenate([q[k], jnp.full((1, 16, LATENT), scale_of_all)])
+        scope = scopes[k]._replace(
+            indices=jnp.concatenate([scopes[k].indices, scopes[k].indices[:1]]),
+            lengths=jnp.concatenate([scopes[k].lengths, jnp.zeros(1, jnp.int32)]),
+        )
+        want = reference(padded, [scope])
+        check((out[k], lse[k]), (want[0][:2], want[1][:2]))
+
+
+# ---- Refusals, each with its reason.
+
+
+def test_other_layouts_are_refused(rocm):
+    cache = dsv4.KVCache.create(4, 64)
+    scope = dsv4.Scope(cache, jnp.zeros((1, 8), jnp.int32))
+    with pytest.raises(NotImplementedError, match="it reads layout 'aiter_fp8', and the cache's is 'fp8_ds_mla'"):
+        dsv4.sparse_mla_decode(jnp.zeros((1, 16, LATENT)), scope, implementation="aiter")
+
+
+def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, reports_lse):
+    from jax_dsv4.implementations import aiter
+
+    choice = aiter.choose_kernel(16, 2**32)
+    assert choice.found == reports_lse  # the wheel's kernel wraps, the newer ones do not
+    if not choice.found:
+        cache = dsv4.KVCache(jax.ShapeDtypeStruct((2**17, 64, 576), jnp.uint8), block_size=64, layout="aiter_fp8")
+        assert "wraps at 4 GiB" in aiter.AITER.unsupported(16, (cache,))
+
+
+def test_kernel_choice(rocm, reports_lse):
+    from jax_dsv4.implementations import aiter
+
+    chosen = {heads: (c.kernel_heads, c.folds(heads), c.tile) for heads in (1, 16, 48, 64, 128) if (c := aiter.choose_kernel(heads, 0))}
+    if reports_lse:
+        assert chosen == {1: (16, 1, 128), 16: (16, 1, 128), 48: (16, 3, 128), 64: (64, 1, 64), 128: (128, 1, 64)}
+    else:
+        assert chosen == {1: (16, 1, 64), 16: (16, 1, 64), 48: (16, 3, 64), 64: (16, 4, 64), 128: (16, 8, 64)}
+
+
+def test_handler_checks_in_the_words_of_python(rocm):
+    call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct((2, 8, 512), jnp.uint8))
+    with pytest.raises(
+        Exception, match=r"append: cache must have shape \(1 \+ num_blocks, block_size, 576\) = \(\*, 8, 576\), got \(2, 8, 512\)"
+    ):
+        call(
+            jnp.zeros((2, 8, 512), jnp.uint8),
+            jnp.zeros((1, 512)),
+            jnp.zeros(1, jnp.int32),
+            block_size=np.int32(8),
+            cache_scale=np.float32(1),
+        )
+
+
+def test_cost_of_a_call(rocm, gpu):
+    """Launches, instructions, traffic and imbalance of a decode: a cost model for changes to plan and layout. Printed."""
+    rng = np.random.default_rng(14)
+    cache = make_cache(rng, 700)
+    lengths = rng.integers(100, 640, 24)
+    scope = make_scope(rng, cache, 700, lengths, 640)
+    q = make_q(rng, 24, 16)
+    jax.block_until_ready(attend(q, (scope,)))
+    gpu.counters()
+    jax.block_until_ready(attend(q, (scope,)))
+    c = gpu.counters()
+    keys = int(lengths.sum())
+    by_kernel = {name.removeprefix("kernel:"): n for name, n in c.items() if name.startswith("kernel:")}
+    aiter = sum(n for name, n in by_kernel.items() if "aiter" in name)
+    print(f"\n24 tokens, {keys} keys, 16 heads, 8 units: {c['launches']} launches, {c['instructions']} wave-instructions:")
+    for name, n in sorted(by_kernel.items(), key=lambda item: -item[1]):
+        print(f"  {n:8} {name}")
+    print(f"  AITER's kernel: {64 * aiter / keys:.0f} per 64 keys of 16 heads")
+    print(f"  {c['bytes_read'] / keys:.0f} bytes read per key (a row is 576), {c['bytes_written'] / 24:.0f} written per token")
+    assert c["bytes_read"] < 3 * 576 * keys
+
+
+def test_doctor(rocm, capsys):
+    from jax_dsv4 import doctor
+
+    doctor.main()
+    text = capsys.readouterr().out
+    assert "16 heads: 1 x 16 heads" in text
+    assert "\n  aiter  ok: cosine 0.999" in text

@@ -1,0 +1,299 @@
+"""Instructions that are easy to get wrong, each against NumPy. What is pinned here was learnt from AITER's kernels."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import software_gpu
+
+F8 = ml_dtypes.float8_e4m3fn
+LANES = np.arange(64, dtype=np.uint32)
+
+
+def fp8_matrix(rng, *shape):
+    return rng.integers(-8, 9, shape).astype(np.float32).astype(F8)
+
+
+def registers(matrix, per_lane, rows):
+    """[rows, k] fp8 -> per_lane // 4 registers: lane l holds row l % rows, columns per_lane * (l // rows) and on."""
+    lanes = np.stack([matrix[lane % rows, per_lane * (lane // rows) :][:per_lane] for lane in range(64)])
+    return [np.ascontiguousarray(lanes[:, 4 * r : 4 * r + 4]).view(np.uint32).ravel() for r in range(per_lane // 4)]
+
+
+@pytest.mark.parametrize(("name", "m", "k"), [
+    ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32),
+    ("v_mfma_f32_16x16x128_f8f6f4", 16, 128),
+    ("v_mfma_f32_32x32x64_f8f6f4", 32, 64),
+])  # fmt: skip
+def test_matrix_layout(assembler, name, m, k):
+    rng = np.random.default_rng(0)
+    a, b = fp8_matrix(rng, m, k), fp8_matrix(rng, k, m)
+    per_lane, out = m * k // 64, m * m // 64
+    n = per_lane // 4
+    inputs = registers(a, per_lane, m) + registers(np.ascontiguousarray(b.T), per_lane, m)
+    operands = f"v[{10}:{9 + n}], v[{10 + n}:{9 + 2 * n}]"
+    body = f"{name} v[40:{39 + out}], {operands}, 0\n s_nop 15\n {name} v[40:{39 + out}], {operands}, v[40:{39 + out}]"
+    d = assembler(body, inputs, out).view(np.float32)
+    want = 2 * a.astype(np.float32) @ b.astype(np.float32)
+    for r in range(out):
+        for lane in range(64):
+            assert d[r, lane] == want[8 * (r // 4) + 4 * (lane // m) + r % 4, lane % m]
+
+
+def test_transposing_lds_read(assembler):
+    """In 16 lanes, lane 2r + h supplies row r, bytes 8h .. 8h + 7; lane c receives column c."""
+    rows = np.random.default_rng(1).integers(0, 256, (4, 8, 16)).astype(np.uint8)  # four groups of 16 lanes
+    words = rows.reshape(64, 2, 4).view(np.uint32).reshape(64, 2)
+    body = """v_lshlrev_b32 v3, 3, v0
+      ds_write_b32 v3, v10
+      ds_write_b32 v3, v11 offset:4
+      s_waitcnt lgkmcnt(0)
+      ds_read_b64_tr_b8 v[40:41], v3
+      s_waitcnt lgkmcnt(0)"""
+    out = assembler(body, [words[:, 0], words[:, 1]], 2)
+    received = np.ascontiguousarray(out.T).view(np.uint8).reshape(4, 16, 8)
+    np.testing.assert_array_equal(received, rows.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("row", [16, 32])
+def test_permlane_swap(assembler, row):
+    a, b = LANES, LANES + 100
+    body = f"v_mov_b32 v40, v10\n v_mov_b32 v41, v11\n s_nop 4\n v_permlane{row}_swap_b32 v40, v41"
+    x, y = assembler(body, [a, b], 2)
+    upper = (LANES & row) != 0
+    np.testing.assert_array_equal(x, np.where(upper, b[LANES ^ row], a))
+    np.testing.assert_array_equal(y, np.where(upper, b, a[LANES ^ row]))
+
+
+@pytest.mark.parametrize(("control", "source"), [
+    ("row_newbcast:5", lambda lane: (lane & ~15) | 5),
+    ("quad_perm:[3,0,2,1]", lambda lane: (lane & ~3) | [3, 0, 2, 1][lane & 3]),
+    ("row_ror:3", lambda lane: (lane & ~15) | (lane - 3) & 15),
+    ("row_mirror", lambda lane: lane ^ 15),
+    ("row_half_mirror", lambda lane: lane ^ 7),
+])  # fmt: skip
+def test_dpp(assembler, control, source):
+    (out,) = assembler(f"v_mov_b32_dpp v40, v10 {control} row_mask:0xf bank_mask:0xf", [LANES + 7])
+    np.testing.assert_array_equal(out, [source(lane) + 7 for lane in range(64)])
+
+
+def test_dpp_without_a_source(assembler):
+    """row_shr beyond the row: no write without bound_ctrl, 0 with it. row_mask leaves whole rows alone."""
+    body = """v_mov_b32 v40, 99
+      v_mov_b32 v41, 99
+      s_nop 4
+      v_mov_b32_dpp v40, v10 row_shr:2 row_mask:0xf bank_mask:0xf
+      v_mov_b32_dpp v41, v10 row_shr:2 row_mask:0x5 bank_mask:0xf bound_ctrl:0"""
+    kept, zeroed = assembler(body, [LANES], 2)
+    np.testing.assert_array_equal(kept, np.where(LANES % 16 < 2, 99, LANES - 2))
+    np.testing.assert_array_equal(zeroed, np.where(LANES // 16 % 2, 99, np.where(LANES % 16 < 2, 0, LANES - 2)))
+
+
+def test_conversion_to_fp8(assembler):
+    rng = np.random.default_rng(2)
+    x = np.concatenate(
+        [[0.0, -0.0, 448.0, 463.0, 465.0, 2**-9, 2**-10, 3 * 2**-10, 0.0155, np.nan, -np.inf, 1.0625], rng.normal(size=52) * 30]
+    )
+    y = rng.normal(size=64) * 0.05
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    body = """v_mov_b32 v40, 0x11223344
+      v_cvt_pk_fp8_f32 v40, v10, v11 op_sel:[0,0,1]
+      v_mov_b32 v41, 0x11223344
+      v_cvt_pk_fp8_f32 v41, v10, v11"""
+    high, low = assembler(body, [x, y], 2)
+    pair = x.astype(F8).view(np.uint8).astype(np.uint32) | y.astype(F8).view(np.uint8).astype(np.uint32) << 8
+    # NaN's sign is the hardware's own business.
+    nan = ~np.isfinite(x.astype(F8).astype(np.float32))
+    np.testing.assert_array_equal(np.where(nan, 0, high), np.where(nan, 0, pair << 16 | 0x3344))
+    np.testing.assert_array_equal(np.where(nan, 0, low), np.where(nan, 0, 0x11220000 | pair))
+    assert np.isnan((high >> 16 & 0xFF).astype(np.uint8).view(F8).astype(np.float32)[nan]).all()
+
+
+def test_conversion_to_bf16(assembler):
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(2, 64)).astype(np.float32)
+    x[:3] = [np.inf, -0.0, 1 + 2**-8]  # a tie goes to even
+    (out,) = assembler("v_cvt_pk_bf16_f32 v40, v10, v11", [x, y])
+    want = np.stack([x, y], -1).astype(ml_dtypes.bfloat16).view(np.uint16)
+    np.testing.assert_array_equal(out.view(np.uint16).reshape(64, 2), want)
+
+
+def test_byte_permute(assembler):
+    """Selectors 0-3 take bytes of the second source, 4-7 of the first, 12 is zero, 13 and above are 0xff."""
+    (out,) = assembler("s_mov_b32 s20, 0x0d0c0701\n v_perm_b32 v40, v10, v11, s20", [LANES + 0x44332200, LANES + 0xAABBCC00])
+    want = [0xFF << 24 | 0x44 << 8 | 0xCC for _ in LANES]
+    np.testing.assert_array_equal(out, want)
+
+
+def test_relative_register_numbers(assembler):
+    """s_set_gpr_idx_on adds to the first source's number, through M0, until off."""
+    body = """s_mov_b32 s20, 1
+      s_set_gpr_idx_on s20, gpr_idx(SRC0)
+      v_add_u32_e32 v40, v10, v10
+      s_set_gpr_idx_off
+      v_add_u32_e32 v41, v10, v10"""
+    shifted, plain = assembler(body, [LANES, LANES + 1000], 2)
+    np.testing.assert_array_equal(shifted, 2 * LANES + 1000)
+    np.testing.assert_array_equal(plain, 2 * LANES)
+
+
+def test_packed_fma_with_a_scalar_pair(assembler):
+    a, b, c, d = np.random.default_rng(4).normal(size=(4, 64)).astype(np.float32)
+    body = """s_mov_b32 s20, 2.0
+      s_mov_b32 s21, 0.5
+      v_pk_fma_f32 v[40:41], v[10:11], s[20:21], v[12:13]
+      v_pk_mul_f32 v[42:43], v[10:11], v[12:13] op_sel:[1,0] op_sel_hi:[0,1] neg_lo:[1,0]"""
+    low, high, crossed_low, crossed_high = assembler(body, [a, b, c, d], 4).view(np.float32)
+    np.testing.assert_array_equal(low, a * np.float32(2) + c)
+    np.testing.assert_array_equal(high, b * np.float32(0.5) + d)
+    np.testing.assert_array_equal(crossed_low, -b * c)
+    np.testing.assert_array_equal(crossed_high, a * d)
+
+
+def test_max_ignores_nan(assembler):
+    x = np.where(LANES % 3 == 0, np.nan, LANES).astype(np.float32)
+    (out,) = assembler("v_max3_f32 v40, v10, v11, v11", [x, np.full(64, 5, np.float32)])
+    np.testing.assert_array_equal(out.view(np.float32), np.fmax(x, 5))
+
+
+def test_masked_lanes_keep_their_value(assembler):
+    body = """v_mov_b32 v40, 7
+      v_cmp_gt_u32 vcc, 20, v10
+      s_and_saveexec_b64 s[20:21], vcc
+      v_mov_b32 v40, v10
+      v_cmp_lt_u32 s[22:23], 10, v10
+      s_mov_b64 exec, s[20:21]
+      v_mov_b32 v41, s22
+      v_mov_b32 v42, s23"""
+    value, low, high = assembler(body, [LANES], 3)
+    np.testing.assert_array_equal(value, np.where(LANES < 20, LANES, 7))
+    assert low[0] == sum(1 << lane for lane in range(11, 20))
+    assert high[0] == 0
+
+
+def test_buffer_bounds(assembler):
+    """Without an index, num_records counts bytes: dwords out of range load 0 and their stores vanish."""
+    body = """s_mov_b32 s8, s6
+      s_and_b32 s9, s7, 0xffff
+      s_mov_b32 s10, 40
+      s_mov_b32 s11, 0x20000
+      v_mov_b32 v3, 1
+      buffer_store_dword v3, v1, s[8:11], 0 offen
+      s_waitcnt vmcnt(0)
+      v_lshlrev_b32 v4, 2, v0
+      buffer_load_dwordx2 v[40:41], v4, s[8:11], 0 offen
+      s_waitcnt vmcnt(0)"""
+    low, high = assembler(body, [LANES], 2)
+    np.testing.assert_array_equal(low, LANES < 10)
+    np.testing.assert_array_equal(high, LANES < 9)
+
+
+@pytest.mark.parametrize("load", [
+    "buffer_load_dword v1, s[8:11], 0 offen offset:4 lds",
+    "global_load_lds_dword v1, s[4:5] offset:4",
+])  # fmt: skip
+def test_direct_to_lds(assembler, load):
+    """The instruction's offset counts on both sides: the memory address and M0's LDS address."""
+    body = f"""s_mov_b32 s8, s4
+      s_and_b32 s9, s5, 0xffff
+      s_mov_b32 s10, 512
+      s_mov_b32 s11, 0x20000
+      s_mov_b32 m0, 64
+      s_nop 4
+      {load}
+      s_waitcnt vmcnt(0)
+      ds_read_b32 v40, v1 offset:68
+      s_waitcnt lgkmcnt(0)"""
+    (out,) = assembler(body, [LANES, LANES + 64])
+    np.testing.assert_array_equal(out, LANES + 1)
+
+
+def test_data_arrive_late(assembler):
+    """A load that is not waited for has not happened yet; after the wait it has."""
+    body = """v_mov_b32 v40, 5
+      global_load_dword v40, v1, s[4:5]
+      v_mov_b32 v41, v40
+      s_waitcnt vmcnt(0)
+      v_mov_b32 v42, v40"""
+    landed, early, late = assembler(body, [LANES + 100], 3)
+    assert (early == 5).all()
+    np.testing.assert_array_equal(late, LANES + 100)
+    np.testing.assert_array_equal(landed, LANES + 100)
+
+
+def test_hazard_mode_names_the_weak_wait(gpu, assembler):
+    gpu.options(hazards=True)
+    body = """ds_write_b32 v1, v10
+      s_waitcnt lgkmcnt(0)
+      ds_read_b32 v40, v1
+      ds_read_b32 v41, v1
+      s_waitcnt lgkmcnt({wait})
+      v_mov_b32 v42, v40
+      s_waitcnt lgkmcnt(0)"""
+    assembler(body.format(wait=1), [LANES], 3)
+    assert gpu.hazards() == []
+    assembler(body.format(wait=2), [LANES], 3)
+    (hazard,) = gpu.hazards()
+    assert "v40 used at" in hazard
+    assert "the wait lgkmcnt(2)" in hazard
+    assert "would have to be lgkmcnt(1)" in hazard
+
+
+def test_hazard_mode_sees_lds_races(gpu, assembler):
+    gpu.options(hazards=True)
+    body = """v_xor_b32 v3, 0x100, v1
+      ds_write_b32 v1, v10
+      {guard}
+      ds_read_b32 v40, v3
+      s_waitcnt lgkmcnt(0)"""
+    inputs = [np.arange(128, dtype=np.uint32)]
+    for guard, found in [
+        ("s_waitcnt lgkmcnt(0)\n s_barrier", None),
+        ("s_waitcnt lgkmcnt(0)", "without a barrier between"),
+        ("s_barrier", "no lgkmcnt wait lies between"),
+    ]:
+        assembler(body.format(guard=guard), inputs, waves=2)
+        hazards = gpu.hazards()
+        assert (found in hazards[0]) if found else not hazards
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ("v_mov_b32 v2, 0x400000\n global_load_dword v40, v2, s[4:5]", "read of .* is not live"),
+    ("v_mov_b32 v2, 0x400000\n global_store_dword v2, v1, s[6:7]", "write to .* is not live"),
+    ("s_load_dword s20, s[4:5], 0xff000", "read of .* is not live"),
+    ("v_mov_b32 v2, 4096\n ds_read_b32 v40, v2", "LDS address 4096 of lane 0 is outside"),
+    ("global_store_dword v1, v0, s[0:1]", "write to read-only"),
+    ("v_sin_f32 v40, v0", "unknown instruction v_sin_f32"),
+    ("s_trap 2", "trapped"),
+])  # fmt: skip
+def test_faults_say_what_happened(assembler, body, message):
+    with pytest.raises(software_gpu.HipError, match=message):
+        assembler(body)
+
+
+def test_compiled_kernel(gpu, assembler):
+    """What clang makes of a reduction with divergence, LDS, division and 64-bit addresses."""
+    source = """
+    #define GLOBAL __attribute__((global, amdgpu_flat_work_group_size(256, 256)))
+    extern "C" GLOBAL void mean_of_positive(const float* x, float* out, int n) {
+      __attribute__((shared)) static float sums[256];
+      __attribute__((shared)) static int counts[256];
+      const int t = __builtin_amdgcn_workitem_id_x();
+      const float* row = x + (long)__builtin_amdgcn_workgroup_id_x() * n;
+      float sum = 0; int count = 0;
+      for (int k = t; k < n; k += 256) if (row[k] > 0) sum += row[k], ++count;
+      sums[t] = sum; counts[t] = count;
+      for (int step = 128; step; step >>= 1) {
+        __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+        __builtin_amdgcn_s_barrier();
+        __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+        if (t < step) sums[t] += sums[t + step], counts[t] += counts[t + step];
+      }
+      if (t == 0) out[__builtin_amdgcn_workgroup_id_x()] = sums[0] / counts[0];
+    }"""
+    gpu.options(hazards=True)
+    x = np.random.default_rng(5).normal(size=(3, 1000)).astype(np.float32)
+    a, b = gpu.array(x), gpu.array(np.zeros(3, np.float32))
+    code = software_gpu.compile_hip(source)
+    gpu.launch(gpu.function(code, "mean_of_positive"), 3, 256, np.uint64([a.pointer, b.pointer]).tobytes() + np.int32(1000).tobytes())
+    np.testing.assert_allclose(b.read(), [r[r > 0].mean() for r in x], rtol=1e-6)
+    assert gpu.hazards() == []  # the compiler's waits are right, and the detector does not cry wolf
