@@ -259,7 +259,7 @@ def test_hazard_mode_sees_lds_races(gpu, assembler):
 @pytest.mark.parametrize(("body", "message"), [
     ("v_mov_b32 v2, 0x400000\n global_load_dword v40, v2, s[4:5]", "read of .* is not live"),
     ("v_mov_b32 v2, 0x400000\n global_store_dword v2, v1, s[6:7]", "write to .* is not live"),
-    ("s_load_dword s20, s[4:5], 0xff000", "read of .* is not live"),
+    ("s_add_u32 s4, s4, 0x400000\n s_addc_u32 s5, s5, 0\n s_load_dword s20, s[4:5], 0x0", "read of .* is not live"),
     ("v_mov_b32 v2, 4096\n ds_read_b32 v40, v2", "LDS address 4096 of lane 0 is outside"),
     ("global_store_dword v1, v0, s[0:1]", "write to read-only"),
     ("v_sin_f32 v40, v0", "unknown instruction v_sin_f32"),
