@@ -32,13 +32,16 @@ def build(name: str, sources, flags=()) -> pathlib.Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The bridge, its targets registered."""
     bridge = ctypes.CDLL(str(build("xla_bridge", [pathlib.Path(__file__).parent / "xla_bridge.cc"])))
     bridge.bridge_connect.restype = ctypes.c_char_p
     bridge.bridge_replayed.restype = ctypes.c_int64
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(f"dsv4_aiter_{name}", jax.ffi.pycapsule(getattr(bridge, f"on_cpu_{name}")), platform="cpu")
     return bridge
+
+
+@functools.cache
+def register() -> None:
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(f"dsv4_aiter_{name}", jax.ffi.pycapsule(getattr(load(), f"on_cpu_{name}")), platform="cpu")
 
 
 def connect(handlers: pathlib.Path, gpu_library: pathlib.Path) -> ctypes.CDLL:
@@ -46,4 +49,5 @@ def connect(handlers: pathlib.Path, gpu_library: pathlib.Path) -> ctypes.CDLL:
     bridge = load()
     if reason := bridge.bridge_connect(os.fsencode(handlers), os.fsencode(gpu_library)):
         raise RuntimeError(reason.decode())
+    register()  # XLA asks a target for its traits at once, and the answer is the handler's
     return bridge
