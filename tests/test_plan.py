@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 
+import aiter_plans
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aiter_plans import Plan
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +22,6 @@ LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-ARRAYS = ("work_indptr", "work_info_set", "reduce_indptr", "reduce_final_map", "reduce_partial_map")
-AITER_OVERHEAD = 16
-Plan = dict[str, np.ndarray]
 
 
 @functools.cache
@@ -50,7 +47,7 @@ def make_plan(lengths: list[np.ndarray], topks: tuple[int, ...], geometry: Geome
 
 
 def assert_same_plan(got: Plan, want: Plan) -> None:
-    for name in ARRAYS:
+    for name in aiter_plans.ARRAYS:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
@@ -88,37 +85,17 @@ def assert_sound(plan: Plan, lengths: np.ndarray, stride: int, geometry: Geometr
     assert (np.diff(cost[indptr]) <= share).all()
 
 
-def aiter_cases() -> list[tuple[dict, Plan]]:
-    data = np.load(Path(__file__).parent / "data" / "aiter_plans.npz")
-    names = ("lengths", *ARRAYS)
-    arrays, at, cases = {name: data[name] for name in names}, dict.fromkeys(names, 0), []
-    for case in json.loads(str(data["cases_json"])):
-        plan = {}
-        for name, rows in zip(names, case["sizes"]):
-            columns = {"work_info_set": 8, "reduce_final_map": 2}.get(name, 1)
-            flat = arrays[name][at[name] : at[name] + rows * columns]
-            plan[name] = flat.reshape(columns, rows).T if columns > 1 else flat
-            at[name] += rows * columns
-        plan["lengths"] = np.minimum(plan["lengths"], case["topk"])
-        cases.append((case, plan))
-    return cases
-
-
-AITER = aiter_cases()
-
-
 def aiter_geometry(case: dict) -> Geometry:
-    split = case["max_split_per_batch"]
-    return Geometry(min(case["M"], split * case["tokens"]) if split > 0 else case["M"], case["kv_granularity"], AITER_OVERHEAD)
+    return Geometry(aiter_plans.active_workers(case), case["kv_granularity"], aiter_plans.OVERHEAD)
 
 
-@pytest.mark.parametrize("workers", sorted({case["M"] for case, _ in AITER}))
+@pytest.mark.parametrize("workers", sorted({case["M"] for case, _ in aiter_plans.load()}))
 def test_aiter_plans(workers: int) -> None:
     """Where no token is empty, the very arrays. AITER gives an empty token an item, and its cost: we leave it out."""
-    for case, want in AITER:
+    for case, want in aiter_plans.load():
         if case["M"] != workers:
             continue
-        geometry, lengths = aiter_geometry(case), want["lengths"]
+        geometry, lengths = aiter_geometry(case), np.minimum(want["lengths"], case["topk"])
         got = make_plan([lengths], (case["topk"],), geometry, workers)
         assert_sound(got, lengths, case["topk"], geometry, workers)
         if (lengths > 0).all():
@@ -142,8 +119,8 @@ def without_empty(plan: Plan, kept: np.ndarray, stride: int) -> Plan:
 
 
 def test_aiter_cases_are_all_there() -> None:
-    assert len(AITER) == 275
-    assert sum(bool((plan["lengths"] > 0).all()) for _, plan in AITER) == 225
+    assert len(aiter_plans.load()) == 275
+    assert sum(bool((plan["lengths"] > 0).all()) for _, plan in aiter_plans.load()) == 225
 
 
 LENGTHS = st.one_of(st.integers(0, 70), st.integers(0, 3000), st.sampled_from([0, 0, 0, 1, INT_MIN, -5, INT_MAX, 10**9, 64, 128]))
@@ -213,7 +190,7 @@ def test_no_tokens() -> None:
 def test_fewer_items_than_aiter_on_small_batches(tokens: int, length: int) -> None:
     """Each item reads whole tiles of 64 keys and each partial is merged: AITER's cuts at 16 keys for 256 workers cost both."""
     lengths = np.full(tokens, length)
-    ours, theirs = native.CPU.geometry, Geometry(256, 16, AITER_OVERHEAD)
+    ours, theirs = native.CPU.geometry, Geometry(256, 16, aiter_plans.OVERHEAD)
     mine = make_plan([lengths], (length,), ours, ours.workers)
     aiter = make_plan([lengths], (length,), theirs, theirs.workers)
     assert len(mine["work_info_set"]) < len(aiter["work_info_set"])

@@ -22,6 +22,20 @@ def gpu(shared_gpu):
 
 
 @pytest.fixture
+def table(record_property):
+    """table(title, lines) prints at the end of the run, from whichever process of pytest-xdist it comes."""
+    return lambda title, lines: record_property("table", "\n".join((title, *lines)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for r in terminalreporter.stats.get("passed", ()) if r.when == "call"]
+    texts = [text for r in sorted(reports, key=lambda r: r.nodeid) for name, text in r.user_properties if name == "table"]
+    if texts:
+        terminalreporter.section("cost model, from the software gfx950")
+        terminalreporter.write_line("\n\n".join(texts))
+
+
+@pytest.fixture
 def assembler(gpu):
     """Runs assembly over 64 lanes: run(body, inputs, outputs) with inputs in v10, v11, ... and results from v40, v41, ..."""
     if not software_gpu.tool("clang"):

@@ -6,6 +6,7 @@
 //
 // Environment: GFX950_UNITS (compute units, 256), GFX950_DEVICES (1), GFX950_HAZARDS=1 and GFX950_EXACT_LGKM=1
 // (machine.h).
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -61,12 +62,18 @@ struct hipGraphExec {
 
 namespace {
 
+// All launches of a kernel together.
+struct KernelCost {
+  Counters counters;
+  // Instructions, had every workgroup of a launch taken as many as its busiest: over `instructions`, the imbalance.
+  uint64_t if_all_were_the_busiest = 0;
+};
+
 struct Runtime {
   std::recursive_mutex mutex;
   Memory memory;
   Counters counters;
-  std::vector<uint64_t> last_by_workgroup;
-  std::map<std::string, uint64_t> instructions_by_kernel;
+  std::map<std::string, KernelCost> by_kernel;
   std::map<std::string, uint64_t> hazards;
   std::string message;                                       // of the last fault
   std::map<std::string, std::shared_ptr<Program>> programs;  // by content: a code object is disassembled once
@@ -163,14 +170,10 @@ Error launch_now(const ihipModuleSymbol_t& f, const uint32_t grid[3], const uint
     fprintf(stderr, "%s\n", fault.what());
     error = kErrorIllegalAddress;
   }
-  Counters& sum = r.counters;
-  const Counters& one = launch.counters;
-  for (int k = 0; k < static_cast<int>(Class::kCount); ++k) sum.by_class[k] += one.by_class[k];
-  sum.instructions += one.instructions, sum.workgroups += one.workgroups, sum.launches += one.launches;
-  sum.bytes_read += one.bytes_read, sum.bytes_written += one.bytes_written;
-  sum.lds_bytes_read += one.lds_bytes_read, sum.lds_bytes_written += one.lds_bytes_written;
-  r.instructions_by_kernel[f.kernel->name] += one.instructions;
-  r.last_by_workgroup = launch.instructions_by_workgroup;
+  KernelCost& cost = r.by_kernel[f.kernel->name];
+  for (Counters* sum : {&r.counters, &cost.counters}) *sum += launch.counters;
+  const auto& work = launch.instructions_by_workgroup;
+  if (!work.empty()) cost.if_all_were_the_busiest += work.size() * *std::max_element(work.begin(), work.end());
   for (auto& [text, times] : launch.hazards) r.hazards[f.kernel->name + ": " + text] += times;
   return error;
 }
@@ -681,19 +684,22 @@ HIP const char* gfx950_counters(int reset) {
       << c.lds_bytes_read << "\nlds_bytes_written " << c.lds_bytes_written << "\nlaunches_under_capture "
       << runtime().launches_under_capture << "\ncalls_refused_under_capture " << runtime().calls_refused_under_capture
       << "\n";
-  for (auto& [name, instructions] : runtime().instructions_by_kernel)
-    out << "kernel:" << name << " " << instructions << "\n";
-  if (reset) runtime().instructions_by_kernel.clear();
   if (reset) c = Counters(), runtime().launches_under_capture = runtime().calls_refused_under_capture = 0;
   text = out.str();
   return text.c_str();
 }
-// Instructions of each workgroup of the last launch.
-HIP const char* gfx950_workgroups() {
+// One line per kernel: name, launches, workgroups, instructions, what these would be if each workgroup were the busiest
+// of its launch, bytes read, bytes written.
+HIP const char* gfx950_kernels(int reset) {
   Lock lock(runtime().mutex);
   static std::string text;
   std::ostringstream out;
-  for (uint64_t n : runtime().last_by_workgroup) out << n << "\n";
+  for (auto& [name, cost] : runtime().by_kernel) {
+    const Counters& c = cost.counters;
+    out << name << " " << c.launches << " " << c.workgroups << " " << c.instructions << " "
+        << cost.if_all_were_the_busiest << " " << c.bytes_read << " " << c.bytes_written << "\n";
+  }
+  if (reset) runtime().by_kernel.clear();
   text = out.str();
   return text.c_str();
 }

@@ -117,6 +117,14 @@ struct Counters {
   uint64_t by_class[static_cast<int>(Class::kCount)] = {};
   uint64_t instructions = 0, workgroups = 0, launches = 0;
   uint64_t bytes_read = 0, bytes_written = 0, lds_bytes_read = 0, lds_bytes_written = 0;
+
+  Counters& operator+=(const Counters& other) {
+    for (int k = 0; k < static_cast<int>(Class::kCount); ++k) by_class[k] += other.by_class[k];
+    instructions += other.instructions, workgroups += other.workgroups, launches += other.launches;
+    bytes_read += other.bytes_read, bytes_written += other.bytes_written;
+    lds_bytes_read += other.lds_bytes_read, lds_bytes_written += other.lds_bytes_written;
+    return *this;
+  }
 };
 
 struct Workgroup;

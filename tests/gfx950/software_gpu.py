@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import typing
 
 import numpy as np
 
@@ -105,12 +106,33 @@ class Buffer:
             self.pointer = None
 
 
+class KernelCost(typing.NamedTuple):
+    """All launches of a kernel together."""
+
+    launches: int
+    workgroups: int
+    instructions: int  # of waves
+    if_all_were_the_busiest: int  # instructions, had every workgroup of a launch taken as many as its busiest
+    bytes_read: int  # of global memory, by kernels
+    bytes_written: int
+
+    @property
+    def busiest(self) -> float:
+        """Instructions of the busiest workgroup of a launch."""
+        return self.if_all_were_the_busiest / self.workgroups
+
+    @property
+    def imbalance(self) -> float:
+        """The same over the mean."""
+        return self.if_all_were_the_busiest / self.instructions
+
+
 class SoftwareGpu:
     """The stand-in runtime, loaded. Every HIP call that fails raises HipError with what the software GPU has to say."""
 
     def __init__(self):
         self.lib = ctypes.CDLL(str(library()))
-        for name in ("gfx950_message", "gfx950_counters", "gfx950_workgroups", "gfx950_hazards", "gfx950_not_modelled", "hipGetErrorName"):
+        for name in ("gfx950_message", "gfx950_counters", "gfx950_kernels", "gfx950_hazards", "gfx950_not_modelled", "hipGetErrorName"):
             getattr(self.lib, name).restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments) -> None:
@@ -145,9 +167,10 @@ class SoftwareGpu:
         lines = self.lib.gfx950_counters(int(reset)).decode().splitlines()
         return {name: int(value) for name, value in (line.split() for line in lines)}
 
-    def workgroups(self) -> list[int]:
-        """Wave-instructions of each workgroup of the last launch."""
-        return [int(line) for line in self.lib.gfx950_workgroups().decode().split()]
+    def kernels(self, reset: bool = True) -> dict[str, "KernelCost"]:
+        """What was launched, by the kernels' names."""
+        lines = [line.split() for line in self.lib.gfx950_kernels(int(reset)).decode().splitlines()]
+        return {name: KernelCost(*map(int, numbers)) for name, *numbers in lines}
 
     def hazards(self, reset: bool = True) -> list[str]:
         return self.lib.gfx950_hazards(int(reset)).decode().splitlines()

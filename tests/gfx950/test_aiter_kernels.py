@@ -43,7 +43,7 @@ def check(out, lse, problem, cosine=COSINE):
 
 
 @pytest.mark.parametrize("plan", [{}, {"split_keys": 48}, {"split_all": True}], ids=["unsplit", "split", "all-split"])
-def test_kernel(gpu, kernel, plan, record_property):
+def test_kernel(gpu, kernel, plan):
     problem = aiter_kernel.make_problem(np.random.default_rng(0), kernel.heads, LENGTHS, topk=208)
     out, lse = aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=3, **plan))
     known = np.isfinite(lse)
@@ -51,8 +51,8 @@ def test_kernel(gpu, kernel, plan, record_property):
     check(out, lse if known.all() else None, problem)
 
 
-def test_cost(gpu, kernel):
-    """Wave-instructions per (token, 16 heads, 64 keys) and what a work item costs besides: the cost model, printed."""
+def test_cost(gpu, kernel, table):
+    """Wave-instructions per (token, 16 heads, 64 keys) and what a work item costs besides. Printed."""
     spent = {}
     for keys in (128, 640):
         problem = aiter_kernel.make_problem(np.random.default_rng(1), kernel.heads, [keys], topk=640)
@@ -61,11 +61,17 @@ def test_cost(gpu, kernel):
         spent[keys] = gpu.counters()
     per = {k: (spent[640][k] - spent[128][k]) / 8 for k in ("instructions", "matrix", "bytes_read")}
     fixed = spent[128]["instructions"] - 2 * per["instructions"]
-    print(
-        f"\n{kernel.source} {kernel.name}: {per['instructions'] / (kernel.heads / 16):.0f} wave-instructions per 16 heads and 64 keys "
-        f"({per['matrix']:.0f} matrix per tile of all heads), {fixed:.0f} per item; {per['bytes_read'] / 64:.0f} bytes read per key"
+    folds = kernel.heads / 16
+    table(
+        f"{kernel.name} of AITER's {kernel.source}",
+        [
+            f"  {per['instructions'] / folds:6.0f} wave-instructions per 64 keys and 16 heads, {per['matrix'] / folds:.0f} of them matrix",
+            f"  {fixed:6.0f} per work item besides",
+            f"  {per['bytes_read'] / 64:6.0f} bytes read per key (a row is 576)",
+        ],
     )
     assert 0 < per["matrix"] < per["instructions"]
+    assert per["bytes_read"] / 64 < 2 * 576
 
 
 # ---- Negative proof: what must not go unnoticed does not.

@@ -380,26 +380,54 @@ def test_handler_checks_in_the_words_of_python(rocm):
         )
 
 
-def test_cost_of_a_call(rocm, gpu):
-    """Launches, instructions, traffic and imbalance of a decode: a cost model for changes to plan and layout. Printed."""
+@pytest.mark.parametrize(("units", "lengths"), [(32, [600]), (32, [600, 130, 64]), (8, [*range(100, 580, 20)])],
+                         ids=["1 token", "3 tokens", "24 tokens"])  # fmt: skip
+def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
+    """Launches, instructions, imbalance and traffic of a decode: a cost model against which changes to plan and layout can be judged
+    without hardware. The same on a plan of AITER's granularity, which cuts small batches into fractions of tiles. Printed."""
+    from jax_dsv4.implementations import aiter, native
+
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+    monkeypatch.setenv("GFX950_UNITS", str(units))
+    aiter.choose_kernel.cache_clear()
     rng = np.random.default_rng(14)
-    cache = make_cache(rng, 700)
-    lengths = rng.integers(100, 640, 24)
-    scope = make_scope(rng, cache, 700, lengths, 640)
-    q = make_q(rng, 24, 16)
-    jax.block_until_ready(attend(q, (scope,)))
-    gpu.counters()
-    jax.block_until_ready(attend(q, (scope,)))
-    c = gpu.counters()
-    keys = int(lengths.sum())
-    by_kernel = {name.removeprefix("kernel:"): n for name, n in c.items() if name.startswith("kernel:")}
-    aiter = sum(n for name, n in by_kernel.items() if "aiter" in name)
-    print(f"\n24 tokens, {keys} keys, 16 heads, 8 units: {c['launches']} launches, {c['instructions']} wave-instructions:")
-    for name, n in sorted(by_kernel.items(), key=lambda item: -item[1]):
-        print(f"  {n:8} {name}")
-    print(f"  AITER's kernel: {64 * aiter / keys:.0f} per 64 keys of 16 heads")
-    print(f"  {c['bytes_read'] / keys:.0f} bytes read per key (a row is 576), {c['bytes_written'] / 24:.0f} written per token")
-    assert c["bytes_read"] < 3 * 576 * keys
+    topk = 2560  # so that there are partial rows enough for any granularity
+    scope = make_scope(rng, make_cache(rng, 700), 700, lengths, topk)
+    q = make_q(rng, len(lengths), 16)
+    plan = plan_for([scope], 16)
+    fine = native.plan_call([scope.lengths], [topk], native.Geometry(units, granularity=16, overhead=16), target="dsv4_aiter_plan")
+
+    def cost_on(plan):
+        gpu.kernels()
+        check(attend(q, (scope,), None, plan), reference(q, [scope]))
+        return {("AITER's" if "aiter" in name else name): cost for name, cost in gpu.kernels().items()}
+
+    cost, fine_cost = cost_on(plan), cost_on(dsv4.DecodePlan((fine,), plan.made_for))
+    kernel, fine_kernel = cost["AITER's"], fine_cost["AITER's"]
+    combine, fine_combine = cost["dsv4_combine"], fine_cost["dsv4_combine"]
+    keys, tile = sum(lengths), aiter.choose_kernel(16, 0).tile
+    items, fine_items = (int(work.work_indptr[-1]) for work in (plan.work[0], fine))
+    lines = [f"  {'':16} workgroups  wave-instructions  busiest over mean  KiB read  written"]
+    for name, c in cost.items():
+        kib = f"{c.bytes_read / 1024:8.1f} {c.bytes_written / 1024:8.1f}"
+        lines.append(f"  {name:16} {c.workgroups:10} {c.instructions:18} {c.imbalance:18.2f}  {kib}")
+    total = sum(c.instructions for c in cost.values())
+    lines += [
+        f"  {len(cost)} launches, {total} wave-instructions; AITER's: {64 * kernel.instructions / keys:.0f} per 64 keys, all included",
+        f"  {kernel.bytes_read / keys:.0f} bytes read per key by AITER's kernel; a row is 576",
+        f"  at AITER's granularity: {fine_items} items instead of {items}, {fine_kernel.instructions} wave-instructions in its kernel, "
+        f"{fine_kernel.busiest:.0f} instead of {kernel.busiest:.0f} in the busiest workgroup,",
+        f"    {fine_combine.bytes_read / 1024:.1f} KiB read by combine",
+    ]
+    table(f"a decode of {len(lengths)} tokens, {keys} keys, 16 heads, {units} units, tiles of {tile} keys", lines)
+    assert all(c.launches == 1 for c in cost.values())
+    assert kernel.bytes_read < 5 * 576 * keys  # a whole tile is fetched ahead of an item's last
+    # At the end of a full tile the kernel fetches one more: 12 %.
+    assert kernel.busiest < 1.2 * fine_kernel.busiest
+    if units > 8:
+        assert items < fine_items
+        assert kernel.instructions < fine_kernel.instructions
+        assert combine.bytes_read < fine_combine.bytes_read
 
 
 def test_doctor(rocm, capsys):

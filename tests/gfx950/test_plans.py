@@ -1,29 +1,17 @@
-"""Our planner, asked for AITER's granularity, against plans that AITER's own builder made (data/aiter_plans.npz).
-
-The plans were made from ROCm/aiter e404860 (get_mla_metadata_v1, fast mode, sparse, fp8), its kernel executed in software. They are
-results, not code. A test here runs our HIP planner on the software GPU.
+"""Our planner on the software GPU, asked for AITER's granularity, against plans that AITER's own builder made (tests/data), and that
+builder itself. tests/test_plan.py compares the same planner with all of the plans on the CPU.
 """
 
-import itertools
-import json
-import pathlib
-
+import aiter_plans
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-ARRAYS = ("lengths", "work_indptr", "work_info_set", "reduce_indptr", "reduce_final_map", "reduce_partial_map")
-# The cost of an item in AITER's builder, in blocks.
-OVERHEAD = 16
+PLANS = [(case, plan) for case, plan in aiter_plans.load() if case["heads"] == 16]  # its plans do not depend on heads
 
 
-def load():
-    with np.load(pathlib.Path(__file__).parent / "data/aiter_plans.npz") as data:
-        cases = json.loads(str(data["cases_json"]))
-        return [(c, {name: data[f"c{c['id']:03d}_{name}"] for name in ARRAYS}) for c in cases]
-
-
-PLANS = load()
+def has_empty(plan):
+    return bool((plan["lengths"] == 0).any())
 
 
 def describe(case):
@@ -35,16 +23,10 @@ def name_of(parameter):
     return describe(parameter) if "id" in parameter else ""
 
 
-def active_workers(case):
-    """max_split_per_batch bounds the number of workers that get any work."""
-    bound = case["max_split_per_batch"] * case["tokens"]
-    return case["M"] if bound < 0 else min(case["M"], bound)
-
-
 def ours(case, aiter, granularity, overhead):
     from jax_dsv4.implementations import native
 
-    geometry = native.Geometry(active_workers(case), granularity, overhead)
+    geometry = native.Geometry(aiter_plans.active_workers(case), granularity, overhead)
     work = native.plan_call([jnp.asarray(aiter["lengths"])], [case["topk"]], geometry, workers=case["M"], target="dsv4_aiter_plan")
     return {name: np.asarray(value) for name, value in work._asdict().items()}
 
@@ -69,10 +51,10 @@ def check_coverage(plan, case, lengths):
     np.testing.assert_array_equal(np.sort(partials), np.arange(len(partials)))
 
 
-@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if p[0]["zero_items"] == 0], ids=name_of)
+@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if not has_empty(p[1])], ids=name_of)
 def test_equal_where_aiters_is_well_defined(rocm, case, aiter):
     """No token is empty: item for item the same plan."""
-    plan = ours(case, aiter, case["kv_granularity"], OVERHEAD)
+    plan = ours(case, aiter, case["kv_granularity"], aiter_plans.OVERHEAD)
     np.testing.assert_array_equal(plan["work_indptr"], aiter["work_indptr"])
     np.testing.assert_array_equal(items(plan, case), aiter["work_info_set"])
     np.testing.assert_array_equal(plan["reduce_indptr"], aiter["reduce_indptr"])
@@ -82,38 +64,51 @@ def test_equal_where_aiters_is_well_defined(rocm, case, aiter):
     check_coverage(plan, case, aiter["lengths"])
 
 
-@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if p[0]["zero_items"] > 0], ids=name_of)
+@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if has_empty(p[1])], ids=name_of)
 def test_empty_tokens_get_no_item(rocm, case, aiter):
     """Where AITER emits an item for every empty token, which ends the worker that meets it, ours emits none."""
-    assert (aiter["work_info_set"][:, 4] == aiter["work_info_set"][:, 5]).sum() == case["zero_items"]
-    check_coverage(ours(case, aiter, case["kv_granularity"], OVERHEAD), case, aiter["lengths"])
+    assert (aiter["work_info_set"][:, 4] == aiter["work_info_set"][:, 5]).sum() == (aiter["lengths"] == 0).sum()
+    check_coverage(ours(case, aiter, case["kv_granularity"], aiter_plans.OVERHEAD), case, aiter["lengths"])
 
 
-def tiles_of_slowest_worker(plan, tile):
-    """Tiles that the busiest worker computes, each item's fixed cost counted as three (jax_dsv4/implementations/aiter.py)."""
-    rows, indptr = plan["work_info_set"], plan["work_indptr"]
-    cost = -(-(rows[:, 5] - rows[:, 4]) // tile) + 3
-    return max(cost[a:b].sum() for a, b in itertools.pairwise(indptr))
+FORMS = {"items": "3", "tiles": "4", "slowest worker": "2", "imbalance": "5.2f", "partial KiB": "5"}
 
 
-def test_knowing_the_tile_is_better(rocm, capsys):
-    """With the kernel's tile as granularity no case is slower, and small batches stop paying for fractions of tiles. Printed."""
+def judge(plan, tile, heads=16):
+    """What a plan costs when the kernel works on whole tiles and an item costs three of them besides."""
+    used = plan["work_info_set"][: plan["work_indptr"][-1]]
+    tiles = -(-(used[:, 5] - used[:, 4]) // tile)
+    cost = np.append(0, np.cumsum(tiles + 3))
+    workers = np.diff(cost[plan["work_indptr"]])
+    return {
+        "items": len(used),
+        "tiles": int(tiles.sum()),
+        "slowest worker": int(workers.max()),
+        "imbalance": float(workers.max() / workers.mean()),
+        "partial KiB": int(plan["reduce_indptr"][-1]) * heads * (512 + 1) * 4 // 1024,
+    }
+
+
+def test_knowing_the_tile_is_better(rocm, table):
+    """With the kernel's tile as granularity the slowest worker has no more to do, no tile is computed twice, and fewer partials are
+    written and merged. Printed."""
     from jax_dsv4.implementations import aiter as implementation
 
-    choice = implementation.choose_kernel(16, 0)
-    chosen = [p for p in PLANS if p[0]["M"] == 256 and p[0]["max_split_per_batch"] == -1 and p[0]["kind"] in ("full", "random")]
+    tile = implementation.choose_kernel(16, 0).tile
+    chosen = [p for p in PLANS if p[0]["M"] == 256 and p[0]["max_split_per_batch"] == -1 and p[0]["kv_granularity"] == 16]
+    chosen = [p for p in chosen if p[0]["kind"] in ("full", "random", "short")]
+    assert len(chosen) >= 5
     lines = []
     for case, aiter in chosen:
-        plan = ours(case, aiter, choice.tile, 3)
-        slowest = [tiles_of_slowest_worker(p, choice.tile) for p in (aiter, plan)]
-        computed = [int((-(-(p["work_info_set"][:n, 5] - p["work_info_set"][:n, 4]) // choice.tile)).sum()) for p, n in
-                    ((aiter, len(aiter["work_info_set"])), (plan, plan["work_indptr"][-1]))]  # fmt: skip
-        partials = [len(aiter["reduce_partial_map"]), int(plan["reduce_indptr"][-1])]
-        changes = zip(("slowest worker", "tiles", "partials"), (slowest, computed, partials))
-        lines.append(f"{describe(case):32} " + "  ".join(f"{name} {a:4} -> {b:4}" for name, (a, b) in changes))
-        assert computed[1] <= computed[0]
-    with capsys.disabled():
-        print(f"\nAITER's plan -> ours, at 256 workers and tiles of {choice.tile}", *lines, sep="\n")
+        theirs, own = judge(aiter, tile), judge(ours(case, aiter, tile, 3), tile)
+        shown = (f"{name} {theirs[name]:{form}} -> {own[name]:{form}}" for name, form in FORMS.items())
+        lines.append(f"  {case['tokens']:3} tokens x {case['topk']:4} {case['kind']:6}  " + "  ".join(shown))
+        assert own["items"] < theirs["items"]
+        assert own["tiles"] <= theirs["tiles"]
+        assert own["slowest worker"] <= theirs["slowest worker"]
+        assert own["partial KiB"] < theirs["partial KiB"]
+    title = f"AITER's plans -> ours: 256 workers, 16 heads, tiles of {tile} keys; a worker's cost in tiles, an item three; imbalance"
+    table(f"{title} of all 256, idle ones included", lines)
 
 
 # ---- AITER's own builder, compiled by build_aiter from a source tree, on the software GPU.
@@ -127,14 +122,14 @@ def builder(rocm):
         pytest.skip("AITER's plan builder is not compiled: python -m jax_dsv4.build_aiter --source AITER (it takes minutes)")
 
 
-@pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if p[0]["max_split_per_batch"] == -1][::3], ids=name_of)
+@pytest.mark.parametrize(("case", "aiter"), [p for p in aiter_plans.load() if p[0]["max_split_per_batch"] == -1][::5], ids=name_of)
 def test_aiters_builder(builder, monkeypatch, case, aiter):
     """Through our bridge: the plans that were recorded from it, items of empty tokens included."""
     from jax_dsv4.implementations import aiter as implementation
     from jax_dsv4.implementations import native
 
     monkeypatch.setenv("GFX950_UNITS", str(case["M"]))
-    geometry = native.Geometry(case["M"], case["kv_granularity"], OVERHEAD)
+    geometry = native.Geometry(case["M"], case["kv_granularity"], aiter_plans.OVERHEAD)
     work = implementation._aiters_plan(jnp.asarray(aiter["lengths"]), case["topk"], geometry, case["heads"])
     plan = {name: np.asarray(value) for name, value in work._asdict().items()}
     np.testing.assert_array_equal(plan["kv_lengths"], np.minimum(aiter["lengths"], case["topk"]))
