@@ -120,7 +120,9 @@ struct Candidates {
 Candidates find_kernels(const std::string& architecture) {
   Candidates found;
   if (architecture != "gfx950") {
-    found.reasons = "AITER's kernels are driven on gfx950 only; this is " + architecture;
+    found.reasons =
+        "AITER's kernels are driven on gfx950 only; this is " + architecture +
+        (architecture == "gfx942" ? ", where they take e4m3fnuz and none gives an lse for every head count" : "");
     return found;
   }
   if (directory().empty()) {

@@ -23,9 +23,16 @@ ffi::Error status(const char* op, const std::string& error) {
   return error.empty() ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInternal, std::string(op) + ": " + error);
 }
 
-const AiterKernel* kernel_for(int device, int64_t heads, int64_t pool_bytes, std::string* reason) {
+// The kernel that the program was made for: its workspaces have that kernel's sizes. Another AITER than then may be
+// installed.
+const AiterKernel* kernel_for(int device, int32_t kernel_heads, int64_t pool_bytes, std::string* reason) {
   const std::string architecture = architecture_of(device, reason);
-  return architecture.empty() ? nullptr : choose_kernel(architecture, static_cast<int>(heads), pool_bytes, reason);
+  if (architecture.empty()) return nullptr;
+  const AiterKernel* kernel = choose_kernel(architecture, kernel_heads, pool_bytes, reason);
+  if (!kernel || kernel->heads == kernel_heads) return kernel;
+  *reason = "the program was made for AITER's kernel of " + std::to_string(kernel_heads) +
+            " heads, which the AITER installed here has not";
+  return nullptr;
 }
 
 // ---- dsv4_aiter_plan: the operands of dsv4_plan.
@@ -68,6 +75,8 @@ ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_l
   Checker check("plan_decode");
   check.require((granularity & (granularity - 1)) == 0, "granularity", "be a power of two",
                 std::to_string(granularity));
+  // For any other number the builder plans several tiles of heads a token, and needs more room.
+  check.require(heads == 16 || heads == 64 || heads == 128, "heads", "be 16, 64 or 128", std::to_string(heads));
   check.buffer(*qo_indptr, "qo_indptr", kInt, "(tokens + 1,)", {tokens + 1});
   check.buffer(*kv_indptr, "kv_indptr", kInt, "(tokens + 1,)", {tokens + 1});
   check.buffer(*last_page_lens, "last_page_lens", kInt, "(tokens,)", {tokens});
@@ -81,13 +90,13 @@ ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_l
 
 // ---- dsv4_aiter_decode: one scope.
 
-ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::RemainingRets, ffi::Dictionary) {
+ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::RemainingRets, ffi::Dictionary attrs) {
   constexpr const char* kOp = "sparse_mla_decode";
-  const auto q = args.get<Buffer>(0), pool = args.get<Buffer>(1);
-  if (!q.has_value() || !pool.has_value() || q->dimensions().size() != 3)
-    return status(kOp, "q and the cache are missing");
+  const auto pool = args.get<Buffer>(1);
+  const auto kernel_heads = attrs.get<int32_t>("kernel_heads");
+  if (!pool.has_value() || !kernel_heads.has_value()) return status(kOp, "the cache or kernel_heads is missing");
   std::string reason;
-  const AiterKernel* kernel = kernel_for(device, q->dimensions()[1], static_cast<int64_t>(pool->size_bytes()), &reason);
+  const AiterKernel* kernel = kernel_for(device, *kernel_heads, static_cast<int64_t>(pool->size_bytes()), &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, std::string(kOp) + ": " + reason);
   return status(kOp, load_modules(device, kernel));
 }
@@ -109,8 +118,8 @@ ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buf
                   Buffer kv_lengths, Buffer work_indptr, Buffer work_info_set, Buffer reduce_indptr,
                   Buffer reduce_final_map, Buffer reduce_partial_map, Out out, Out lse, Out q_packed, Out rows,
                   Out state, Out own_indptr, Out own_items, Out qo_indptr, Out work_pointers, Out scales, Out amax,
-                  Out partial_out, Out partial_lse, float scale, float cache_scale, int32_t block_size,
-                  int32_t workers) {
+                  Out partial_out, Out partial_lse, float scale, float cache_scale, int32_t block_size, int32_t workers,
+                  int32_t kernel_heads) {
   constexpr ffi::DataType kInt = ffi::DataType::S32, kFloat = ffi::DataType::F32;
   Checker check("sparse_mla_decode");
   DecodeScopeParams p{};
@@ -128,7 +137,7 @@ ffi::Error decode(hip::Stream stream, int32_t device, Buffer q, Buffer pool, Buf
   check.require(workers >= 1 && workers <= p.plan.workers, "workers", "be from 1 to " + std::to_string(p.plan.workers),
                 std::to_string(workers));
   std::string reason;
-  const AiterKernel* kernel = kernel_for(device, heads, static_cast<int64_t>(pool.size_bytes()), &reason);
+  const AiterKernel* kernel = kernel_for(device, kernel_heads, static_cast<int64_t>(pool.size_bytes()), &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, "sparse_mla_decode: " + reason);
   const int64_t topk = indices.dimensions()[1], stride = topk > 1 ? topk : 1;
   const int64_t folds = folds_of(*kernel, static_cast<int>(heads)), padded = folds * kernel->heads;
@@ -317,7 +326,8 @@ XLA_FFI_DEFINE_HANDLER(kDecode, decode,
                            .Attr<float>("scale")
                            .Attr<float>("cache_scale")
                            .Attr<int32_t>("block_size")
-                           .Attr<int32_t>("workers"),
+                           .Attr<int32_t>("workers")
+                           .Attr<int32_t>("kernel_heads"),
                        {kCapturable});
 
 XLA_FFI_DEFINE_HANDLER(kAppend, append_rows,
@@ -356,17 +366,18 @@ JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, c
   jax_dsv4::rocm::set_kernel_directory(own);
 }
 
-// What a call with `heads` heads on a pool of `pool_bytes` runs on device 0. ABI of jax_dsv4/implementations/aiter.py.
+// What a call with `heads` heads on a pool of `pool_bytes` runs on device 0; or, without asking HIP, on a device of an
+// architecture that is named. ABI of jax_dsv4/implementations/aiter.py.
 struct dsv4_rocm_choice {
   int32_t kernel_heads, tile, reports_lse, units, kernarg_bytes;
   char architecture[32];
   char text[2048];  // the kernel's file, or why there is none
 };
-JAX_DSV4_EXPORT int dsv4_rocm_choose(int32_t heads, int64_t pool_bytes, dsv4_rocm_choice* choice) {
+JAX_DSV4_EXPORT int dsv4_rocm_choose(const char* named, int32_t heads, int64_t pool_bytes, dsv4_rocm_choice* choice) {
   using namespace jax_dsv4;
   std::memset(choice, 0, sizeof *choice);
   std::string reason;
-  const std::string architecture = rocm::architecture_of(0, &reason);
+  const std::string architecture = *named ? named : rocm::architecture_of(0, &reason);
   const rocm::AiterKernel* kernel =
       architecture.empty() ? nullptr : rocm::choose_kernel(architecture, heads, pool_bytes, &reason);
   std::strncpy(choice->architecture, architecture.c_str(), sizeof choice->architecture - 1);
@@ -376,6 +387,7 @@ JAX_DSV4_EXPORT int dsv4_rocm_choose(int32_t heads, int64_t pool_bytes, dsv4_roc
   choice->tile = kernel->tile;
   choice->reports_lse = kernel->reports_lse;
   choice->kernarg_bytes = kernel->kernarg_bytes;
+  if (*named) return choice->units = rocm::kUnitsOfGfx950;
   return hip::api(&reason)->DeviceGetAttribute(&choice->units, hip::kAttributeMultiprocessorCount, 0) == hip::kSuccess;
 }
 

@@ -20,6 +20,8 @@ constexpr float kMaxE4m3 = 448.0f;
 // Workgroups that look for the largest |q|; each leaves one number.
 constexpr int kAmaxBlocks = 64;
 constexpr int kThreads = 256;
+// Compute units of an MI350X and an MI355X, for programs that are made elsewhere.
+constexpr int kUnitsOfGfx950 = 256;
 
 // What is known of a token's keys once its slots are packed.
 struct TokenState {

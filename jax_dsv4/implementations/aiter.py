@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 
 import jax
@@ -53,9 +54,14 @@ def choose_kernel(heads: int, pool_bytes: int) -> Choice:
     if library is None:
         choice.text = detail.encode()
         return choice
-    library.dsv4_rocm_choose.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(Choice))
-    library.dsv4_rocm_choose(heads, pool_bytes, ctypes.byref(choice))
+    library.dsv4_rocm_choose.argtypes = (ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(Choice))
+    library.dsv4_rocm_choose(_named_architecture().encode(), heads, pool_bytes, ctypes.byref(choice))
     return choice
+
+
+def _named_architecture() -> str:
+    """The architecture that programs are made for where there is no such device, or ""."""
+    return os.environ.get("JAX_DSV4_ROCM_ARCHITECTURE", "")
 
 
 class _AITER:
@@ -70,10 +76,13 @@ class _AITER:
         own = _own_kernels(choice)
         if not own.exists():
             return Availability(False, f"{own} was not built; build the package where there is a clang with an AMDGPU target")
-        return Availability(True, f"{choice.text.decode()} on {choice.architecture.decode()}, {choice.units} units, {_planner()}")
+        device = f"{choice.architecture.decode()}, {choice.units} units"
+        if _named_architecture():
+            device += " (for export: JAX_DSV4_ROCM_ARCHITECTURE)"
+        return Availability(True, f"{choice.text.decode()} on {device}, {_planner()}")
 
     def exportable(self) -> bool:
-        return False  # the sizes of plans and workspaces come from the device and the kernels found
+        return False  # sizes come from the device and the kernels found, unless JAX_DSV4_ROCM_ARCHITECTURE makes it available
 
     def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         for cache in caches:
@@ -134,6 +143,7 @@ class _AITER:
             cache_scale=np.float32(cache.scale),
             block_size=np.int32(cache.block_size),
             workers=np.int32(workers),
+            kernel_heads=np.int32(choice.kernel_heads),
         )
         return (out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)), lse
 

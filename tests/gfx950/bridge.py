@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import shutil
 import subprocess
 
 import jax
@@ -28,6 +29,14 @@ def build(name: str, sources, flags=()) -> pathlib.Path:
         subprocess.run(["g++", *command, *include, *map(str, sources), "-ldl", "-o", str(partial)], check=True)
         os.replace(partial, out)
     return out
+
+
+def load_handlers(library: pathlib.Path, copy: pathlib.Path, hsa, own, builder=None) -> ctypes.CDLL:
+    """The handlers with these directories, from a copy: its process-wide state (HIP, the kernels found) is its own."""
+    shutil.copy(library, copy)
+    handlers = ctypes.CDLL(str(copy))
+    handlers.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in (hsa, own, builder)))
+    return handlers
 
 
 @functools.cache

@@ -1,7 +1,3 @@
-import ctypes
-import os
-import shutil
-
 import pytest
 import software_gpu
 
@@ -47,28 +43,31 @@ def assembler(gpu):
     return run
 
 
-@pytest.fixture(scope="session", params=["wheel", "tree"])
-def shared_rocm(request, shared_gpu, tmp_path_factory):
-    """The ROCm handlers over the software GPU of 8 units, with the kernels of AITER's wheel or of a source tree.
-
-    The library of handlers is a copy: its process-wide state (the HIP library, the kernels found) stays this fixture's own.
-    """
-    import aiter_kernel
-
+@pytest.fixture(scope="session")
+def rocm_library(shared_gpu):
+    """The installed library of ROCm handlers, with our kernels beside it."""
     from jax_dsv4 import _ffi
 
     built = _ffi.find_library("libdsv4_rocm")
     if built is None or not built.with_name("dsv4_gfx950.co").exists():
         pytest.skip("libdsv4_rocm.so and dsv4_gfx950.co are not installed: install jax-dsv4 where clang-22 and lld-22 are")
+    return built
+
+
+@pytest.fixture(scope="session", params=["wheel", "tree"])
+def shared_rocm(request, rocm_library, tmp_path_factory):
+    """The ROCm handlers over the software GPU of 8 units, with the kernels of AITER's wheel or of a source tree."""
+    import aiter_kernel
+    import bridge
+
+    from jax_dsv4 import _ffi
+
     hsa = aiter_kernel.wheel_directory() if request.param == "wheel" else aiter_kernel.tree_directory()
     if hsa is None:
         install = {"wheel": "pip install --no-deps amd-aiter", "tree": "name an AITER source tree in JAX_DSV4_AITER_SOURCE"}
         pytest.skip(f"AITER's kernels are not here: {install[request.param]}")
     copy = tmp_path_factory.mktemp("rocm") / "libdsv4_rocm.so"
-    shutil.copy(built, copy)
-    handlers = ctypes.CDLL(str(copy))
-    handlers.dsv4_rocm_directories(os.fsencode(hsa), os.fsencode(built.parent), os.fsencode(_ffi.aiter_plan_builder() or ""))
-    return handlers, copy
+    return bridge.load_handlers(rocm_library, copy, hsa, rocm_library.parent, _ffi.aiter_plan_builder()), copy
 
 
 @pytest.fixture

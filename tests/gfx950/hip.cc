@@ -4,8 +4,8 @@
 // there fails with HIP's error code and, as on HIP, invalidates the capture. A captured graph keeps the addresses and
 // values it was captured with, and replays them against whatever memory holds by then.
 //
-// Environment: GFX950_UNITS (compute units, 256), GFX950_DEVICES (1), GFX950_HAZARDS=1 and GFX950_EXACT_LGKM=1
-// (machine.h).
+// Environment: GFX950_UNITS (compute units, 256), GFX950_DEVICES (1), GFX950_ARCHITECTURE (what it says it is),
+// GFX950_HAZARDS=1 and GFX950_EXACT_LGKM=1 (machine.h).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -257,7 +257,8 @@ HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
   memset(p, 0, sizeof *p);
   snprintf(p->name, 256, "AMD Instinct MI355X (software)");
-  snprintf(p->gcn_arch_name, sizeof p->gcn_arch_name, "gfx950:sramecc+:xnack-");
+  const char* architecture = getenv("GFX950_ARCHITECTURE");
+  snprintf(p->gcn_arch_name, sizeof p->gcn_arch_name, "%s:sramecc+:xnack-", architecture ? architecture : "gfx950");
   const auto put = [&](size_t offset, auto value) {
     memcpy(reinterpret_cast<char*>(p) + offset, &value, sizeof value);
   };

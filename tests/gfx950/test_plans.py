@@ -140,6 +140,62 @@ def test_aiters_builder(builder, monkeypatch, case, aiter):
     np.testing.assert_array_equal(plan["reduce_partial_map"][: len(aiter["reduce_partial_map"])], aiter["reduce_partial_map"])
 
 
+LENGTHS = ([5, 600, 128, 64, 1, 350], [0, 390, 0, 0, 17, 64], [0] * 6, [2048] * 3, [1] * 300, [2047, *[0] * 8, 63])
+
+
+@pytest.mark.parametrize("granularity", [64, 128])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda n: f"{len(n)} tokens from {n[0]}")
+def test_builder_and_ours_agree(builder, monkeypatch, granularity, lengths):
+    """At the kernels' tiles, which is how decode asks for a plan: both cover every token; the same plan if none is empty."""
+    from jax_dsv4.implementations import aiter as implementation
+    from jax_dsv4.implementations import native
+
+    units, topk = 48, 2048
+    monkeypatch.setenv("GFX950_UNITS", str(units))
+    geometry = native.Geometry(units, granularity, aiter_plans.OVERHEAD)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    own = native.plan_call([lengths], [topk], geometry, target="dsv4_aiter_plan")
+    made = implementation._aiters_plan(lengths, topk, geometry, 16)
+    own, made = ({name: np.array(value) for name, value in work._asdict().items()} for work in (own, made))
+    if (lengths > 0).all():
+        for name in ("kv_lengths", *aiter_plans.ARRAYS):
+            np.testing.assert_array_equal(made[name], own[name], err_msg=name)
+    for plan in (own, made):
+        rows = plan["work_info_set"]
+        plan["work_info_set"] = rows[: plan["work_indptr"][-1]]
+        plan["work_info_set"] = plan["work_info_set"][plan["work_info_set"][:, 5] > plan["work_info_set"][:, 4]]
+        plan["work_indptr"] = np.array([0, len(plan["work_info_set"])])
+        check_coverage(plan, {"topk": topk}, np.asarray(lengths))
+
+
+def test_the_builders_errors_return(builder, gpu):
+    """Its checks abort the process unless they are told to throw; through the bridge they return their text."""
+    import ctypes
+
+    import software_gpu
+
+    from jax_dsv4 import _ffi
+
+    class Metadata(ctypes.Structure):  # ffi/rocm/aiter_metadata.h
+        _fields_ = (("pointers", ctypes.c_void_p * 9), ("numbers", ctypes.c_int32 * 8))
+
+    ctypes.CDLL(str(software_gpu.library()), ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(_ffi.aiter_plan_builder()))
+    text = ctypes.create_string_buffer(512)
+    tokens, heads, topk, granularity, units = 1, 16, 64, 48, 8
+    arguments = Metadata(numbers=(tokens, heads, topk, granularity, units, 8, 16, 0))
+    assert library.dsv4_aiter_metadata(ctypes.byref(arguments), None, text, ctypes.c_size_t(len(text))) == 1
+    assert "kv_granularity Must be power of 2" in text.value.decode()
+
+
+def test_the_builder_is_not_asked_for_heads_that_it_folds(builder):
+    from jax_dsv4.implementations import aiter as implementation
+    from jax_dsv4.implementations import native
+
+    with pytest.raises(Exception, match="plan_decode: heads must be 16, 64 or 128, got 48"):
+        implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, native.Geometry(8, 64, 0), 48)
+
+
 def test_decode_on_aiters_plan(builder, monkeypatch):
     """Empty tokens first and between, a split one: the plan with empty items is harmless, and the answer that of our own plan."""
     import jax

@@ -1,0 +1,235 @@
+"""What is found, what is refused, and the reasons that `implementations()` and NotImplementedError give; programs for another machine."""
+
+import pathlib
+import re
+import shutil
+import struct
+from functools import partial
+
+import aiter_kernel
+import bridge
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import software_gpu
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi
+from jax_dsv4.implementations import aiter
+
+KERNEL = "mla_a8w8_qh16_qseqlen1_gqaratio16_ps.co"
+
+
+@pytest.fixture
+def hsa(tmp_path):
+    """A directory as AITER's hsa that holds the wheel's 16-head kernel alone."""
+    wheel = aiter_kernel.wheel_directory()
+    if wheel is None:
+        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+    folder = tmp_path / "hsa/gfx950/mla"
+    folder.mkdir(parents=True)
+    shutil.copy(wheel / "gfx950/mla" / KERNEL, folder)
+    return tmp_path / "hsa"
+
+
+@pytest.fixture
+def find(gpu, hsa, rocm_library, tmp_path, monkeypatch):
+    """find(...) loads the handlers over the software GPU, this AITER and our own kernels, or others, and says whether "aiter" can run."""
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+
+    def load(hip=None, aiter_hsa=hsa, own=rocm_library.parent):
+        monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(hip or software_gpu.library()))
+        handlers = bridge.load_handlers(rocm_library, tmp_path / "handlers.so", aiter_hsa, own)
+        monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(rocm_library)))
+        monkeypatch.setattr(_ffi, "find_library", lambda name: pathlib.Path(own, f"{name}.so"))
+        monkeypatch.setattr(_ffi, "aiter_directory", lambda: aiter_hsa)
+        aiter.choose_kernel.cache_clear()
+        return dsv4.implementations()["aiter"]
+
+    yield load
+    aiter.choose_kernel.cache_clear()
+
+
+def decode():
+    scope = dsv4.Scope(dsv4.KVCache.create(2, 16, "aiter_fp8"), jnp.zeros((1, 8), jnp.int32))
+    return dsv4.sparse_mla_decode(jnp.zeros((1, 16, 512)), scope, implementation="aiter")
+
+
+def assert_refused(availability, reason):
+    assert not availability.available
+    assert re.search(reason, availability.detail)
+    with pytest.raises(NotImplementedError, match=reason):
+        decode()
+    with pytest.raises(NotImplementedError, match=reason):
+        dsv4.plan_decode(jnp.zeros(1, jnp.int32), num_heads=16, swa_topk=8, implementation="aiter")
+    with pytest.raises(NotImplementedError, match=reason):
+        dsv4.append(dsv4.KVCache.create(2, 16, "aiter_fp8"), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), implementation="aiter")
+
+
+def test_all_is_here(find, hsa):
+    found = find()
+    assert found.available, found.detail
+    assert str(hsa) in found.detail
+    assert "gfx950, 256 units" in found.detail
+    assert "plan" in found.detail
+
+
+def test_no_hip_library(find):
+    assert_refused(find(hip="/nowhere/libamdhip64.so"), r"no HIP library: .*/nowhere/libamdhip64.so.*JAX_DSV4_HIP_LIBRARY")
+
+
+def test_a_hip_library_without_its_functions(find):
+    assert_refused(find(hip="libm.so.6"), "the HIP library has no hipGetDeviceCount")
+
+
+def test_no_device(find, monkeypatch):
+    monkeypatch.setenv("GFX950_DEVICES", "0")
+    assert_refused(find(), "hipGetDeviceProperties failed: .*hipErrorInvalidDevice|invalid device")
+
+
+def test_no_aiter(find):
+    assert_refused(find(aiter_hsa=""), "AITER is not installed .*pip install --no-deps amd-aiter.*JAX_DSV4_AITER_HSA")
+
+
+def test_aiter_without_the_kernels(find, tmp_path):
+    assert_refused(find(aiter_hsa=tmp_path), "none of the kernels that are known")
+
+
+def test_gfx942(find, monkeypatch):
+    monkeypatch.setenv("GFX950_ARCHITECTURE", "gfx942")
+    assert_refused(find(), "on gfx950 only; this is gfx942, where they take e4m3fnuz")
+
+
+def test_other_architectures(find, monkeypatch):
+    monkeypatch.setenv("GFX950_ARCHITECTURE", "gfx1100")
+    assert_refused(find(), "on gfx950 only; this is gfx1100")
+
+
+def test_our_kernels_were_not_built(find, tmp_path):
+    assert_refused(find(own=tmp_path), "dsv4_gfx950.co was not built; build the package where there is a clang")
+
+
+def edit(path, old: bytes, new: bytes):
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    # msgpack: a string, then an unsigned 16-bit number
+    (b".kernarg_segment_size\xcd\x01\x20", b".kernarg_segment_size\xcd\x01\x30", r"not one that is known \(304 bytes\)"),
+    (b".amdhsa.kernels", None, "none of the kernels"),
+])  # fmt: skip
+def test_an_argument_list_that_is_not_known(find, hsa, old, new, reason):
+    path = hsa / "gfx950/mla" / KERNEL
+    if new is None:
+        path.unlink()
+    else:
+        edit(path, old, new)
+    assert_refused(find(), reason)
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda data: b"not an ELF file", "too short for an ELF file"),
+    (lambda data: b"\0" * len(data), "not an AMDGPU ELF file"),
+    (lambda data: data[:32] + b"\xff" * 8 + data[40:], "truncated program headers"),
+    (lambda data: data[:48] + struct.pack("<I", 0x4C) + data[52:], "for another architecture"),
+])  # fmt: skip
+def test_a_damaged_file(find, hsa, damage, reason):
+    path = hsa / "gfx950/mla" / KERNEL
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(find(), reason)
+
+
+HEADER = "qType,kvType,Gqa,ps,qSeqLen,prefill,causal,lse,cprr,knl_name,co_name\n"
+SYMBOL = "_ZN5aiter36mla_a8w8_qh16_qseqlen1_gqaratio16_psE"
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    (f"fp8,fp8,16,1,1,0,0,0,0,{SYMBOL},{KERNEL}", None),
+    ("", "registry does not list it"),
+    (f"bf16,bf16,16,1,1,0,0,0,0,{SYMBOL},{KERNEL}", "registry does not list it"),
+    (f"fp8,fp8,16,0,1,0,0,0,0,{SYMBOL},{KERNEL}", "registry does not list it"),
+    (f"fp8,fp8,16,1,1,0,0,0,0,another,{KERNEL}", "registry names another symbol"),
+])  # fmt: skip
+def test_registry(find, hsa, row, reason):
+    (hsa / "gfx950/mla/mla_asm.csv").write_text(HEADER + row + "\n")
+    found = find()
+    if reason is None:
+        assert found.available, found.detail
+    else:
+        assert_refused(found, reason)
+
+
+def test_doctor_on_a_machine_without_any_of_it(find, capsys):
+    from jax_dsv4 import doctor
+
+    find(hip="/nowhere/libamdhip64.so", aiter_hsa="")
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert re.search(r"aiter  no  .*no HIP library", text)
+    assert re.search(r"16 heads: no HIP library", text)
+
+
+# ---- Programs made where there is no such device: JAX_DSV4_ROCM_ARCHITECTURE.
+
+OUR_CALLS = [jax.export.DisabledSafetyCheck.custom_call(target) for target in _ffi.AITER_TARGETS]
+
+
+def step(data, latents, slots, q, indices, lengths, implementation=None):
+    """All three ops, of arrays alone."""
+    cache = dsv4.KVCache(data, block_size=8, layout="aiter_fp8", scale=0.02)
+    cache = dsv4.append(cache, latents, slots, implementation=implementation)
+    plan = dsv4.plan_decode(lengths, num_heads=32, swa_topk=40, implementation=implementation)
+    scope = dsv4.Scope(cache, indices, lengths)
+    return cache.data, dsv4.sparse_mla_decode(q, scope, plan=plan, implementation=implementation, return_lse=True)
+
+
+def arguments():
+    rng = np.random.default_rng(0)
+    f32, i32 = jnp.float32, jnp.int32
+    latents, q = (jnp.asarray(rng.normal(size=shape), f32) for shape in ((32, 512), (3, 32, 512)))
+    indices = jnp.asarray(rng.integers(0, 32, (3, 40)), i32)
+    return jnp.zeros((5, 8, 576), jnp.uint8), latents, jnp.arange(32, dtype=i32), q, indices, jnp.asarray([40, 0, 17], i32)
+
+
+def test_export_for_rocm(find, monkeypatch):
+    """No HIP library, no device: a program with AITER's calls for an MI355X all the same."""
+    monkeypatch.setenv("JAX_DSV4_ROCM_ARCHITECTURE", "gfx950")
+    found = find(hip="/nowhere/libamdhip64.so")
+    assert found.available, found.detail
+    assert "gfx950, 256 units (for export: JAX_DSV4_ROCM_ARCHITECTURE)" in found.detail
+    exported = jax.export.export(jax.jit(step), platforms=("rocm",), disabled_checks=OUR_CALLS)(*arguments())
+    text = jax.export.deserialize(exported.serialize()).mlir_module()
+    for target in ("dsv4_aiter_append", "dsv4_aiter_decode"):
+        assert f"@{target}(" in text
+    assert "kernel_heads = 16 : i32" in text
+    assert "workers = 128 : i32" in text  # 256 units, shared by the two folds
+
+
+def test_an_exported_program_runs(rocm, monkeypatch):
+    """Made for 256 units, run on a device of 8."""
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+    program = jax.jit(partial(step, implementation="aiter"))
+    want_data, (want_out, want_lse) = program(*arguments())
+    monkeypatch.setenv("JAX_DSV4_ROCM_ARCHITECTURE", "gfx950")
+    aiter.choose_kernel.cache_clear()
+    jax.clear_caches()
+    exported = jax.export.export(program, platforms=("cpu",), disabled_checks=OUR_CALLS)(*arguments())
+    assert "workers = 128 : i32" in exported.mlir_module()
+    monkeypatch.delenv("JAX_DSV4_ROCM_ARCHITECTURE")
+    data, (out, lse) = jax.jit(jax.export.deserialize(exported.serialize()).call)(*arguments())
+    np.testing.assert_array_equal(data, want_data)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-3)
+    np.testing.assert_allclose(out, want_out, atol=1e-2)
+
+
+def test_a_program_made_for_another_kernel(rocm, monkeypatch):
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+    other = aiter.Choice.from_buffer_copy(aiter.choose_kernel(16, 0))
+    other.kernel_heads = 48
+    with monkeypatch.context() as patch:
+        patch.setattr(aiter, "choose_kernel", lambda heads, pool_bytes: other)
+        with pytest.raises(Exception, match="was made for AITER's kernel of 48 heads, which the AITER installed here has not"):
+            jax.block_until_ready(jax.jit(partial(step, implementation="aiter"))(*arguments()))
