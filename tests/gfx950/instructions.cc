@@ -330,6 +330,8 @@ float div_fixup(float q, float d, float n) {
   if ((d == 0 && n == 0) || (std::isinf(d) && std::isinf(n))) return nan;
   if (d == 0 || std::isinf(n)) return negative ? -inf : inf;
   if (std::isinf(d) || n == 0) return negative ? -0.0f : 0.0f;
+  if (std::ilogb(n) - std::ilogb(d) < -150) return negative ? -0.0f : 0.0f;
+  if (q != q) q = inf;  // the quotient was beyond range: the sequence before has subtracted infinities
   return negative ? -std::fabs(q) : std::fabs(q);
 }
 
@@ -423,13 +425,19 @@ void v_div_scale(Wave& w, I i) {
   write_scalar64(w, i.operands[1], as_mask(w, flag));
 }
 
+// Undoes the scaling by 2^64 that v_div_scale flagged: of the denominator, which leaves a large quotient too small, or
+// of the numerator, which leaves a small one too large.
 void v_div_fmas(Wave& w, I i) {
   const Reader<float> a(w, i, 1, 0), b(w, i, 2, 1), c(w, i, 3, 2);
   const u64 flag = w.s[kVcc] | u64{w.s[kVcc + 1]} << 32;
   Lanes out;
   for (int l = 0; l < kLanes; ++l) {
-    const float r = std::fma(a(l), b(l), c(l));
-    out[l] = std::bit_cast<u32>(flag >> l & 1 ? std::ldexp(r, 32) : r);
+    float r = std::fma(a(l), b(l), c(l));
+    if (flag >> l & 1) {  // rounded once, to a subnormal perhaps
+      const double exact = std::fma(static_cast<double>(a(l)), static_cast<double>(b(l)), static_cast<double>(c(l)));
+      r = static_cast<float>(std::ldexp(exact, exponent_field(c(l)) > 127 ? 64 : -64));
+    }
+    out[l] = std::bit_cast<u32>(r);
   }
   write_vgpr(w, i, vgpr(w, i, i.operands[0], kDestination), out);
 }

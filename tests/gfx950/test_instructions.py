@@ -270,6 +270,26 @@ def test_faults_say_what_happened(assembler, body, message):
         assembler(body)
 
 
+def test_division_rounds_correctly(gpu, assembler):
+    """Clang's sequence of div_scale, rcp, fma, div_fmas, div_fixup, over all exponents: quotients that overflow, that are subnormal."""
+    source = """
+    extern "C" __attribute__((global)) void divide(const float* x, const float* y, float* out) {
+      const int i = __builtin_amdgcn_workgroup_id_x() * 64 + __builtin_amdgcn_workitem_id_x();
+      out[i] = x[i] / y[i];
+    }"""
+    rng = np.random.default_rng(6)
+    exponents = np.stack(np.meshgrid(np.arange(-140, 128, 9), np.arange(-140, 128, 9))).reshape(2, -1)
+    x, y = np.ldexp(rng.choice([-1, 1], exponents.shape) * rng.uniform(1, 2, exponents.shape), exponents).astype(np.float32)
+    corners = np.float32([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 1.0])
+    x, y = (np.concatenate([a, b]) for a, b in zip((x, y), np.stack(np.meshgrid(corners, corners)).reshape(2, -1)))
+    x, y = (np.resize(a, -(-len(a) // 64) * 64) for a in (x, y))
+    a, b, out = gpu.array(x), gpu.array(y), gpu.array(np.zeros_like(x))
+    arguments = np.uint64([a.pointer, b.pointer, out.pointer]).tobytes()
+    gpu.launch(gpu.function(software_gpu.compile_hip(source), "divide"), len(x) // 64, 64, arguments)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(out.read(), x / y)
+
+
 def test_compiled_kernel(gpu, assembler):
     """What clang makes of a reduction with divergence, LDS, division and 64-bit addresses."""
     source = """
