@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 import sys
 import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,15 @@ def print_environment() -> None:
 
 
 def print_rocm() -> None:
+    library, detail = _ffi.load_rocm()
+    if library is None:
+        print(f"ROCm handlers: {detail}")
+        return
+    hip = ctypes.create_string_buffer(4096)
+    library.dsv4_rocm_hip(hip, ctypes.c_size_t(len(hip)))
+    print(f"HIP: {hip.value.decode()}")
+    objects = [str(p) for p in sorted(Path(detail).parent.glob("dsv4_gfx*.co"))]
+    print(f"our kernels for AMD: {', '.join(objects) or 'none were built (no clang with an AMDGPU target)'}")
     print(f"AITER's kernels: {_ffi.aiter_directory() or 'none'}")
     print(f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}")
     for heads in (16, 64, 128):

@@ -391,6 +391,11 @@ JAX_DSV4_EXPORT int dsv4_rocm_choose(const char* named, int32_t heads, int64_t p
   return hip::api(&reason)->DeviceGetAttribute(&choice->units, hip::kAttributeMultiprocessorCount, 0) == hip::kSuccess;
 }
 
+// The HIP library and its version, or why there is none, as a string of at most `bytes`.
+JAX_DSV4_EXPORT void dsv4_rocm_hip(char* text, size_t bytes) {
+  std::strncpy(text, jax_dsv4::hip::describe().c_str(), bytes - 1)[bytes - 1] = '\0';
+}
+
 // [decode handler executions, those recorded by a capture]
 JAX_DSV4_EXPORT void dsv4_rocm_calls(int64_t* calls) {
   calls[0] = jax_dsv4::rocm::g_calls;

@@ -111,7 +111,8 @@ Found find() {
          resolve(library, "hipMemsetD32Async", &a.MemsetD32Async, r) &&
          resolve(library, "hipMemcpyAsync", &a.MemcpyAsync, r) &&
          resolve(library, "hipStreamIsCapturing", &a.StreamIsCapturing, r) &&
-         resolve(library, "hipGetErrorString", &a.GetErrorString, r));
+         resolve(library, "hipGetErrorString", &a.GetErrorString, r) &&
+         resolve(library, "hipRuntimeGetVersion", &a.RuntimeGetVersion, r));
   return found;
 }
 
@@ -127,6 +128,17 @@ const Api* api(std::string* reason) {
   if (found.reason.empty()) return &found.api;
   *reason = found.reason;
   return nullptr;
+}
+
+std::string describe() {
+  std::string reason;
+  const Api* a = api(&reason);
+  if (!a) return reason;
+  Dl_info where{};
+  int version = 0;
+  const bool found = dladdr(reinterpret_cast<void*>(a->Malloc), &where) != 0;
+  a->RuntimeGetVersion(&version);
+  return std::string(found ? where.dli_fname : the_library().name.c_str()) + ", version " + std::to_string(version);
 }
 
 bool expose_globally(std::string* reason) {

@@ -89,11 +89,15 @@ struct Api {
   Error (*MemcpyAsync)(void* to, const void* from, size_t bytes, MemcpyKind kind, Stream stream);
   Error (*StreamIsCapturing)(Stream stream, CaptureStatus* status);
   const char* (*GetErrorString)(Error error);
+  Error (*RuntimeGetVersion)(int* version);
 };
 
 // The HIP library: the one that JAX_DSV4_HIP_LIBRARY names, or libamdhip64.so.7, or libamdhip64.so. Null, with the
 // reason, if there is none. The same answer for the life of the process.
 const Api* api(std::string* reason);
+
+// Where the HIP library is and its version, or why there is none.
+std::string describe();
 
 // Lets libraries that are loaded from now on find the HIP library's symbols.
 bool expose_globally(std::string* reason);

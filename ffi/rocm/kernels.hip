@@ -22,6 +22,12 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
 __device__ int thread_id() { return __builtin_amdgcn_workitem_id_x(); }
+// Which group of so many threads this one belongs to. Whole waves make a group, and the compiler is told that it is the
+// same for a wave: what follows from it is computed and loaded once.
+__device__ uint32_t group_id(int threads) {
+  return __builtin_amdgcn_workgroup_id_x() * (kThreads / threads) +
+         __builtin_amdgcn_readfirstlane(static_cast<uint32_t>(thread_id()) / threads);
+}
 __device__ int block_id() { return __builtin_amdgcn_workgroup_id_x(); }
 
 __device__ void barrier() {
@@ -33,17 +39,35 @@ __device__ void barrier() {
 __device__ float infinity() { return __builtin_inff(); }
 __device__ float quiet_nan() { return __builtin_nanf(""); }
 
-__device__ float load(const void* data, Dtype dtype, int64_t i) {
-  return dtype == Dtype::kFloat32 ? static_cast<const float*>(data)[i]
-                                  : bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+struct Eight {
+  float values[8];
+};
+
+// Numbers 8 * i to 8 * i + 7, in loads of 16 bytes.
+__device__ Eight load_eight(const void* data, Dtype dtype, int64_t i) {
+  Eight out;
+  if (dtype == Dtype::kFloat32) {
+    out = static_cast<const Eight*>(__builtin_assume_aligned(data, 16))[i];
+  } else {
+    struct Halves {
+      uint16_t bits[8];
+    };
+    const Halves halves = static_cast<const Halves*>(__builtin_assume_aligned(data, 16))[i];
+    for (int k = 0; k < 8; ++k) out.values[k] = bf16_to_float(halves.bits[k]);
+  }
+  return out;
 }
 
-__device__ void store(void* data, Dtype dtype, int64_t i, float value) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(data)[i] = value;
-  } else {
-    static_cast<uint16_t*>(data)[i] = float_to_bf16(value);
+// A wave writes a row of kRowBytes: row `from` of `data`, times a factor, in e4m3; zeros if `from` is negative.
+__device__ void store_row(uint8_t* to, uint32_t lane, const void* data, Dtype dtype, int64_t from, float factor) {
+  uint64_t codes = 0;
+  if (from >= 0) {
+    const Eight eight = load_eight(data, dtype, from * kWave + lane);
+    for (int k = 0; k < 8; ++k) codes |= static_cast<uint64_t>(float_to_e4m3(eight.values[k] * factor)) << (8 * k);
   }
+  uint64_t* words = static_cast<uint64_t*>(__builtin_assume_aligned(to, 16));
+  words[lane] = codes;
+  if (lane < (kRowBytes - kLatentDim) / 8) words[kWave + lane] = 0;
 }
 
 // The sum over a workgroup, in a fixed order.
@@ -149,11 +173,13 @@ JAX_DSV4_KERNEL void dsv4_metadata_finish(MetadataParams p) {
 JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
   __shared__ float largest[kThreads / kWave];
   const int t = thread_id();
-  const int64_t count = static_cast<int64_t>(p.tokens) * p.heads * kLatentDim;
+  const int64_t eights = static_cast<int64_t>(p.tokens) * p.heads * (kLatentDim / 8);
   float top = 0;
-  for (int64_t i = block_id() * kThreads + t; i < count; i += kAmaxBlocks * kThreads) {
-    const float magnitude = __builtin_fabsf(load(p.q, p.q_dtype, i));
-    if (magnitude > top && magnitude < infinity()) top = magnitude;
+  for (int64_t i = block_id() * kThreads + t; i < eights; i += kAmaxBlocks * kThreads) {
+    for (float value : load_eight(p.q, p.q_dtype, i).values) {
+      const float magnitude = __builtin_fabsf(value);
+      if (magnitude > top && magnitude < infinity()) top = magnitude;
+    }
   }
   top = max_over_wave(top);
   if (t % kWave == 0) largest[t / kWave] = top;
@@ -162,30 +188,27 @@ JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
   if (t == 0) p.amax[block_id()] = top;
 }
 
-// One workgroup per token and padded head.
+// One wave per token and padded head.
 JAX_DSV4_KERNEL void dsv4_pack_q(DecodeScopeParams p) {
-  const int padded = p.folds * p.kernel_heads;
-  const int64_t row = block_id();
-  const int64_t token = row / padded;
-  const int head = static_cast<int>(row % padded);
-  static_assert(kAmaxBlocks == kWave, "one for each lane");
-  const float top = max_over_wave(p.amax[thread_id() % kWave]);
+  const uint32_t lane = thread_id() % kWave, padded = p.folds * p.kernel_heads;
+  const uint32_t row = group_id(kWave);
+  if (row >= p.tokens * padded) return;
+  const uint32_t token = row / padded, head = row % padded;
+  static_assert(kAmaxBlocks == kWave && kLatentDim == 8 * kWave, "one for each lane");
+  const float top = max_over_wave(p.amax[lane]);
   // The least scale is one whose inverse is finite; it is reached when all of q is zero or next to it.
   const float scale = top > 1e-30f ? top / kMaxE4m3 : 1e-30f;
-  const float inverse = 1 / scale;
-  uint8_t* to = p.q_packed + row * kRowBytes;
-  for (int d = thread_id(); d < kRowBytes; d += kThreads) {
-    const bool inside = head < p.heads && d < kLatentDim;
-    to[d] = inside ? float_to_e4m3(load(p.q, p.q_dtype, (token * p.heads + head) * kLatentDim + d) * inverse) : 0;
-  }
-  if (row == 0 && thread_id() == 0) p.scales[0] = scale, p.scales[1] = p.cache_scale;
+  const bool inside = head < static_cast<uint32_t>(p.heads);
+  store_row(p.q_packed + static_cast<int64_t>(row) * kRowBytes, lane, p.q, p.q_dtype,
+            inside ? static_cast<int64_t>(token) * p.heads + head : -1, 1 / scale);
+  if (row == 0 && lane == 0) p.scales[0] = scale, p.scales[1] = p.cache_scale;
 }
 
 // ---- Slots: valid ones to the front, as rows of the pool. One wave per token.
 
 JAX_DSV4_KERNEL void dsv4_pack_slots(DecodeScopeParams p) {
   const int lane = thread_id() % kWave;
-  const int32_t token = block_id() * (kThreads / kWave) + thread_id() / kWave;
+  const int32_t token = group_id(kWave);
   if (token >= p.tokens) return;
   const int32_t length = plan_max(0, plan_min(p.lengths[token], p.topk));
   const int32_t* slots = p.indices + static_cast<int64_t>(token) * p.topk;
@@ -269,12 +292,18 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
   }
 }
 
-// ---- Combine: what is not written yet. One workgroup per token and head.
+// ---- Combine: what is not written yet. Half a workgroup per token and head, four numbers a thread.
 
 JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
-  const int64_t row = block_id();
-  const int32_t token = static_cast<int32_t>(row / p.heads), head = static_cast<int32_t>(row % p.heads);
-  const int padded = p.folds * p.kernel_heads;
+  constexpr uint32_t kThreadsPerRow = kLatentDim / 4;
+  struct alignas(16) Four {
+    float values[4];
+  };
+  const uint32_t t = thread_id() % kThreadsPerRow;
+  const uint32_t row = group_id(kThreadsPerRow);
+  if (row >= static_cast<uint32_t>(p.tokens * p.heads)) return;
+  const int32_t token = row / static_cast<uint32_t>(p.heads), head = row % static_cast<uint32_t>(p.heads);
+  const int32_t padded = p.folds * p.kernel_heads;
   const TokenState state = p.state[token];
   int32_t first = p.plan.reduce_indptr[token], last = p.plan.reduce_indptr[token + 1];
   bool sound =
@@ -291,37 +320,42 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
         sound = false;
         break;
       }
-      const float lse = p.partial_lse[static_cast<int64_t>(partial) * padded + head];
+      const float lse = p.partial_lse[partial * padded + head];
       if (lse != lse || lse > top) top = lse;
     }
   }
   const bool empty = sound && top == -infinity();
   // exp(lse - lse) is 1 for the only partial of a token, so an unsplit one comes out as the kernel wrote it.
-  constexpr int kPerThread = kLatentDim / kThreads;
-  float sum[kPerThread] = {};
+  Four sum = {};
   for (int32_t i = first; sound && !empty && i < last; ++i) {
-    const int64_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
+    const int32_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
     const float lse = p.partial_lse[partial * padded + head];
     if (lse == -infinity()) continue;  // no keys: its output was never written
     const float weight = __builtin_amdgcn_exp2f((lse - top) * kLog2E);
     total += weight;
-    const float* values = p.partial_out + (partial * padded + head) * kLatentDim;
-    for (int k = 0; k < kPerThread; ++k) sum[k] += weight * values[thread_id() + k * kThreads];
+    const Four* values =
+        reinterpret_cast<const Four*>(p.partial_out + static_cast<int64_t>(partial * padded + head) * kLatentDim);
+    const Four mine = values[t];
+    for (int k = 0; k < 4; ++k) sum.values[k] += weight * mine.values[k];
   }
-  for (int k = 0; k < kPerThread; ++k) {
-    const float value = !sound ? quiet_nan() : empty ? 0 : sum[k] / total;
-    store(p.out, p.out_dtype, row * kLatentDim + thread_id() + k * kThreads, value);
+  const int64_t to = static_cast<int64_t>(row) * kLatentDim + 4 * t;
+  const float inverse = 1 / total;
+  for (int k = 0; k < 4; ++k) sum.values[k] = !sound ? quiet_nan() : empty ? 0 : sum.values[k] * inverse;
+  if (p.out_dtype == Dtype::kFloat32) {
+    *reinterpret_cast<Four*>(static_cast<float*>(p.out) + to) = sum;
+  } else {
+    uint64_t halves = 0;
+    for (int k = 0; k < 4; ++k) halves |= static_cast<uint64_t>(float_to_bf16(sum.values[k])) << (16 * k);
+    *reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.out) + to) = halves;
   }
-  if (thread_id() == 0) {
-    p.lse[row] = !sound ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;
-  }
+  if (t == 0) p.lse[row] = !sound ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;
 }
 
 // ---- Append: one wave per latent.
 
 JAX_DSV4_KERNEL void dsv4_append_fp8(AppendFp8Params p) {
-  const int lane = thread_id() % kWave;
-  const int64_t row = static_cast<int64_t>(block_id()) * (kThreads / kWave) + thread_id() / kWave;
+  const uint32_t lane = thread_id() % kWave;
+  const int64_t row = group_id(kWave);
   if (row >= p.count) return;
   const int32_t slot = p.slots[row];
   if (slot < 0 || slot >= p.num_slots) return;
@@ -331,10 +365,7 @@ JAX_DSV4_KERNEL void dsv4_append_fp8(AppendFp8Params p) {
     if (__builtin_amdgcn_ballot_w64(again)) return;
   }
   uint8_t* to = p.pool + (static_cast<int64_t>(slot) + kZeroBlocks * p.block_size) * kRowBytes;
-  const float inverse = 1 / p.cache_scale;
-  for (int d = lane; d < kRowBytes; d += kWave) {
-    to[d] = d < kLatentDim ? float_to_e4m3(load(p.latents, p.dtype, row * kLatentDim + d) * inverse) : 0;
-  }
+  store_row(to, lane, p.latents, p.dtype, row, 1 / p.cache_scale);
 }
 
 }  // namespace jax_dsv4::rocm

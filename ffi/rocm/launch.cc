@@ -14,6 +14,8 @@
 namespace jax_dsv4::rocm {
 namespace {
 
+constexpr int kWave = 64;
+
 enum Own : int {
   kPlan,
   kMetadataInputs,
@@ -31,7 +33,6 @@ constexpr const char* kOwnNames[kOwnCount] = {"dsv4_plan",        "dsv4_metadata
                                               "dsv4_check_items", "dsv4_combine",         "dsv4_append_fp8"};
 
 struct Device {
-  std::string architecture;
   hip::Function own[kOwnCount] = {};
   std::map<std::string, hip::Function> aiter;  // by symbol
 };
@@ -90,10 +91,10 @@ std::string load_locked(const hip::Api& api, int device, const AiterKernel* kern
   const Current current(api, device);
   std::string error;
   if (!d.own[kPlan]) {
-    d.architecture = architecture_of(device, &error);
-    if (d.architecture.empty()) return error;
+    const std::string architecture = architecture_of(device, &error);
+    if (architecture.empty()) return error;
     hip::Module module;
-    error = load_file(modules().own_directory + "/dsv4_" + d.architecture + ".co", &module);
+    error = load_file(modules().own_directory + "/dsv4_" + architecture + ".co", &module);
     hip::Function own[kOwnCount];
     for (int k = 0; k < kOwnCount && error.empty(); ++k) error = load_function(module, kOwnNames[k], &own[k]);
     if (!error.empty()) return error;
@@ -139,6 +140,12 @@ std::string launch(const std::vector<hip::Function>& own, Own which, int64_t gri
   return launch_bytes(own[which], kOwnNames[which], grid, stream, &params, sizeof params);
 }
 
+// Workgroups for so many rows of so many threads each.
+int64_t blocks_of(int64_t rows, int threads_per_row) {
+  const int rows_per_block = kThreads / threads_per_row;
+  return (rows + rows_per_block - 1) / rows_per_block;
+}
+
 std::string clear(void* to, int64_t words, hip::Stream stream) {
   if (words == 0) return "";
   std::string reason;
@@ -151,6 +158,12 @@ std::string clear(void* to, int64_t words, hip::Stream stream) {
 void set_kernel_directory(const std::string& path) { modules().own_directory = path; }
 
 std::string architecture_of(int device, std::string* reason) {
+  // Asked in every execution, and slow to ask of HIP.
+  static std::mutex* mutex = new std::mutex;
+  static auto* known = new std::map<int, std::string>;
+  const std::lock_guard<std::mutex> lock(*mutex);
+  const auto found = known->find(device);
+  if (found != known->end()) return found->second;
   const hip::Api* api = hip::api(reason);
   if (!api) return "";
   hip::DeviceProperties properties;
@@ -159,7 +172,7 @@ std::string architecture_of(int device, std::string* reason) {
     return "";
   }
   const std::string name = properties.gcn_arch_name;  // "gfx950:sramecc+:xnack-"
-  return name.substr(0, name.find(':'));
+  return (*known)[device] = name.substr(0, name.find(':'));
 }
 
 std::string load_modules(int device, const AiterKernel* kernel) {
@@ -263,17 +276,17 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   hip::Function aiter;
   std::string error = loaded(device, &kernel, &own, &aiter);
   if (!error.empty() || p.tokens == 0) return error;
-  constexpr int kWavesPerBlock = kThreads / 64;
   error = launch(own, kAmax, kAmaxBlocks, stream, p);
-  if (error.empty()) error = launch(own, kPackQ, static_cast<int64_t>(p.tokens) * p.folds * p.kernel_heads, stream, p);
-  if (error.empty()) error = launch(own, kPackSlots, (p.tokens + kWavesPerBlock - 1) / kWavesPerBlock, stream, p);
+  if (error.empty())
+    error = launch(own, kPackQ, blocks_of(int64_t{p.tokens} * p.folds * p.kernel_heads, kWave), stream, p);
+  if (error.empty()) error = launch(own, kPackSlots, blocks_of(p.tokens, kWave), stream, p);
   if (error.empty()) error = launch(own, kCheckItems, 1, stream, p);
   if (error.empty()) {
     std::vector<uint8_t> arguments = pack_arguments(kernel, p);
     error = launch_bytes(aiter, kernel.symbol.c_str(), static_cast<int64_t>(p.folds) * p.workers, stream,
                          arguments.data(), arguments.size());
   }
-  if (error.empty()) error = launch(own, kCombine, static_cast<int64_t>(p.tokens) * p.heads, stream, p);
+  if (error.empty()) error = launch(own, kCombine, blocks_of(int64_t{p.tokens} * p.heads, kLatentDim / 4), stream, p);
   return error;
 }
 
@@ -281,8 +294,7 @@ std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params
   std::vector<hip::Function> own;
   const std::string error = loaded(device, nullptr, &own, nullptr);
   if (!error.empty()) return error;
-  constexpr int kWavesPerBlock = kThreads / 64;
-  return launch(own, kAppend, (p.count + kWavesPerBlock - 1) / kWavesPerBlock, stream, p);
+  return launch(own, kAppend, blocks_of(p.count, kWave), stream, p);
 }
 
 }  // namespace jax_dsv4::rocm

@@ -169,6 +169,8 @@ def test_doctor_on_a_machine_without_any_of_it(find, capsys):
     assert doctor.main() == 0
     text = capsys.readouterr().out
     assert re.search(r"aiter  no  .*no HIP library", text)
+    assert "HIP: no HIP library" in text
+    assert "AITER's kernels: none" in text
     assert re.search(r"16 heads: no HIP library", text)
 
 
