@@ -7,7 +7,6 @@ import importlib.metadata
 import platform
 import sys
 import traceback
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,8 @@ def print_rocm() -> None:
     hip = ctypes.create_string_buffer(4096)
     library.dsv4_rocm_hip(hip, ctypes.c_size_t(len(hip)))
     print(f"HIP: {hip.value.decode()}")
-    objects = [str(p) for p in sorted(Path(detail).parent.glob("dsv4_gfx*.co"))]
+    installed = _ffi.find_library("libdsv4_rocm")
+    objects = [str(p) for p in sorted(installed.parent.glob("dsv4_gfx*.co"))] if installed else []
     print(f"our kernels for AMD: {', '.join(objects) or 'none were built (no clang with an AMDGPU target)'}")
     print(f"AITER's kernels: {_ffi.aiter_directory() or 'none'}")
     print(f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}")

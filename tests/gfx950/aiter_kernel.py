@@ -27,6 +27,7 @@ class KernelCase:
     tile: int
     kernarg_bytes: int
     has_lse: bool  # writes the final LSE of an unsplit row
+    wraps_at_4gib: bool = False  # computes 32-bit offsets into the pool
 
     @property
     def symbol(self) -> str:
@@ -34,10 +35,10 @@ class KernelCase:
 
 
 KERNELS = (
-    KernelCase("wheel", "mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, 64, 288, False),
+    KernelCase("wheel", "mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, 64, 288, False, wraps_at_4gib=True),
     KernelCase("tree", "mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, 128, 384, False),
     KernelCase("tree", "mla_a8w8_qh16_qseqlen1_gqaratio16_lse_ps", 16, 128, 384, True),
-    KernelCase("tree", "mla_a8w8_qh32_qseqlen1_gqaratio32_lse_ps", 32, 128, 304, False),
+    KernelCase("tree", "mla_a8w8_qh32_qseqlen1_gqaratio32_lse_ps", 32, 128, 304, False, wraps_at_4gib=True),
     KernelCase("tree", "mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", 64, 64, 384, True),
     KernelCase("tree", "mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", 128, 64, 384, True),
 )
@@ -97,21 +98,28 @@ def make_problem(rng, heads: int, lengths, topk: int, slots: int = 0, q_scale=0.
     return Problem(q, kv, indices, lengths, q_scale, kv_scale)
 
 
+def weights_in_fp8(weights, keys):
+    """How far the sum of weights [heads, keys] times keys [keys, 512] may be off once each weight, in units of the row's largest, was cast
+    to e4m3: by half a step, which is 2^-4 of a normal number and 2^-10 below them. The kernels cast so before the second product."""
+    return np.maximum(weights * 2.0**-4, 2.0**-10) @ np.abs(keys)
+
+
 def reference(p: Problem):
-    """float64 attention on the rounded operands: out [tokens, heads, 512], lse [tokens, heads]."""
+    """float64 attention on the rounded operands: out [tokens, heads, 512], lse [tokens, heads], and the error that fp8 weights explain."""
     q = p.q.astype(np.float64) * p.q_scale
-    kv = p.kv.astype(np.float64) * p.kv_scale
-    out = np.zeros((*p.q.shape[:2], LATENT))
+    out, error = np.zeros((2, *p.q.shape[:2], LATENT))
     lse = np.full(p.q.shape[:2], -np.inf)
     for t, n in enumerate(p.lengths):
         if n:
-            keys = kv[p.indices[t, :n]]
+            keys = p.kv[p.indices[t, :n]].astype(np.float64) * p.kv_scale
             scores = p.scale * q[t] @ keys.T
             top = scores.max(-1, keepdims=True)
             weights = np.exp(scores - top)
-            lse[t] = top[:, 0] + np.log(weights.sum(-1))
-            out[t] = weights @ keys[:, :LATENT] / weights.sum(-1, keepdims=True)
-    return out, lse
+            total = weights.sum(-1, keepdims=True)
+            lse[t] = (top + np.log(total))[:, 0]
+            out[t] = weights @ keys[:, :LATENT] / total
+            error[t] = weights_in_fp8(weights, keys[:, :LATENT]) / total
+    return out, lse, error
 
 
 @dataclasses.dataclass
@@ -164,7 +172,7 @@ def run(gpu, case: KernelCase, p: Problem, plan: Plan, code: bytes | None = None
         "q_scale": np.float32([p.q_scale]),
         "kv_scale": np.float32([p.kv_scale]),
     }
-    device = {name: gpu.array(value) for name, value in buffers.items()}
+    device = {name: gpu.array(value) if value.nbytes < 2**32 else gpu.in_place(value) for name, value in buffers.items()}
     device["work"] = gpu.array(np.uint64([device["work_indptr"].pointer, device["work_info"].pointer]))
     at = {name: b.pointer for name, b in device.items()}
     arguments = pack(case, at, p, heads)

@@ -106,6 +106,17 @@ class Buffer:
             self.pointer = None
 
 
+class InPlace:
+    """An array of the host's as read-only device memory, for what is too large to copy."""
+
+    def __init__(self, gpu: "SoftwareGpu", array: np.ndarray):
+        self.gpu, self.array, self.pointer = gpu, array, array.ctypes.data
+        gpu.lib.gfx950_register(ctypes.c_void_p(self.pointer), ctypes.c_size_t(array.nbytes), 0)
+
+    def free(self) -> None:
+        self.gpu.lib.gfx950_unregister(ctypes.c_void_p(self.pointer), ctypes.c_size_t(self.array.nbytes))
+
+
 class KernelCost(typing.NamedTuple):
     """All launches of a kernel together."""
 
@@ -143,6 +154,9 @@ class SoftwareGpu:
 
     def array(self, array) -> Buffer:
         return Buffer(self, np.asarray(array))
+
+    def in_place(self, array: np.ndarray) -> InPlace:
+        return InPlace(self, array)
 
     def function(self, code_object: bytes, name: str) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()

@@ -33,11 +33,13 @@ def wheel_kernel(gpu):
 
 
 def check(out, lse, problem, cosine=COSINE):
-    want, want_lse = aiter_kernel.reference(problem)
+    want, want_lse, error = aiter_kernel.reference(problem)
     for t, n in enumerate(problem.lengths):
         assert np.isfinite(out[t]).all(), f"token {t} of length {n}"
         norm = np.linalg.norm(out[t]) * np.linalg.norm(want[t])
         assert (out[t] * want[t]).sum() / norm >= cosine, f"token {t} of length {n}"
+    # Beyond the cast of the weights: results are rounded to bfloat16, and are sums in float32.
+    assert (np.abs(out - want) <= error + 2.0**-8 * np.abs(want) + 1e-5).all()
     if lse is not None:
         np.testing.assert_allclose(lse, want_lse, atol=LSE_TOLERANCE, rtol=0)
 
@@ -49,6 +51,21 @@ def test_kernel(gpu, kernel, plan):
     known = np.isfinite(lse)
     assert known.all() == (kernel.has_lse or "split_all" in plan)
     check(out, lse if known.all() else None, problem)
+
+
+def test_a_pool_beyond_4_gib(gpu, kernel):
+    """Rows past 2^32 bytes: the wheel's kernel and the 32-head one read others instead, and silently; the rest are right."""
+    rows = 2**32 // aiter_kernel.ROW
+    problem = aiter_kernel.make_problem(np.random.default_rng(9), kernel.heads, [70, 3], topk=70)
+    small, problem.kv = problem.kv, np.zeros((rows + 1000, aiter_kernel.ROW), aiter_kernel.F8)  # mapped, but for what is written
+    first = rows + 1
+    problem.kv[first : first + len(small)] = small
+    problem.indices += first  # what lies past the lengths wraps, and is garbage all the same
+    out, lse = aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=2, split_all=True))
+    if kernel.wraps_at_4gib:
+        assert (out == 0).all()  # of rows that nobody asked for
+    else:
+        check(out, lse, problem)
 
 
 def test_cost(gpu, kernel, table):
