@@ -192,6 +192,13 @@ def _make_cache(case: ScopeCase, latents: np.ndarray, attended: np.ndarray, bloc
         packed[:, case.block_size * 576 : case.block_size * 584] = groups.reshape(blocks, -1)
         cache = dsv4.KVCache(jnp.asarray(packed), block_size=case.block_size)
         return cache, reference.unpack_fp8_ds_mla(packed, case.block_size)
+    if case.layout == "aiter_fp8":
+        scale = 2.0**-6
+        codes = np.where(attended[:, None], latents / scale, np.nan).astype(ml_dtypes.float8_e4m3fn)
+        data = np.full((1 + blocks, case.block_size, 576), 0x7F, np.uint8)
+        data[0], data[1:, :, :512], data[1:, :, 512:] = 0, codes.view(np.uint8).reshape(blocks, case.block_size, 512), 0
+        cache = dsv4.KVCache(jnp.asarray(data), block_size=case.block_size, layout=case.layout, scale=scale)
+        return cache, codes.astype(np.float64) * scale
     dtype = ml_dtypes.bfloat16 if case.layout == "bf16" else np.float32
     data = np.where(attended[:, None], latents, np.nan).astype(dtype)
     cache = dsv4.KVCache(jnp.asarray(data.reshape(blocks, case.block_size, 512)), block_size=case.block_size, layout=case.layout)

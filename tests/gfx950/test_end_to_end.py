@@ -44,12 +44,16 @@ class Answer(NamedTuple):
         return Answer(*(x[which] for x in self))
 
 
+def round_to_fp8(q):
+    """As the handler does: e4m3 in units of one step for all of q."""
+    q = np.asarray(q).astype(np.float32)
+    step = np.abs(q).max(initial=1e-30) / np.float32(448)
+    return (q * (np.float32(1) / step)).astype(jnp.float8_e4m3fn).astype(np.float64) * np.float64(step)
+
+
 def reference(q, scopes, sink=None, round_q=True):
     """float64, on q rounded as the handler rounds it (or as it is) and the cache as it is stored."""
-    q = np.asarray(q, np.float64)
-    step = np.float32(np.abs(q).max() / 448)
-    codes = (np.asarray(q, np.float32) * (np.float32(1) / step)).astype(jnp.float8_e4m3fn)
-    q = codes.astype(np.float64) * np.float64(step) if round_q else q
+    q = round_to_fp8(q) if round_q else np.asarray(q, np.float64)
     tokens, heads, _ = q.shape
     out, error = np.zeros((2, *q.shape))
     lse = np.full((tokens, heads), -np.inf)
