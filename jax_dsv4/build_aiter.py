@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 LIBRARY = "libaiter_metadata.so"
+PROGRESS_SECONDS = 10
 
 
 def cache_directory() -> Path:
@@ -85,7 +86,7 @@ def build(source: Path, architecture: str, compiler: Path, rocm: Path | None = N
             process = subprocess.Popen(line)
             while True:
                 try:
-                    status = process.wait(timeout=10)
+                    status = process.wait(timeout=PROGRESS_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
                     print(f"compiling AITER's plan builder for {architecture}: {time.monotonic() - start:.0f} s", flush=True)

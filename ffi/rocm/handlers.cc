@@ -104,7 +104,8 @@ ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::Remai
 // The pool: uint8 [1 + num_blocks, block_size, 576].
 bool bind_pool(Checker& check, Buffer pool, int32_t block_size, float cache_scale, int64_t* num_slots) {
   check.require(block_size > 0, "cache.block_size", "be positive", std::to_string(block_size));
-  check.require(cache_scale > 0, "cache.scale", "be positive", std::to_string(cache_scale));
+  check.require(cache_scale >= 0x1p-100f && cache_scale <= 0x1p100f, "cache.scale",
+                "be positive, from 2**-100 to 2**100", std::to_string(cache_scale));
   check.buffer(pool, "cache", ffi::DataType::U8, "(1 + num_blocks, block_size, 576)", {-1, block_size, kRowBytes});
   if (!check.ok()) return false;
   const int64_t blocks = pool.dimensions()[0];

@@ -298,6 +298,18 @@ def test_nothing_forbidden_under_capture(rocm, gpu, monkeypatch, planner):
     assert all(cost.launches == 1 for cost in kernels.values())
 
 
+def test_our_kernels_wait_for_their_data(rocm, gpu):
+    """By the letter of the ISA; AITER's do not, and that is seen too."""
+    rng = np.random.default_rng(18)
+    gpu.options(hazards=True)
+    cache = make_cache(rng, 300)
+    scope = make_scope(rng, cache, 300, [300, 0, 65], 300, holes=0.1)
+    jax.block_until_ready(attend(make_q(rng, 3, 32), (scope,)))
+    hazards = gpu.hazards()
+    assert any("mla_a8w8" in h for h in hazards)
+    assert not [h for h in hazards if "mla_a8w8" not in h]
+
+
 def test_buffers_may_move(rocm):
     """The same program on other buffers, graphs kept by address: no address of one call is used in another."""
     rng = np.random.default_rng(11)
@@ -446,17 +458,19 @@ def test_kernel_choice(rocm, reports_lse):
 
 
 def test_handler_checks_in_the_words_of_python(rocm):
-    call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct((2, 8, 512), jnp.uint8))
+    def append(shape=(2, 8, 576), scale=1.0):
+        call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct(shape, jnp.uint8))
+        rows = jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32)
+        jax.block_until_ready(call(jnp.zeros(shape, jnp.uint8), *rows, block_size=np.int32(8), cache_scale=np.float32(scale)))
+
+    append()
     with pytest.raises(
         Exception, match=r"append: cache must have shape \(1 \+ num_blocks, block_size, 576\) = \(\*, 8, 576\), got \(2, 8, 512\)"
     ):
-        call(
-            jnp.zeros((2, 8, 512), jnp.uint8),
-            jnp.zeros((1, 512)),
-            jnp.zeros(1, jnp.int32),
-            block_size=np.int32(8),
-            cache_scale=np.float32(1),
-        )
+        append(shape=(2, 8, 512))
+    for scale in (0, -1, np.nan, np.inf, 2.0**-101):
+        with pytest.raises(Exception, match=r"append: cache.scale must be positive, from 2\*\*-100 to 2\*\*100, got"):
+            append(scale=scale)
 
 
 @pytest.mark.parametrize(("units", "lengths"), [(256, [600]), (256, [600, 130, 64]), (8, [*range(100, 580, 20)])],
