@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,10 +173,8 @@ class _CUDA:
     fuses = True
     heads_per_block = 64  # ffi/cuda/launch.h: kHeadsPerBlock
     partial_heads = 8  # and kPartialHeads
-
-    @functools.cached_property
-    def multiprocessors(self) -> int:
-        return _cuda_devices()[0].core_count
+    # Of the largest Hopper, so that a program does not depend on the device; ffi/cuda/handlers.cc plans for the one it runs on.
+    multiprocessors = 132
 
     def availability(self) -> Availability:
         try:
@@ -193,7 +190,11 @@ class _CUDA:
         return Availability(library is not None, detail if library is None else f"Hopper kernels, {detail}")
 
     def exportable(self) -> bool:
-        return False  # how many workers a plan has depends on the device
+        # Where there is a device, what it and the library cannot do is known.
+        try:
+            return not _cuda_devices()
+        except RuntimeError:
+            return True
 
     def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         if q_dtype is not None and q_dtype != jnp.bfloat16:
