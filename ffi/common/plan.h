@@ -55,11 +55,10 @@ struct PlanCursor {
 constexpr PlanCursor kPlanStart{-1, 0, 0, 0};
 
 // How a token is cut: `first` blocks go to the cursor's worker (0: that worker is closed as it is), then whole workers
-// of `each`, of which `fresh` are opened.
+// of `each`.
 struct PlanCut {
   int32_t first;
   int32_t each;
-  int32_t fresh;
   int32_t items;
 };
 
@@ -117,15 +116,18 @@ JAX_DSV4_HD int32_t plan_room_after(PlanStep step, int32_t payload, int32_t room
 // Cuts a token of so many blocks where there is such room.
 JAX_DSV4_HD PlanCut plan_cut(int32_t payload, int32_t blocks, int32_t room) {
   const int32_t first = plan_min(blocks, room), rest = blocks - first;
-  const int32_t fresh = rest <= payload ? rest > 0 : plan_ceil_div(rest, payload);
-  return {first, payload, fresh, fresh + (first > 0)};
+  return {first, payload, (first > 0) + (rest <= payload ? rest > 0 : plan_ceil_div(rest, payload))};
 }
+
+// The workers that it opens.
+JAX_DSV4_HD int32_t plan_fresh(PlanCut cut) { return cut.items - (cut.first > 0); }
 
 // Cuts a token of so many blocks at the cursor and moves the cursor past it.
 JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32_t blocks, PlanCursor* cursor) {
   const PlanCut cut = plan_cut(payload, blocks, cursor->room);
-  cursor->worker += cut.fresh;
-  if (blocks > 0) cursor->room = plan_max(0, cursor->room - blocks + cut.fresh * payload - p.overhead);
+  const int32_t fresh = plan_fresh(cut);
+  cursor->worker += fresh;
+  if (blocks > 0) cursor->room = plan_max(0, cursor->room - blocks + fresh * payload - p.overhead);
   cursor->items += cut.items;
   cursor->partials += cut.items > 1 ? cut.items : 0;
   return cut;
