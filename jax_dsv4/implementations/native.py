@@ -48,13 +48,12 @@ def plan_call(
 ) -> WorkPlan:
     """A planner's target; `workers` is the size of work_indptr less one."""
     tokens = lengths[0].shape[0]
-    absent = jnp.zeros((tokens,), jnp.int32)
     call = jax.ffi.ffi_call(target, plan_shapes(tokens, workers))
     swa_topk, extra_topk = (*topks, 0)[:2]
     return WorkPlan(
         *call(
             lengths[0],
-            lengths[1] if len(lengths) > 1 else absent,
+            lengths[-1],  # of a scope that is absent: not looked at
             swa_topk=np.int32(swa_topk),
             extra_topk=np.int32(extra_topk),
             active_workers=np.int32(geometry.workers),
@@ -83,10 +82,11 @@ def decode_call(
     """The target dsv4_decode; `workspaces` are the results that a platform's kernels need besides out and lse."""
     tokens, heads, _ = q.shape
     results = (jax.ShapeDtypeStruct(q.shape, out_dtype), jax.ShapeDtypeStruct((tokens, heads), jnp.float32), *workspaces)
-    swa, extra = (*scopes, _absent_scope(tokens))[:2]
+    assert scopes[0].lengths is not None
+    swa, extra = (*scopes, _absent_scope(scopes[0].lengths))[:2]
     out, lse, *_ = jax.ffi.ffi_call("dsv4_decode", results)(
         q,
-        jnp.zeros((heads,), jnp.float32) if attn_sink is None else attn_sink,
+        jnp.zeros((0,), jnp.float32) if attn_sink is None else attn_sink,
         *(swa.cache.data, swa.indices, swa.lengths),
         *(extra.cache.data, extra.indices, extra.lengths),
         *work,
@@ -240,9 +240,10 @@ def _cuda_devices() -> list[jax.Device]:
     return jax.devices("cuda")
 
 
-def _absent_scope(tokens: int) -> kv.Scope:
+def _absent_scope(lengths: jax.Array) -> kv.Scope:
+    """Operands of no bytes, and lengths that are not looked at: zeros would be filled in by a kernel of their own in every call."""
     cache = kv.KVCache(jnp.zeros((0, kv.PACKED_TOKEN_BYTES), jnp.uint8), block_size=1)
-    return kv.Scope(cache, jnp.zeros((tokens, 0), jnp.int32), jnp.zeros((tokens,), jnp.int32))
+    return kv.Scope(cache, jnp.zeros((*lengths.shape, 0), jnp.int32), lengths)
 
 
 CPU = _CPU()
