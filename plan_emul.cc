@@ -1,0 +1,177 @@
+// The planner of common/plan.h on the device: one block. The scan over tokens, which decides where each token is cut,
+// is run in pieces: threads find the room that each piece of the tokens leaves for every room that it may begin with; a
+// piece's beginning then follows from a few look-ups, and each of its parts' from one more. All parts are scanned again
+// at the same time, for the room before each token.
+#include "common/plan.h"
+
+#include "cuda/launch.h"
+
+namespace jax_dsv4::cuda {
+namespace {
+
+constexpr int kMaxPieces = 16;                 // finding where the last one begins takes as many dependent look-ups
+constexpr int kMinPiece = 8;                   // tokens: shorter ones cost more to chain than to scan
+constexpr int kParts = 4;                      // of a piece
+constexpr int kPadding = kMaxPieces * kParts;  // parts, of equal length, may reach past the tokens so far
+
+// What the tokens of a cursor's past have opened and filled.
+struct Counts {
+  int32_t worker, items, partials;
+};
+
+__device__ Counts add(Counts a, Counts b) { return {a.worker + b.worker, a.items + b.items, a.partials + b.partials}; }
+
+__device__ Counts shuffle_up(Counts x, int distance) {
+  return {__shfl_up_sync(~0u, x.worker, distance), __shfl_up_sync(~0u, x.items, distance),
+          __shfl_up_sync(~0u, x.partials, distance)};
+}
+
+__device__ Counts sums_of_warp(Counts x) {
+  for (int step = 1; step < 32; step *= 2) {
+    const Counts below = shuffle_up(x, step);
+    if (threadIdx.x % 32 >= step) x = add(x, below);
+  }
+  return x;
+}
+
+// Code that runs once costs what fetching it costs: no loop is unrolled that rarely runs twice, and few numbers are
+// divided.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0);
+static int32_t warp_costs[kWarps]; emul_poison(&warp_costs, sizeof warp_costs);
+static Counts warp_counts[kWarps]; emul_poison(&warp_counts, sizeof warp_counts);
+static PlanStep steps[kThreads + kPadding]; emul_poison(&steps, sizeof steps);
+static int32_t ends[kParts][kThreads]; emul_poison(&ends, sizeof ends);  // [part][piece, room at the piece's begin] the room at the part's end
+static int32_t rooms[kThreads + kPadding + 1]; emul_poison(&rooms, sizeof rooms);
+static int32_t lengths[kThreads]; emul_poison(&lengths, sizeof lengths);
+static PlanCursor places[kThreads]; emul_poison(&places, sizeof places);
+static PlanCut cuts[kThreads]; emul_poison(&cuts, sizeof cuts);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+
+  // Backwards, so that the first tokens are at hand in the end. The sum fits 32 bits: common/bind.h sees to that.
+  int32_t cost = 0, length = 0, blocks = 0;
+#pragma unroll 1
+  for (int first = (p.tokens - 1) / kThreads * kThreads; first >= 0; first -= kThreads) {
+    length = first + thread < p.tokens ? plan_length(p, first + thread) : 0;
+    blocks = plan_blocks(p, length);
+    cost += plan_cost(p, blocks);
+  }
+  cost = __reduce_add_sync(~0u, cost);
+  if (lane == 0) warp_costs[warp] = cost;
+  if (thread < kPadding) steps[kThreads + thread] = {};
+  __syncthreads();
+  cost = __reduce_add_sync(~0u, lane < kWarps ? warp_costs[lane] : 0);
+  const int32_t payload = plan_payload(p, cost), num_rooms = plan_rooms(p, payload);
+
+  PlanCursor start = kPlanStart;
+#pragma unroll 1
+  for (int first = 0; first < p.tokens; first += kThreads) {
+    const int count = min(kThreads, p.tokens - first);
+    if (first > 0) {
+      __syncthreads();  // what the items before are written from is no longer needed
+      length = thread < count ? plan_length(p, first + thread) : 0;
+      blocks = plan_blocks(p, length);
+    }
+    steps[thread] = plan_step(p, payload, blocks);
+    lengths[thread] = length;
+    __syncthreads();
+
+    // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
+    const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
+    int pieces = min(min(kMaxPieces, count / kMinPiece), num_rooms <= kThreads ? kThreads * reciprocal >> 20 : 0);
+    int parts = kParts;
+    if (pieces < 2) pieces = parts = 1;
+    const int scanners = pieces * parts, size = (count + scanners - 1) / scanners;  // a part's
+    if (pieces > 1) {
+      const int piece = thread * reciprocal >> 20;
+      if (piece < pieces) {
+        const PlanStep* step = steps + piece * kParts * size;
+        int32_t room = thread - piece * num_rooms;
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part, step += size) {
+#pragma unroll 4
+          for (int i = 0; i < size; ++i) room = plan_room_after(step[i], payload, room);
+          ends[part][thread] = room;
+        }
+      }
+      __syncthreads();
+    }
+    if (thread < scanners) {
+      const int piece = thread / kParts, part = thread % kParts;
+      int32_t room = start.room;
+#pragma unroll 1
+      for (int i = 0; i < piece; ++i) room = ends[kParts - 1][i * num_rooms + room];
+      if (part > 0) room = ends[part - 1][piece * num_rooms + room];
+      const int begin = thread * size, end = begin + size;
+#pragma unroll 4
+      for (int i = begin; i < end; ++i) {
+        rooms[i] = room;
+        room = plan_room_after(steps[i], payload, room);
+      }
+      if (thread == scanners - 1) rooms[end] = room;
+    }
+    __syncthreads();
+
+    const PlanCut cut = plan_cut(payload, blocks, thread < count ? rooms[thread] : 0);
+    const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
+    if (lane == 31) warp_counts[warp] = sums;
+    __syncthreads();
+    Counts at{start.worker, start.items, start.partials}, all = at;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      if (i == warp) at = all;
+      all = add(all, warp_counts[i]);
+    }
+    const PlanCursor place{at.worker + sums.worker - mine.worker, 0, at.items + sums.items - mine.items,
+                           at.partials + sums.partials - mine.partials};
+    places[thread] = place;
+    cuts[thread] = cut;
+    if (thread < count) plan_token(p, first + thread, length, place, cut);
+    start = {all.worker, rooms[count], all.items, all.partials};
+    __syncthreads();
+
+    // As many threads to a token as there are.
+    const int group_log2 = __clz(count - 1) + __ffs(kThreads) - 33, token = thread >> group_log2;
+    if (token < count) {
+#pragma unroll 1
+      for (int i = thread & ((1 << group_log2) - 1); i < cuts[token].items; i += 1 << group_log2) {
+        plan_item(p, first + token, lengths[token], places[token], cuts[token], i);
+      }
+    }
+  }
+
+  // Rows past those in use are zeros; workers that no token came to end where the last one does.
+#pragma unroll 1
+  for (int i = start.items * 2 + thread; i < 2 * p.max_items; i += kThreads) {
+    reinterpret_cast<int4*>(p.work_info_set)[i] = {};
+  }
+#pragma unroll 1
+  for (int i = start.partials + thread; i < p.max_partials; i += kThreads) p.reduce_partial_map[i] = 0;
+#pragma unroll 1
+  for (int w = start.worker + 1 + thread; w <= p.workers; w += kThreads) p.work_indptr[w] = start.items;
+  if (thread == 0) p.reduce_indptr[0] = 0;
+}
+
+constexpr int kFewThreads = 256, kManyThreads = 512;
+constexpr int kFewTokens = 128;
+
+}  // namespace
+
+cudaError_t prepare_plan() {
+  cudaFuncAttributes attributes;  // asking loads the kernel
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, plan_kernel<kFewThreads>);
+  return status == cudaSuccess ? cudaFuncGetAttributes(&attributes, plan_kernel<kManyThreads>) : status;
+}
+
+cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
+  if (params.tokens <= kFewTokens) {
+    emul_launch(plan_kernel<kFewThreads>, kFewThreads, params);
+  } else {
+    emul_launch(plan_kernel<kManyThreads>, kManyThreads, params);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace jax_dsv4::cuda
