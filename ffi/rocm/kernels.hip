@@ -111,28 +111,21 @@ JAX_DSV4_KERNEL void dsv4_plan(PlanParams p) {
     cost += plan_cost(p, plan_blocks(p, plan_length(p, token)));
   const int32_t payload = plan_payload(p, sum_over_threads(cost));
 
-  // work_indptr must hold the number of items before rows are written: so tokens are placed twice, first only to count.
-  for (int pass = 0; pass < 2; ++pass) {
-    if (t == 0) cursor = PlanCursor{0, payload, 0, 0};
-    for (int32_t first = 0; first < p.tokens; first += kThreads) {
-      if (first + t < p.tokens) lengths[t] = plan_length(p, first + t);
-      barrier();
-      if (t == 0) {
-        for (int32_t i = 0; i < kThreads && first + i < p.tokens; ++i) {
-          at[i] = cursor;
-          cuts[i] = plan_token_place(p, payload, plan_blocks(p, lengths[i]), &cursor);
-        }
+  if (t == 0) cursor = kPlanStart, p.reduce_indptr[0] = 0;
+  for (int32_t first = 0; first < p.tokens; first += kThreads) {
+    if (first + t < p.tokens) lengths[t] = plan_length(p, first + t);
+    barrier();
+    if (t == 0) {
+      for (int32_t i = 0; i < kThreads && first + i < p.tokens; ++i) {
+        at[i] = cursor;
+        cuts[i] = plan_token_place(p, payload, plan_blocks(p, lengths[i]), &cursor);
       }
-      barrier();
-      if (pass == 1 && first + t < p.tokens) plan_token_write(p, first + t, lengths[t], at[t], cuts[t]);
-      barrier();
-    }
-    if (pass == 0) {
-      for (int32_t w = t; w < p.workers; w += kThreads) p.work_indptr[w + 1] = cursor.items;
-      if (t == 0) p.work_indptr[0] = 0, p.reduce_indptr[0] = 0;
     }
     barrier();
+    if (first + t < p.tokens) plan_token_write(p, first + t, lengths[t], at[t], cuts[t]);
   }
+  barrier();
+  for (int32_t w = cursor.worker + 1 + t; w <= p.workers; w += kThreads) p.work_indptr[w] = cursor.items;
 }
 
 // ---- Around AITER's plan builder: one workgroup each.

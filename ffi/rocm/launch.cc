@@ -187,7 +187,6 @@ std::string enqueue_plan(int device, hip::Stream stream, const PlanParams& p) {
   std::vector<hip::Function> own;
   std::string error = loaded(device, nullptr, &own, nullptr);
   if (error.empty()) error = clear(p.work_info_set, 8ll * p.max_items, stream);
-  if (error.empty()) error = clear(p.reduce_final_map, 2ll * p.tokens, stream);
   if (error.empty()) error = clear(p.reduce_partial_map, p.max_partials, stream);
   if (error.empty()) error = launch(own, kPlan, 1, stream, p);
   return error;
