@@ -219,8 +219,7 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     _checks.require_shape(slots, op, "slots", "(*batch,)", batch)
     from jax_dsv4.implementations import append_rows  # they build on this module
 
-    data = append_rows(cache, latents.reshape(-1, LATENT_DIM), slots.reshape(-1), implementation)
-    return cache.replace(data)
+    return cache.replace(append_rows(cache, latents, slots, implementation))
 
 
 def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:

@@ -6,6 +6,7 @@ every platform. A plan is good for every call of the step that has the same leng
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,14 +98,14 @@ def plan_decode(
     _checks.require_int(swa_topk, op, "swa_topk", 0)
     _checks.require_int(extra_topk, op, "extra_topk", 0)
     batch = tuple(swa_lengths.shape)
-    lengths = [swa_lengths.reshape(-1)]
+    lengths = [swa_lengths]
     if extra_lengths is None:
         _checks.require(extra_topk == 0, op, "extra_topk", "be 0 without extra_lengths", extra_topk)
     else:
         _checks.require_dtype(extra_lengths, op, "extra_lengths", jnp.int32)
         _checks.require_shape(extra_lengths, op, "extra_lengths", "(*batch,) of swa_lengths", batch)
-        lengths.append(extra_lengths.reshape(-1))
-    tokens = lengths[0].shape[0]
+        lengths.append(extra_lengths)
+    tokens = math.prod(batch)
     _checks.require_fits_int32(tokens * (swa_topk + extra_topk), op, "tokens * (swa_topk + extra_topk)")
     from jax_dsv4.implementations import plan_work, spelling  # they build on this module
 

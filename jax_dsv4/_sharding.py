@@ -1,0 +1,86 @@
+"""How the ops partition over a mesh: which dimensions may be split, and what each device then runs.
+
+A call is described by labels, one for each dimension of each operand and result. A dimension with a label may be split over mesh axes,
+and all dimensions of that label are split alike; one without stays whole. What runs on each device is the ordinary call on local shapes,
+with no collective in it. Automatic mode goes through JAX's custom partitioning with a Shardy rule, explicit mode through `jax.shard_map`;
+where there is one device, or a `shard_map` around the call, both are the call itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_dsv4 import _checks
+
+
+class Dims(NamedTuple):
+    """The dimensions of one array.
+
+    labels  one per dimension, None where it stays whole
+    stays   the array's name in messages, if it is so large that resharding it would be a mistake: a cache
+    """
+
+    labels: tuple[str | None, ...]
+    stays: str = ""
+
+    def spec(self, axes: dict[str, Any]) -> PartitionSpec:
+        """The partition of an array, from the mesh axes of each label."""
+        return PartitionSpec(*(axes.get(label) if label else None for label in self.labels))
+
+    def require_whole(self, op: str, spec: PartitionSpec | None) -> None:
+        rule = "be whole on every device here (a cache's blocks are spread under jax.shard_map, with split_slots and merge_over_axis)"
+        _checks.require(not self.stays or spec is None or not any(spec), op, f"{self.stays}'s data", rule, f"sharding {spec}")
+
+
+def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], results: Sequence[Dims]) -> Callable[..., tuple[Any, ...]]:
+    """`call`, from arrays to a tuple of arrays, partitioned by its labels. The first operand leads: others are split as it is."""
+    # custom_partitioning takes no captured constants, such as the xla implementation's tables; those of an inner jit are that one's.
+    automatic = custom_partitioning(lambda *arrays: jax.jit(call)(*arrays))
+
+    def partition(mesh, arrays, shapes):  # type: ignore[no-untyped-def]
+        for dims, array in zip(operands, arrays):
+            dims.require_whole(op, array.sharding.spec)
+        axes = _axes((operands[0], arrays[0].sharding.spec), (results[0], shapes[0].sharding.spec))
+        named = [tuple(NamedSharding(mesh, dims.spec(axes)) for dims in side) for side in (results, operands)]
+        return mesh, call, *named
+
+    automatic.def_partition(partition, sharding_rule=_shardy_rule(operands, results))
+
+    def partitioned_call(*arrays: Any) -> tuple[Any, ...]:
+        shardings = [jax.typeof(array).sharding for array in arrays]
+        explicit = {name: s.mesh for s in shardings for name, kind in zip(s.mesh.axis_names, s.mesh.axis_types) if kind == AxisType.Explicit}
+        if not explicit:
+            return automatic(*arrays)
+        for dims, sharding in zip(operands, shardings):
+            dims.require_whole(op, sharding.spec)
+        axes = _axes((operands[0], shardings[0].spec), *zip(operands[1:], (s.spec for s in shardings[1:])))
+        specs, result_specs = (tuple(dims.spec(axes) for dims in side) for side in (operands, results))
+        mesh = next(iter(explicit.values()))
+        local = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=result_specs, axis_names=set(explicit), check_vma=False)
+        arrays = [jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs)]
+        return local(*arrays)
+
+    return partitioned_call
+
+
+def _axes(*candidates: tuple[Dims, PartitionSpec]) -> dict[str, Any]:
+    """The mesh axes of each label, from the first array that is split along any."""
+    for dims, spec in candidates:
+        axes = {label: axis for label, axis in zip(dims.labels, spec) if label and axis}
+        if axes:
+            return axes
+    return {}
+
+
+def _shardy_rule(operands: Sequence[Dims], results: Sequence[Dims]) -> str:
+    """In Shardy's notation; a dimension that stays whole is a factor of its own."""
+
+    def side(arrays: Sequence[Dims], own: str) -> str:
+        return ", ".join(" ".join(label or f"{own}{i}_{j}" for j, label in enumerate(dims.labels)) for i, dims in enumerate(arrays))
+
+    return f"{side(operands, 'x')} -> {side(results, 'y')}"
