@@ -33,7 +33,7 @@ class Dims(NamedTuple):
         return PartitionSpec(*(axes.get(label) if label else None for label in self.labels))
 
     def require_whole(self, op: str, spec: PartitionSpec | None) -> None:
-        rule = "be whole on every device here (a cache's blocks are spread under jax.shard_map, with split_slots and merge_over_axis)"
+        rule = "be whole on every device here (a cache's blocks are spread under jax.shard_map, with local_scope and merge_over_axis)"
         _checks.require(not self.stays or spec is None or not any(spec), op, f"{self.stays}'s data", rule, f"sharding {spec}")
 
 
@@ -43,27 +43,31 @@ def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], res
     automatic = custom_partitioning(lambda *arrays: jax.jit(call)(*arrays))
 
     def partition(mesh, arrays, shapes):  # type: ignore[no-untyped-def]
+        if mesh.empty:  # inside a shard_map that is manual over some of the mesh's axes, where JAX names no others
+            shardings = [tuple(x.sharding for x in side) for side in (shapes, arrays)]
+            _require_alike(op, zip((*operands, *results), (*arrays, *shapes)))
+            return mesh, call, *shardings
         for dims, array in zip(operands, arrays):
             dims.require_whole(op, array.sharding.spec)
         axes = _axes((operands[0], arrays[0].sharding.spec), (results[0], shapes[0].sharding.spec))
-        named = [tuple(NamedSharding(mesh, dims.spec(axes)) for dims in side) for side in (results, operands)]
-        return mesh, call, *named
+        return mesh, call, *(tuple(NamedSharding(mesh, dims.spec(axes)) for dims in side) for side in (results, operands))
 
     automatic.def_partition(partition, sharding_rule=_shardy_rule(operands, results))
 
     def partitioned_call(*arrays: Any) -> tuple[Any, ...]:
         shardings = [jax.typeof(array).sharding for array in arrays]
-        explicit = {name: s.mesh for s in shardings for name, kind in zip(s.mesh.axis_names, s.mesh.axis_types) if kind == AxisType.Explicit}
-        if not explicit:
+        mesh = next((s.mesh for s in shardings if not s.mesh.empty), shardings[0].mesh)
+        if AxisType.Explicit not in mesh.axis_types:
             return automatic(*arrays)
+        if set(mesh.axis_types) != {AxisType.Explicit}:
+            kinds = ", ".join(f"{name}: {kind}" for name, kind in zip(mesh.axis_names, mesh.axis_types))
+            raise NotImplementedError(f"{op}: a mesh must be explicit in all of its axes or in none, got {kinds}")
         for dims, sharding in zip(operands, shardings):
             dims.require_whole(op, sharding.spec)
-        axes = _axes((operands[0], shardings[0].spec), *zip(operands[1:], (s.spec for s in shardings[1:])))
+        axes = _axes(*((dims, sharding.spec) for dims, sharding in zip(operands, shardings)))
         specs, result_specs = (tuple(dims.spec(axes) for dims in side) for side in (operands, results))
-        mesh = next(iter(explicit.values()))
-        local = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=result_specs, axis_names=set(explicit), check_vma=False)
-        arrays = [jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs)]
-        return local(*arrays)
+        arrays = tuple(jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs))
+        return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=result_specs, check_vma=False)(*arrays)
 
     return partitioned_call
 
@@ -75,6 +79,15 @@ def _axes(*candidates: tuple[Dims, PartitionSpec]) -> dict[str, Any]:
         if axes:
             return axes
     return {}
+
+
+def _require_alike(op: str, arrays: Any) -> None:
+    """Checks that arrays are split alike along each label, and those that stay whole not at all."""
+    size: dict[str | None, int] = {}
+    for dims, array in arrays:
+        for label, whole, part in zip(dims.labels, array.shape, array.sharding.shard_shape(array.shape)):
+            rule = "be split alike in a shard_map over some of the mesh's axes (make it one over all of them)"
+            _checks.require(part == (size.setdefault(label, part) if label else whole), op, "operands", rule, f"{array.shape} and {part}")
 
 
 def _shardy_rule(operands: Sequence[Dims], results: Sequence[Dims]) -> str:

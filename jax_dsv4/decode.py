@@ -133,7 +133,8 @@ def _attend_local(
 
 def _over_devices(local: Any, *operands: Any) -> tuple[jax.Array, jax.Array]:
     """local(q, scopes, attn_sink, work) on each device of a mesh: batch axes and heads may be split, caches stay whole."""
-    arrays, structure = jax.tree.flatten(operands)
+    arrays = jax.tree.leaves(operands)
+    structure: Any = jax.tree.structure(operands)
     q, scopes, attn_sink, work = operands
     batch = tuple(f"b{i}" for i in range(q.ndim - 2))
     dims = [Dims((*batch, "h", None))]
@@ -142,7 +143,8 @@ def _over_devices(local: Any, *operands: Any) -> tuple[jax.Array, jax.Array]:
     dims += [Dims(("h",))] if attn_sink is not None else []
     dims += [Dims((None,) * array.ndim) for array in jax.tree.leaves(work)]
     call = partitioned(_OP, lambda *arrays: local(*structure.unflatten(arrays)), dims, (dims[0], Dims((*batch, "h"))))
-    return call(*arrays)  # type: ignore[return-value]
+    out, lse = call(*arrays)
+    return out, lse
 
 
 def _attend_tokens(
