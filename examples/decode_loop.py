@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     if args.memory or args.scaling:
-        print(memory.table() if args.memory else scaling.table())
+        print(memory.table() if args.memory else scaling.tables())
         return
     if args.dtype is None:
         args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -152,9 +152,9 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Any, list[Sequence[int]],
         context = cache_tokens(args, prompts, config)
         check_implementation(args.implementation)
         facts |= {"checkpoint": fingerprint(args.checkpoint), "jax": jax.__version__}
-        if jax.process_count() > 1 and not args.mesh:
+        if jax.process_count() > 1 and args.mesh is None:
             raise UsageError("--num-processes needs a --mesh over all their devices")
-        mesh = create_mesh(parse_mesh(args.mesh), config, len(prompts)) if args.mesh else None
+        mesh = create_mesh(parse_mesh(args.mesh), config, len(prompts)) if args.mesh is not None else None
     except (UsageError, CheckpointError, MeshError) as error:
         processes.agree(facts | {"error": str(error)})
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -13,16 +14,10 @@ class Collective(NamedTuple):
     kind: str
     shapes: tuple[str, ...]  # of its results: "f32[2,4]"
 
-    @property
-    def nbytes(self) -> int:
-        total = 0
-        for shape in self.shapes:
-            dtype, sizes = re.fullmatch(r"(\w+)\[([\d,]*)\]", shape).groups()
-            elements = 1
-            for size in filter(None, sizes.split(",")):
-                elements *= int(size)
-            total += elements * ITEM_BYTES[dtype]
-        return total
+
+def shape_bytes(shape: str) -> int:
+    dtype, sizes = re.fullmatch(r"(\w+)\[([\d,]*)\]", shape).groups()  # type: ignore[union-attr]
+    return ITEM_BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
 
 
 def collectives(compiled: Any) -> list[Collective]:

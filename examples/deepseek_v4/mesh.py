@@ -2,7 +2,7 @@
 
     data      requests, with all that is remembered of them
     model     heads, groups of the output projection, experts, vocabulary: the weights (`Tensor.split`)
-    context   blocks of the compressed caches
+    context   the compressed caches' blocks, the indexer's keys
 
 A device runs deepseek_v4/model.py on its part, inside `jax.shard_map`.
 """
@@ -84,7 +84,7 @@ def cache_specs(config: Config) -> Cache:
     def layer(kind: Kind) -> LayerCache:
         swa: Any = REQUESTS
         compressed = (blocks, REQUESTS) if kind != "swa" else ()
-        return LayerCache(swa, *compressed, *((REQUESTS, REQUESTS) if kind == "csa" else ()))  # type: ignore[arg-type]
+        return LayerCache(swa, *compressed, *((P(AXES.data, AXES.context), REQUESTS) if kind == "csa" else ()))  # type: ignore[arg-type]
 
     tables: Any = dict.fromkeys({"swa", *config.layers}, REQUESTS)
     return Cache(tuple(map(layer, config.layers)), tables, REQUESTS)  # type: ignore[arg-type]

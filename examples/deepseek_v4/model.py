@@ -3,8 +3,8 @@
 `forward` runs t more tokens of each of b requests: t = 1 is a decode step, t > 1 a chunk of a prompt. Einsum letters:
 
 On a mesh (`Axes`, deepseek_v4/mesh.py) these functions run on each device, inside `jax.shard_map`: on its requests, with its heads, head
-groups, experts and part of the vocabulary, which is what its weights' shapes say, and on its blocks of the compressed caches. Three sums
-over devices put that together again: in `attention`, in `attend_over` and in `moe`.
+groups, experts and part of the vocabulary, which is what its weights' shapes say, and on its blocks of the compressed caches. What
+puts that together again is in `attention`, `attend_over`, `choose_entries`, `moe` and `logits`.
 
     b request   t token       n residual stream   d hidden    h head        k head_dim (512, or the indexer's 128)
     r low rank  g head group  e expert            i expert's inner size     c compressed entry    w window row
@@ -53,7 +53,7 @@ class LayerCache(NamedTuple):
     swa: dsv4.KVCache  # latents of the last tokens, a ring per request
     extra: dsv4.KVCache | None = None  # compressed latents, one per 4 (CSA) or 128 (HCA) tokens
     rows: Array | None = None  # [b, ring, 2, width] float32: what the compressor projected of the last tokens
-    index_keys: Array | None = None  # [b, entries, 128]: the indexer's compressed keys
+    index_keys: Array | None = None  # [b, entries, 128]: the indexer's compressed keys; of n devices of a context, every n-th
     index_rows: Array | None = None  # [b, ring, 2, 256] float32: as `rows`, for the indexer's own compressor
 
 
@@ -84,7 +84,7 @@ def create_cache(
         chunk: the most tokens per request of one `forward`. Rings are this much longer than what a token looks back
             on, so that a chunk's last token does not overwrite what its first one needs.
         dtype: of the indexer's keys.
-        context: devices that the blocks of the compressed caches are spread over; the result has one device's share of them.
+        context: devices that the compressed caches and the indexer's keys are spread over; the result is one device's share.
     """
     pages = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
     for kind in set(config.layers) - {"swa"}:
@@ -102,7 +102,7 @@ def create_cache(
             return LayerCache(latents("swa"))
         if kind == "hca":
             return LayerCache(latents("swa"), latents("hca"), rows("hca", config.head_dim))
-        entries = pages["csa"] * BLOCK_SIZE["csa"]
+        entries = pages["csa"] * BLOCK_SIZE["csa"] // context
         return LayerCache(
             latents("swa"),
             latents("csa"),
@@ -384,7 +384,7 @@ def attention(
             slots = dsv4.local_slots(layer.extra, slots, axes.context, placement=PLACEMENT)
         layer = layer._replace(extra=append(layer.extra, compressed, slots), rows=rows)
         if kind == "csa":
-            indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config)
+            indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config, axes)
             extra = scope_here(dsv4.Scope(layer.extra, indices, step.extra_lengths[kind]), axes)
         else:
             extra = dsv4.Scope(layer.extra, *step.hca_entries)
@@ -444,15 +444,17 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     return rotate(entry, rope_angle(first, "compress", config)), rows
 
 
-def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config) -> tuple[Array, LayerCache]:
+def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config, axes: Axes) -> tuple[Array, LayerCache]:
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
-    `extra_lengths` cuts the rest off.
+    `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of a context of n, at e div n.
     """
-    entries = step.entries["csa"]
+    entries, devices, device = step.entries["csa"], lax.axis_size(axes.context), lax.axis_index(axes.context)
+    count = layer.index_keys.shape[1]
     compressed, index_rows = compress(x, w["compressor"], layer.index_rows, step, "csa", config)
-    here = jnp.where(entries.complete, entries.number, entries.max_entries)  # past the end, where writes are dropped
+    mine = entries.complete & (entries.number % devices == device)
+    here = jnp.where(mine, entries.number // devices, count)  # past the end, where writes are dropped
     keys = layer.index_keys.at[jnp.arange(len(x))[:, None], here].set(compressed.astype(layer.index_keys.dtype), mode="drop")
 
     q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
@@ -460,9 +462,14 @@ def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step
     score = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
     weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
     score = jnp.einsum("bthc,bth->btc", score, weight * (config.index_head_dim * config.index_n_heads) ** -0.5)
-    score = jnp.where(jnp.arange(entries.max_entries) < entries.visible[..., None], score, -jnp.inf)
+    score = jnp.where(devices * jnp.arange(count) + device < entries.visible[..., None], score, -jnp.inf)
 
-    _, chosen = lax.top_k(score, extra_topk(entries, "csa", config))
+    topk = extra_topk(entries, "csa", config)
+    best, chosen = lax.top_k(score, min(topk, count))
+    if devices > 1:
+        # The best among every device's best; of equal scores the earlier entry, as on one device.
+        best, chosen = (lax.all_gather(each, axes.context, axis=2, tiled=True) for each in (best, devices * chosen + device))
+        chosen = lax.sort((-best, chosen), num_keys=2)[1][..., :topk]
     slots = slots_of(step.tables["csa"], chosen, "csa")
     return slots, layer._replace(index_keys=keys, index_rows=index_rows)
 
