@@ -14,10 +14,12 @@ Slot s is row `s % block_size` of block `s // block_size`. Layouts, for a latent
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -186,6 +188,16 @@ class Scope(NamedTuple):
     cache: KVCache
     indices: jax.Array
     lengths: jax.Array | None = None
+
+
+# So that exported functions may take and return them, and still be serialised.
+jax.export.register_pytree_node_serialization(
+    KVCache,
+    serialized_name="jax_dsv4.KVCache",
+    serialize_auxdata=lambda aux: json.dumps(aux).encode(),
+    deserialize_auxdata=lambda encoded: tuple(json.loads(encoded)),
+)
+jax.export.register_namedtuple_serialization(Scope, serialized_name="jax_dsv4.Scope")
 
 
 def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementation: str | tuple[str, ...] | None = None) -> KVCache:

@@ -6,11 +6,13 @@ every platform. A plan is good for every call of the step that has the same leng
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
@@ -60,6 +62,22 @@ class PlanKey(NamedTuple):
 
 
 jax.tree_util.register_dataclass(DecodePlan, data_fields=["work"], meta_fields=["made_for"])
+
+
+def _decoded_key(encoded: bytes) -> tuple[PlanKey]:
+    key = PlanKey(*json.loads(encoded))
+    # JSON has no tuples.
+    return (key._replace(implementation=tuple(key.implementation) if isinstance(key.implementation, list) else key.implementation),)
+
+
+# So that exported functions may take and return plans, and still be serialised.
+jax.export.register_namedtuple_serialization(WorkPlan, serialized_name="jax_dsv4.WorkPlan")
+jax.export.register_pytree_node_serialization(
+    DecodePlan,
+    serialized_name="jax_dsv4.DecodePlan",
+    serialize_auxdata=lambda aux: json.dumps(aux[0]).encode(),
+    deserialize_auxdata=_decoded_key,
+)
 
 
 def plan_decode(

@@ -322,6 +322,28 @@ def test_export(platforms: tuple[str, ...]) -> None:
         assert_same(jax.jit(back.call)(*arguments), program(*arguments))
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", ("cpu", "xla")], ids=str)
+def test_exported_functions_take_and_return_our_types(implementation) -> None:
+    """Caches, scopes and plans go through an exported function's bytes with what they are made for."""
+    q, swa, extra, _ = problem(3)
+    options = {"num_heads": HEADS, "swa_topk": TOPK, "extra_topk": extra.indices.shape[1], "implementation": implementation}
+    make = jax.jit(lambda a, b: dsv4.plan_decode(a, b, **options))
+    decode = partial(dsv4.sparse_mla_decode, implementation=implementation)
+    attend = jax.jit(lambda q, swa, extra, plan: (swa.cache, decode(q, swa, extra, plan=plan)))
+    plan = make(swa.lengths, extra.lengths)
+
+    def through_bytes(program, *arguments):
+        exported = jax.export.export(program, disabled_checks=OUR_CALLS)(*arguments)
+        return jax.export.deserialize(exported.serialize()).call(*arguments)
+
+    again = through_bytes(make, swa.lengths, extra.lengths)
+    assert again.made_for == plan.made_for
+    assert_same(again, plan)
+    cache, out = through_bytes(attend, q, swa, extra, again)
+    assert (cache.block_size, cache.layout, cache.scale) == (swa.cache.block_size, swa.cache.layout, swa.cache.scale)
+    assert_same(out, attend(q, swa, extra, plan)[1])
+
+
 # --- Derivatives ("cpu": test_errors.py)
 
 
