@@ -97,3 +97,19 @@ def _shardy_rule(operands: Sequence[Dims], results: Sequence[Dims]) -> str:
         return ", ".join(" ".join(label or f"{own}{i}_{j}" for j, label in enumerate(dims.labels)) for i, dims in enumerate(arrays))
 
     return f"{side(operands, 'x')} -> {side(results, 'y')}"
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of the shard_map around along which any of the arrays differs between devices."""
+    none: frozenset[str] = frozenset()
+    return none.union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """The arrays with types that say that they differ along `axes`."""
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = axes - varying_axes(x)
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(one, tree)

@@ -43,6 +43,8 @@ def sparse_mla_decode(
     A key is valid if its entry lies before the scope's length and names a slot of the cache. Lengths and indices are data: any value is
     legal. What a token does not attend to has no effect on it, NaN included. A token without a valid key has out = 0, lse = -inf.
 
+    Over a mesh, batch axes and heads may be split, and nothing moves; caches stay whole on every device (docs/scaling.md).
+
     Args:
       q: [*batch, heads, 512] bfloat16 or float32, 1 to 128 heads. Each batch entry is a token.
       swa: the sliding window's Scope.
@@ -50,7 +52,7 @@ def sparse_mla_decode(
       attn_sink: float32 [heads], natural log and not scaled; -inf is no sink, +inf gives zeros.
       scale: a positive Python float.
       plan: what `plan_decode` made from these very lengths, with the same `implementation` and `fused`. A token whose length is
-        another is answered with NaN. Default: the call plans for itself.
+        another is answered with NaN. Default: the call plans for itself, and so does each device that has a part of it.
       implementation: `"cpu"`, `"xla"`, ... (see `implementations()`), a sequence of such in order of preference, or None: the best for
         the platform that the program is lowered for.
       fused: whether one kernel call takes both scopes and the sink. False: a call per scope, merged by `merge_scopes` and

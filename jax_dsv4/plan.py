@@ -93,7 +93,7 @@ def plan_decode(
     """Plans a step on the device, from its current lengths.
 
     Make it once per step and kind of layer and pass it to every `sparse_mla_decode` of that kind; without `plan=` each call plans for
-    itself. It is cheap, and under jit it costs no host round trip.
+    itself. It is cheap, and under jit it costs no host round trip. A plan is of one kernel call: inside `jax.shard_map`, of one device's.
 
     Args:
       swa_lengths: [*batch] int32, the `lengths` of the swa scope. Any value; clamped to [0, swa_topk].

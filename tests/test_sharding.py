@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -201,18 +202,39 @@ def test_plan_of_a_whole_call(mode: AxisType) -> None:
 
 @native
 @every_mode
-def test_plan_in_shard_map(mode: AxisType) -> None:
+@pytest.mark.parametrize("implementation", ["cpu", None])
+def test_plan_in_shard_map(mode: AxisType, implementation: str | None) -> None:
     """All is local there, the plan too: made once, for the heads and requests of one device."""
     arguments, mesh = problem(8), mesh_of(mode)
     operands = placed(mesh, arguments, ("data",), "model")
     scope = dsv4.Scope(P(), P("data"), P("data"))
     over = partial(jax.shard_map, mesh=mesh, in_specs=(P("data", "model"), scope, scope, P("model")), out_specs=P("data", "model"))
-    program = jax.jit(over(partial(planned, "cpu", 2, HEADS // MODEL))).lower(*operands).compile()
+    program = jax.jit(over(partial(planned, implementation, 2, HEADS // MODEL))).lower(*operands).compile()
     assert collectives(program) == []
     assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
     assert_same(program(*operands)[0], jitted("cpu")(*operands))
     with pytest.raises(ValueError, match=r"plan must be made for this call's num_heads = 4, got 8"):
-        jax.jit(over(partial(planned, "cpu", 2, HEADS)))(*operands)
+        jax.jit(over(partial(planned, implementation, 2, HEADS)))(*operands)
+
+
+@every_mode
+@pytest.mark.parametrize("implementation", ["cpu", "xla", None])
+def test_results_in_shard_map_differ_between_devices(mode: AxisType, implementation: str | None) -> None:
+    """As JAX's types have it, where the operands do: else it would take a sum over devices for a product."""
+    mesh = mesh_of(mode)
+
+    def body(q, swa, sink, latents):
+        out, lse = dsv4.sparse_mla_decode(q, swa, attn_sink=sink, implementation=implementation, return_lse=True)
+        cache = dsv4.append(swa.cache, latents, jnp.zeros(1, jnp.int32), implementation=implementation)
+        plan = dsv4.plan_decode(swa.lengths, num_heads=HEADS, swa_topk=TOPK, implementation=implementation)
+        types = [jax.typeof(x).manual_axis_type.varying for x in (out, lse, cache.data, plan.work[0].kv_lengths)]
+        assert types == [{"data"}, {"data"}, {"model"}, {"data"}]
+        return out
+
+    q, swa, _, sink = placed(mesh, problem(8), ("data",))
+    latents = jax.device_put(jnp.ones((2, 512)), NamedSharding(mesh, P("model")))
+    specs = P("data"), dsv4.Scope(P(), P("data"), P("data")), P(), P("model")
+    jax.eval_shape(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("data")), q, swa, sink, latents)
 
 
 # --- append, loops
@@ -507,3 +529,22 @@ def test_more_slots_than_int32_can_number() -> None:
     split = jax.vmap(lambda _: dsv4.local_slots(cache, jnp.zeros(1, jnp.int32), "x"), axis_name="x")
     with pytest.raises(ValueError, match="local_slots: slots of all devices must fit int32"):
         split(jnp.arange(2))
+
+
+# --- benchmarks/scaling.py
+
+
+def test_benchmark(monkeypatch) -> None:
+    """It runs, and compares what it times with one device; two calls a program, once each."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
+    from benchmarks import scaling
+
+    results = scaling.measure(jax.devices()[:2], [1, 2], scaling.SMALL, calls=2, rounds=1)
+    assert [(r["axis"], r["devices"], r["work"]) for r in results] == [
+        *[("requests", 1, 1), ("requests", 2, 2)],
+        *[("heads", 1, 1), ("heads", 2, 2)],
+        *[("context", 1, 1), ("context", 2, 1)],
+    ]
+    for one, two in zip(results[::2], results[1::2]):
+        assert one["of_linear"] == 1
+        assert two["of_linear"] == pytest.approx(one["us"] / two["us"] * two["work"] / 2)

@@ -28,7 +28,7 @@ from deepseek_v4.model import BLOCK_SIZE, create_cache
 from deepseek_v4.weights import Tensor, schema
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "hopper-h200.json"
-LATENT_BYTES = 584
+LATENT_DIM, LATENT_BYTES = 512, 584
 USABLE = 0.9  # of a device's memory, for weights and caches
 LATENCY_US = 10.0  # of a collective: an assumption, not a measurement
 BUSY = 64  # requests of the modelled step, if as many fit
@@ -107,9 +107,23 @@ def requests_that_fit(config: Config, sizes: dict[str, int], device: Device, con
     return max(0, int(room // device_cache(config, sizes, context))) * sizes["data"]
 
 
+def attention_us(device: Device, requests: int, heads: int, keys: float) -> float:
+    """Modelled microseconds of one device's call."""
+    _, base, slope = measured()
+    moved = requests * (keys * LATENT_BYTES + heads * LATENT_DIM * 2 * 2)  # packed rows; q and out in bf16
+    return base + slope * max(2 * requests * heads * keys * 2 * LATENT_DIM / device.tflops / 1e6, moved / device.gbps / 1e3)
+
+
+def spread_call(requests: int, heads: int, keys: int, devices: int) -> tuple[float, float, float]:
+    """Microseconds of one call on an H200; on each of several, with its share of the keys; and of the merge over them."""
+    device = measured()[0]
+    merge = [Collective("context", "all-reduce", requests * heads * size, 1) for size in (4, 4, 4 * LATENT_DIM)]
+    merge_us = sum(LATENCY_US + c.wire_bytes(devices) / device.link_gbps / 1e3 for c in merge)
+    return attention_us(device, requests, heads, keys), attention_us(device, requests, heads, keys / devices), merge_us
+
+
 def layer_us(config: Config, sizes: dict[str, int], device: Device, requests: int, context: int) -> tuple[float, float, float]:
     """Modelled microseconds a layer: read, attention, move."""
-    _, base, slope = measured()
     here, layers = -(-requests // sizes["data"]), config.num_hidden_layers
     tensors = jax.tree.leaves(schema(config)["layers"], is_leaf=lambda leaf: isinstance(leaf, Tensor))
     used = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** here  # of the routed experts, drawn evenly
@@ -119,10 +133,7 @@ def layer_us(config: Config, sizes: dict[str, int], device: Device, requests: in
 
     def attention(kind: Kind) -> float:
         compressed = {"swa": 0, "csa": min(config.index_topk, context // config.csa_ratio), "hca": context // config.hca_ratio}[kind]
-        keys = here * (config.sliding_window + compressed / sizes["context"])
-        moved = keys * LATENT_BYTES + here * heads * config.head_dim * 2 * 2
-        roofline = max(2 * heads * keys * 2 * config.head_dim / device.tflops / 1e6, moved / device.gbps / 1e3)
-        return base + slope * roofline
+        return attention_us(device, here, heads, config.sliding_window + compressed / sizes["context"])
 
     step = collectives(config, sizes, requests, context, 2)
     moved = sum(c.times * (LATENCY_US + c.wire_bytes(sizes[c.axis]) / device.link_gbps / 1e3) for c in step)
@@ -132,6 +143,7 @@ def layer_us(config: Config, sizes: dict[str, int], device: Device, requests: in
 def tables() -> str:
     """Markdown: bytes between devices for a token, then meshes."""
     h200, base, slope = measured()
+    alone, quarter, merging = spread_call(128, 128, 8192, 4)
     lines = [
         "| model | axis `model`, a layer | axis `context`, a CSA or HCA layer | a CSA layer, besides | axis `model`, once a step |",
         "|---|---:|---:|---:|---:|",
@@ -142,7 +154,9 @@ def tables() -> str:
         lines.append(f"| {name} | 2 · {2 * c.hidden_size:,} | {merge} | 2 · {4 * c.index_topk:,} · n | {4 * c.vocab_size:,} |")
     lines += [
         "",
-        f"Attention on an H200: {base:.1f} µs + {slope:.2f} · roofline. A collective's latency is taken to be {LATENCY_US:.0f} µs.",
+        f"Attention on an H200: {base:.1f} µs + {slope:.2f} · roofline. A collective's latency is taken to be {LATENCY_US:.0f} µs. "
+        f"One call of 128 requests, 128 heads and 8192 entries: {alone:.0f} µs; over 4 devices of a context {quarter:.0f} + {merging:.0f} "
+        f"µs for the merge, {alone / (quarter + merging):.1f} times as fast.",
         "",
         "| model, device | data, model, context | weights a device | cache of a request a device: 8k | 128k | 1M "
         "| requests that fit: 8k | 128k | 1M | µs a layer at 128k | read + attention + move |",

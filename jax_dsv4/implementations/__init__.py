@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
-from jax_dsv4._sharding import Dims, partitioned
+from jax_dsv4._sharding import Dims, partitioned, vary, varying_axes
 from jax_dsv4.cache import LAYOUTS, KVCache
 from jax_dsv4.implementations import aiter, native, xla
 from jax_dsv4.implementations._interface import Availability, Implementation
@@ -73,10 +73,17 @@ def choose(
 
 def dispatch(chosen: dict[str, Implementation], call: Callable[..., Any], *operands: Any) -> Any:
     """call(implementation, *operands) with the implementation chosen for the platform that is lowered for."""
+    # Inside a shard_map, a result differs between devices where an operand does. JAX sees that in plain code, and not in an ffi_call;
+    # branches must agree.
+    axes = varying_axes(operands)
+
+    def typed(implementation: Implementation, *operands: Any) -> Any:
+        return vary(call(implementation, *operands), axes)
+
     if set(chosen) == {""}:
-        return call(chosen[""], *operands)
-    branches = {platform: partial(call, candidate) for platform, candidate in chosen.items() if platform}
-    default = partial(call, chosen[""]) if "" in chosen else None
+        return typed(chosen[""], *operands)
+    branches = {platform: partial(typed, candidate) for platform, candidate in chosen.items() if platform}
+    default = partial(typed, chosen[""]) if "" in chosen else None
     return jax.lax.platform_dependent(*operands, default=default, **branches)
 
 
