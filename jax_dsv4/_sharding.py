@@ -33,8 +33,19 @@ class Dims(NamedTuple):
         return PartitionSpec(*(axes.get(label) if label else None for label in self.labels))
 
     def require_whole(self, op: str, spec: PartitionSpec | None) -> None:
-        rule = "be whole on every device here (a cache's blocks are spread under jax.shard_map, with local_scope and merge_over_axis)"
-        _checks.require(not self.stays or spec is None or not any(spec), op, f"{self.stays}'s data", rule, f"sharding {spec}")
+        if self.stays:
+            _require(op, self.stays, spec is None or not any(spec), spec)
+
+
+def require_whole(op: str, name: str, array: Any) -> None:
+    """Checks an array that is none of a traced program, so that no partitioner will look at it."""
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        _require(op, name, array.is_fully_replicated, array.sharding)
+
+
+def _require(op: str, name: str, whole: bool, sharding: object) -> None:
+    rule = "be whole on every device here (a cache's blocks are spread under jax.shard_map, with local_scope and merge_over_axis)"
+    _checks.require(whole, op, f"{name}'s data", rule, f"sharding {sharding}")
 
 
 def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], results: Sequence[Dims]) -> Callable[..., tuple[Any, ...]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dsv4 import _checks
-from jax_dsv4._sharding import Dims, partitioned
+from jax_dsv4._sharding import Dims, partitioned, require_whole
 from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
 from jax_dsv4.implementations import any_native, cannot_fuse, choose, dispatch, fuses, spelling, with_derivative
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
@@ -104,6 +104,7 @@ def _checked_scope(name: str, scope: Scope, batch: tuple[int, ...]) -> Scope:
     _checks.require(isinstance(scope, tuple) and len(scope) == 3, _OP, name, "be a Scope", type(scope).__name__)
     cache, indices, lengths = scope
     _checks.require(isinstance(cache, KVCache), _OP, f"{name}.cache", "be a KVCache", type(cache).__name__)
+    require_whole(_OP, f"{name}.cache", cache.data)
     _checks.require_dtype(indices, _OP, f"{name}.indices", jnp.int32)
     topk = indices.shape[-1] if indices.ndim else 0
     _checks.require_shape(indices, _OP, f"{name}.indices", "(*batch, topk)", (*batch, topk))

@@ -298,6 +298,18 @@ def test_a_cache_is_never_gathered(mode: AxisType, op: str) -> None:
     # In automatic mode it is the partitioner that meets the cache's sharding, and wraps our error in one of its own.
     with pytest.raises(ValueError if mode == AxisType.Explicit else jax.errors.JaxRuntimeError, match=message):
         jax.jit(call)(*operands)
+    with pytest.raises(ValueError, match=message):
+        call(*operands)
+
+
+def test_requests_that_do_not_divide_the_mesh() -> None:
+    """JAX places no such array; where a program makes one, it is padded, and what the padding holds is nobody's."""
+    arguments, mesh = problem(6), mesh_of(AxisType.Auto)
+    with pytest.raises(ValueError, match="6"):
+        placed(mesh, arguments, ("data",))
+    q, swa, extra, sink = placed(mesh, arguments, (None,))
+    split = lambda q: jax.lax.with_sharding_constraint(q, NamedSharding(mesh, P("data")))  # noqa: E731
+    assert_near(jax.jit(lambda q: attend("xla", split(q), swa, extra, sink))(q), jitted("xla")(*arguments))
 
 
 def test_a_mesh_of_both_modes() -> None:

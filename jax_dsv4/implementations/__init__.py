@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
-from jax_dsv4._sharding import Dims, partitioned, vary, varying_axes
+from jax_dsv4._sharding import Dims, partitioned, require_whole, vary, varying_axes
 from jax_dsv4.cache import LAYOUTS, KVCache
 from jax_dsv4.implementations import aiter, native, xla
 from jax_dsv4.implementations._interface import Availability, Implementation
@@ -133,6 +133,7 @@ def plan_work(lengths: Sequence[jax.Array], topks: Sequence[int], key: PlanKey) 
 def append_rows(cache: KVCache, latents: jax.Array, slots: jax.Array, implementation: str | Sequence[str] | None) -> jax.Array:
     """`cache.data` with latents [*batch, 512] written at slots [*batch]."""
     op = "append"
+    require_whole(op, "cache", cache.data)
     chosen = choose(op, implementation, lambda i: i.unsupported(1, (cache,)))
     if slots.size == 0:
         return cache.data
