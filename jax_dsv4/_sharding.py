@@ -8,7 +8,7 @@ where there is one device, or a `shard_map` around the call, both are the call i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,7 @@ def _require(op: str, name: str, whole: bool, sharding: object) -> None:
 
 
 def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], results: Sequence[Dims]) -> Callable[..., tuple[Any, ...]]:
-    """`call`, from arrays to a tuple of arrays, partitioned by its labels. The first operand leads: others are split as it is."""
+    """`call`, from arrays to a tuple of arrays, partitioned by its labels. Earlier operands lead: others are split as they are."""
     # custom_partitioning takes no captured constants, such as the xla implementation's tables; those of an inner jit are that one's.
     automatic = custom_partitioning(lambda *arrays: jax.jit(call)(*arrays))
 
@@ -60,7 +60,7 @@ def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], res
             return mesh, call, *shardings
         for dims, array in zip(operands, arrays):
             dims.require_whole(op, array.sharding.spec)
-        axes = _axes((operands[0], arrays[0].sharding.spec), (results[0], shapes[0].sharding.spec))
+        axes = _axes((*operands, *results), [x.sharding.spec for x in (*arrays, *shapes)])
         return mesh, call, *(tuple(NamedSharding(mesh, dims.spec(axes)) for dims in side) for side in (results, operands))
 
     automatic.def_partition(partition, sharding_rule=_shardy_rule(operands, results))
@@ -75,7 +75,7 @@ def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], res
             raise NotImplementedError(f"{op}: a mesh must be explicit in all of its axes or in none, got {kinds}")
         for dims, sharding in zip(operands, shardings):
             dims.require_whole(op, sharding.spec)
-        axes = _axes(*((dims, sharding.spec) for dims, sharding in zip(operands, shardings)))
+        axes = _axes(operands, [sharding.spec for sharding in shardings])
         specs, result_specs = (tuple(dims.spec(axes) for dims in side) for side in (operands, results))
         arrays = tuple(jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs))
         return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=result_specs, check_vma=False)(*arrays)
@@ -83,13 +83,17 @@ def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], res
     return partitioned_call
 
 
-def _axes(*candidates: tuple[Dims, PartitionSpec]) -> dict[str, Any]:
-    """The mesh axes of each label, from the first array that is split along any."""
-    for dims, spec in candidates:
-        axes = {label: axis for label, axis in zip(dims.labels, spec) if label and axis}
-        if axes:
-            return axes
-    return {}
+def _axes(dims: Sequence[Dims], specs: Iterable[PartitionSpec]) -> dict[str, Any]:
+    """The mesh axes of each label: those of the first array that is split along it, less what an earlier label has."""
+    axes: dict[str, Any] = {}
+    used: set[str] = set()
+    for array, spec in zip(dims, specs):
+        for label, names in zip(array.labels, spec):
+            taken = {names} if isinstance(names, str) else set(names or ())
+            if label and taken and label not in axes and not taken & used:
+                axes[label] = names
+                used |= taken
+    return axes
 
 
 def _require_alike(op: str, arrays: Any) -> None:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from test_merge import MERGED, draw_parts, expected
 from test_transforms import (
     BLOCK,
+    OUR_CALLS,
     SHARED,
     STRIDE,
     SWA_BLOCKS,
@@ -115,7 +116,7 @@ def test_two_batch_axes(mode: AxisType, implementation: str) -> None:
     assert_near(program(*operands), jitted(implementation)(*arguments))
 
 
-@pytest.mark.parametrize("unplaced", ["q", "indices", "out", "head_dim"])
+@pytest.mark.parametrize("unplaced", ["q", "q's requests", "indices", "out", "head_dim"])
 def test_operands_that_are_not_split_alike(unplaced: str) -> None:
     """In automatic mode the others follow q. What must move is as much as was misplaced, and never a cache."""
     arguments, mesh = problem(8), mesh_of(AxisType.Auto)
@@ -124,6 +125,8 @@ def test_operands_that_are_not_split_alike(unplaced: str) -> None:
     out_shardings, allowed = None, set()
     if unplaced == "q":
         q = whole[0]
+    elif unplaced == "q's requests":
+        q = placed(mesh, arguments, (None,), "model")[0]
     elif unplaced == "indices":
         swa = whole[1]
     elif unplaced == "head_dim":
@@ -275,6 +278,24 @@ def test_loop(mode: AxisType, implementation: str) -> None:
     assert_close("outs", got[1], np.asarray(want[1], np.float64), OUT_FLOAT32)
     if implementation == "cpu":
         assert_same(got, want)
+
+
+# --- Export
+
+
+@native
+def test_export() -> None:
+    """For 8 devices, in explicit mode and of a shard_map; what automatic mode needs while it compiles, JAX does not serialise."""
+    scope, both = dsv4.Scope(P(), P("data"), P("data")), P("data", "model")
+    over = partial(jax.shard_map, mesh=mesh_of(AxisType.Auto), in_specs=(both, scope, scope, P("model")), out_specs=both)
+    call = partial(attend, "cpu")
+    for mode, program in ((AxisType.Explicit, call), (AxisType.Auto, over(call))):
+        operands = placed(mesh_of(mode), problem(8), ("data",), "model")
+        exported = jax.export.export(jax.jit(program), disabled_checks=OUR_CALLS)(*operands)
+        assert exported.nr_devices == 8
+        assert_same(jax.jit(jax.export.deserialize(exported.serialize()).call)(*operands), jitted("cpu")(*operands))
+    with pytest.raises(NotImplementedError, match="serialization of host_callbacks"):
+        jax.export.export(jax.jit(call), disabled_checks=OUR_CALLS)(*operands)
 
 
 # --- What cannot be
