@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,10 +125,15 @@ def spread(problem: Problem, axis: str, devices: list[jax.Device], calls: int) -
     return lambda: many(operands), compiled(1)(operands)
 
 
-def measure(devices: list[jax.Device], counts: list[int], sizes: Sizes, calls: int, rounds: int) -> list[dict[str, Any]]:
+AXES = ("requests", "heads", "context")
+
+
+def measure(
+    devices: list[jax.Device], counts: list[int], sizes: Sizes, calls: int, rounds: int, axes: Sequence[str] = AXES
+) -> list[dict[str, Any]]:
     """Each axis over each number of devices."""
     results = []
-    for axis in ("requests", "heads", "context"):
+    for axis in axes:
         programs = {}
         for n in counts:
             if axis == "context":
