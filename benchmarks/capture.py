@@ -1,5 +1,5 @@
 """What XLA makes of a whole decode step, by flag: µs a layer and handler calls a step, for layers unrolled in a jit, a `lax.scan` over
-layers, and unrolled layers inside a `fori_loop` over steps.
+layers, the same with all layers' caches as one cache, and unrolled layers inside a `fori_loop` over steps.
 
     python -m benchmarks.capture
 
@@ -72,14 +72,31 @@ def measure() -> None:
 
         return jax.lax.scan(body, q, data)
 
+    def scanned_in_place(q, cache):  # type: ignore[no-untyped-def]
+        """The cache is carried, not scanned over: a layer's slots are offset to its own part of it."""
+        plan = make_plan()
+
+        def body(state, first):  # type: ignore[no-untyped-def]
+            q, cache = state
+            cache = dsv4.append(cache, latents, slots + first)
+            scopes = dsv4.Scope(cache, swa_slots + first, lengths[0]), dsv4.Scope(extra, extra_slots, lengths[1])
+            return (dsv4.sparse_mla_decode(q, *scopes, plan=plan), cache), None
+
+        return jax.lax.scan(body, (q, cache), 64 * 64 * jnp.arange(LAYERS, dtype=jnp.int32))[0]
+
     def looped(q, caches):  # type: ignore[no-untyped-def]
         return jax.lax.fori_loop(0, STEPS, lambda _, state: unrolled(*state), (q, caches))
 
     q = jnp.asarray(rng.standard_normal((TOKENS, HEADS, 512)), jnp.bfloat16)
-    for name, step, layers in (("unrolled", unrolled, LAYERS), ("scan", scanned, LAYERS), ("loop of steps", looped, LAYERS * STEPS)):
+    for name, step, layers in (
+        ("unrolled", unrolled, LAYERS),
+        ("scan", scanned, LAYERS),
+        ("scan, one cache", scanned_in_place, LAYERS),
+        ("loop of steps", looped, LAYERS * STEPS),
+    ):
         step = jax.jit(step, donate_argnums=1)
         caches = [dsv4.KVCache.create(64, 64) for _ in range(LAYERS)]
-        state = jnp.stack([c.data for c in caches]) if name == "scan" else caches
+        state = {"scan": jnp.stack([c.data for c in caches]), "scan, one cache": dsv4.KVCache.create(LAYERS * 64, 64)}.get(name, caches)
         for _ in range(10):
             out, state = step(q, state)
         jax.block_until_ready(out)
@@ -90,7 +107,7 @@ def measure() -> None:
                 out, state = step(q, state)
             jax.block_until_ready(out)
             times.append((time.perf_counter() - start) / 20 / layers * 1e6)
-        print(f"{name:14} {sorted(times)[2]:6.1f} µs a layer, {(calls() - before) / 100:7.2f} handler calls a run", flush=True)
+        print(f"{name:15} {sorted(times)[2]:6.1f} µs a layer, {(calls() - before) / 100:7.2f} handler calls a run", flush=True)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_workspace_is_small(case: Case) -> None:
     call = jax.jit(lambda *a: dsv4.sparse_mla_decode(*a, implementation="cpu"))
     compiled = call.lower(q, scope(case.swa.topk), scope(case.extra.topk)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+
+
+def test_a_call_is_its_custom_calls() -> None:
+    """What is absent (sink, scope) costs no instruction of its own."""
+    p = make(next(c for c in tagged("ci") if c.name == "one_scope"))
+
+    def call(q, swa):
+        return dsv4.sparse_mla_decode(q, swa, implementation="cpu", return_lse=True)
+
+    text = jax.jit(call).lower(p.q, p.swa).compile().as_text()
+    operations = re.findall(r" = .*? ([a-z][a-z-]*)\(", text)
+    assert operations.count("custom-call") == 2
+    assert set(operations) <= {"custom-call", "parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
 
 
 def test_stale_plan_is_answered_with_nan() -> None:

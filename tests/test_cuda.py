@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, make, tagged
-from compare import OUT_BF16, assert_close, assert_same_bits
+from cases import Case, Problem, make, tagged
+from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import Conformance
+from test_cache import KINDS, draw_tile, written
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
+from jax_dsv4.implementations import native
 
 AVAILABLE, DETAIL = dsv4.implementations()["cuda"]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=DETAIL)]
@@ -56,33 +59,145 @@ def test_what_it_cannot_take_is_said() -> None:
         dsv4.append(dsv4.KVCache.create(4, 64, layout="bf16"), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), implementation="cuda")
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 132, 300, 1500])
-def test_plan_is_the_cpus(tokens: int) -> None:
-    """The planner of ffi/common/plan.h gives the same plan on the device as the serial one on the CPU."""
-    rng = np.random.default_rng(tokens)
-    swa, extra = (jnp.asarray(rng.integers(-3, n + 3, tokens), jnp.int32) for n in (128, 1024))
-    from jax_dsv4.implementations import native
-
-    geometry = native.Geometry(workers=66, granularity=64, overhead=2)
-    plans = []
-    for platform in ("cpu", "cuda"):
-        with jax.default_device(jax.devices(platform)[0]):
-            a, b = (jax.device_put(np.asarray(x)) for x in (swa, extra))
-            plans.append(jax.jit(lambda a, b: native.plan_call((a, b), (128, 1024), geometry))(a, b))
-    for field, cpu, cuda in zip(plans[0]._fields, *plans):
-        assert_same_bits(field, cuda, cpu)
+def on(platform: str, call, *arrays: np.ndarray):
+    """call(*arrays) on a platform's first device."""
+    with jax.default_device(jax.devices(platform)[0]):
+        return jax.block_until_ready(call(*map(jnp.asarray, arrays)))
 
 
-def test_append_writes_the_cpus_bytes() -> None:
-    rng = np.random.default_rng(0)
-    latents = jnp.asarray(rng.standard_normal((300, 512)) * np.exp2(rng.integers(-20, 8, (300, 1))), jnp.bfloat16)
-    slots = jnp.asarray(rng.integers(-2, 400, 300), jnp.int32)  # some invalid, many equal
-    caches = []
-    for platform in ("cpu", "cuda"):
-        with jax.default_device(jax.devices(platform)[0]):
-            a, b = jax.device_put(np.asarray(latents)), jax.device_put(np.asarray(slots))
-            caches.append(dsv4.append(dsv4.KVCache.create(6, 61), a, b, implementation=platform).data)
-    assert_same_bits("cache", caches[1], caches[0])
+def draw_lengths(rng: np.random.Generator, kind: str, tokens: int, topk: int) -> np.ndarray:
+    draw = {
+        "full": lambda: np.full(tokens, topk),
+        "zero": lambda: np.zeros(tokens),
+        "any": lambda: rng.integers(-3, topk + 4, tokens),
+        "short": lambda: rng.integers(0, min(topk, 70) + 1, tokens),
+        "sparse": lambda: np.where(rng.random(tokens) < 0.8, 0, rng.integers(0, topk + 1, tokens)),
+        "extreme": lambda: rng.choice(np.array([-(2**31), -1, 0, 1, topk, 10**9, 2**31 - 1]), tokens),
+    }
+    return draw[kind]().astype(np.int32)
+
+
+@pytest.mark.parametrize("workers", [1, 66, 132, 320])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 31, 132, 256, 300, 511, 512, 513, 1025, 5000])
+def test_plan_is_the_cpus(tokens: int, workers: int) -> None:
+    """The planner's pieces give the plan of ffi/common/plan.h's serial scan, whatever the lengths."""
+    rng = np.random.default_rng([tokens, workers])
+    for overhead, granularity, topks in ((2, 64, (128, 1024)), (0, 64, (128, 0)), (16, 16, (0, 512)), (5, 1, (70, 300))):
+        geometry = native.Geometry(workers, granularity, overhead)
+        plan = jax.jit(lambda a, b: native.plan_call((a, b), topks, geometry))  # noqa: B023
+        for kind in ("full", "zero", "any", "short", "sparse", "extreme"):
+            lengths = [draw_lengths(rng, kind, tokens, topk) for topk in topks]
+            cpu, cuda = (on(platform, plan, *lengths) for platform in ("cpu", "cuda"))
+            for field in cpu._fields:
+                assert_same_bits(f"{field}, {kind}, overhead {overhead}", getattr(cuda, field), getattr(cpu, field))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("block_size", "stride"), [(1, 584), (5, 2921), (64, 37440)])
+def test_append_writes_the_oracles_bytes(block_size: int, stride: int, dtype: str) -> None:
+    """Latents of every kind that some step of the quantiser may get wrong, infinities and NaN among them."""
+    rng = np.random.default_rng(block_size)
+    rows = 256
+    latents = np.stack([np.concatenate([draw_tile(KINDS[(row + t) % len(KINDS)], rng) for t in range(8)]) for row in range(rows)])
+    latents = latents.astype(jnp.bfloat16 if dtype == "bfloat16" else np.float32)
+    before = rng.integers(0, 256, (-(-2 * rows // block_size), stride), dtype=np.uint8)
+    slots = rng.integers(-2, 2 * rows + block_size, rows).astype(np.int32)  # some invalid, some equal
+
+    def append(data, latents, slots):
+        return dsv4.append(dsv4.KVCache(data, block_size=block_size), latents, slots, implementation="cuda").data
+
+    after = on("cuda", jax.jit(append), before, latents, slots)
+    np.testing.assert_array_equal(after, written(before, latents, slots, block_size, "fp8_ds_mla"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 35, 300, 1000, 8197])
+def test_last_of_equal_slots_wins(count: int) -> None:
+    rng = np.random.default_rng(count)
+    latents = rng.standard_normal((count, 512)).astype(np.float32)
+    for distinct in (1, 7, count, 4 * count):
+        slots = rng.integers(-1, distinct, count).astype(np.int32)
+
+        def append(latents, slots, implementation):
+            return dsv4.append(dsv4.KVCache.create(distinct // 61 + 1, 61), latents, slots, implementation=implementation).data  # noqa: B023
+
+        cpu, cuda = (on(name, functools.partial(append, implementation=name), latents, slots) for name in ("cpu", "cuda"))
+        assert_same_bits(f"{distinct} slots", cuda, cpu)
+
+
+def test_a_call_is_its_custom_calls() -> None:
+    """No kernel beside ours: nothing is copied, and what is absent (sink, scope) costs nothing."""
+    p = make(next(c for c in tagged("ci") if c.name == "one_scope"))
+    call = jax.jit(lambda q, swa: dsv4.sparse_mla_decode(q, swa, implementation="cuda", return_lse=True))
+    operations = re.findall(r" = .*? ([a-z][a-z-]*)\(", call.lower(p.q, p.swa).compile().as_text())
+    assert operations.count("custom-call") == 2
+    assert set(operations) <= {"custom-call", "parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
+
+
+def test_stale_plan_is_answered_with_nan() -> None:
+    """A plan made for other lengths never reaches a key: those tokens are NaN, the others right."""
+    case = next(c for c in tagged("ci") if c.name == "many_tokens")
+    p = make(case, log2_magnitude=TestCUDA.log2_magnitude)
+    plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=case.heads, swa_topk=128, extra_topk=64)
+    shorter = jnp.maximum(jnp.clip(p.swa.lengths, 0, 128) - 1, 0)
+    changed = np.asarray(shorter != jnp.clip(p.swa.lengths, 0, 128))
+    stale = dsv4.sparse_mla_decode(p.q, p.swa._replace(lengths=shorter), p.extra, attn_sink=p.attn_sink, plan=plan)
+    fresh = dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=plan)
+    assert 0 < changed.sum() < changed.size
+    np.testing.assert_array_equal(np.isnan(np.asarray(stale, np.float32)).all((1, 2)), changed)
+    assert_same_bits("unchanged tokens", np.asarray(stale)[~changed], np.asarray(fresh)[~changed])
+
+
+@pytest.mark.parametrize("name", ["heads16", "heads128"])
+@pytest.mark.parametrize("seed", range(36))
+def test_garbage_plan(seed: int, name: str) -> None:
+    """Whatever one of the plan's arrays holds, the call returns and leaves everything else alone (compute-sanitizer sees the rest).
+
+    What it returns is right or NaN where the lengths or the rows to merge are garbage. Where items are, a token may be anything:
+    unlike the CPU's, the kernels do not look whether a token's items fit together.
+    """
+    rng = np.random.default_rng(seed)
+    case = next(c for c in tagged("ci") if c.name == name)
+    p = make(case, log2_magnitude=TestCUDA.log2_magnitude)
+    plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=case.heads, swa_topk=128, extra_topk=192)
+    values = np.array([-(2**31), -1, 0, 1, 2, 3, 64, 319, 320, 1000, 2**31 - 1])
+    work = plan.work[0]
+    field = work._fields[seed % len(work)]
+    array = np.array(getattr(work, field))
+    hit = rng.random(array.shape) < (0.5 if seed // len(work) % 2 else 0.02)
+    array = np.where(hit, rng.choice(values, array.shape), array).astype(np.int32)
+    broken = dsv4.DecodePlan((work._replace(**{field: jnp.asarray(array)}),), plan.made_for)
+    out, lse = call(p, broken)
+    if field in ("kv_lengths", "reduce_final_map"):
+        nan = np.isnan(lse).any(-1)
+        assert np.isnan(out[nan]).all()
+        assert_close("out", out[~nan], p.out[~nan], OUT_BF16)
+        assert_close("lse", lse[~nan], p.lse[~nan], LSE)
+    out, lse = call(p, plan)
+    assert_close("out, sound plan", out, p.out, OUT_BF16)
+    assert_close("lse, sound plan", lse, p.lse, LSE)
+
+
+def call(p: Problem, plan: dsv4.DecodePlan) -> tuple[np.ndarray, np.ndarray]:
+    answer = dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=plan, return_lse=True, implementation=None)
+    return tuple(np.asarray(x, np.float64) for x in answer)
+
+
+def test_plan_that_names_rows_outside_its_buffers() -> None:
+    """Rows to merge that do not exist: NaN for that token, the others right."""
+    case = next(c for c in tagged("ci") if c.name == "many_tokens")
+    p = make(case, log2_magnitude=TestCUDA.log2_magnitude)
+    plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=case.heads, swa_topk=128, extra_topk=64)
+    work = plan.work[0]
+    split = np.flatnonzero(np.diff(work.reduce_indptr))
+    rows = np.array(work.reduce_partial_map)
+    for token, row in zip(split, (-1, rows.size, 2**31 - 1)):
+        rows[work.reduce_indptr[token + 1] - 1] = row
+    broken = dsv4.DecodePlan((work._replace(reduce_partial_map=jnp.asarray(rows)),), plan.made_for)
+    out, _ = call(p, broken)
+    hit = np.isin(np.arange(case.tokens), split[:3])
+    assert hit.any()
+    np.testing.assert_array_equal(np.isnan(out).all((1, 2)), hit)
+    assert_close("out", out[~hit], p.out[~hit], OUT_BF16)
 
 
 def calls() -> tuple[int, int]:

@@ -107,6 +107,7 @@ BAD_CALLS = [
     ("dsv4_decode", {"q": (i32, 3, 4, 512)}, f"{DECODE}: q must have dtype bfloat16, got int32"),
     ("dsv4_decode", {"q": (bf16, 3, 0, 512)}, f"{DECODE}: q must have 1 to 128 heads, got 0"),
     ("dsv4_decode", {"q": (bf16, 3, 129, 512)}, f"{DECODE}: q must have 1 to 128 heads, got 129"),
+    ("dsv4_decode", {"has_sink": False}, f"{DECODE}: attn_sink must have shape (0,) = (0,), got (4,)"),
     ("dsv4_decode", {"attn_sink": (f32, 5)}, f"{DECODE}: attn_sink must have shape (heads,) = (4,), got (5,)"),
     ("dsv4_decode", {"attn_sink": (bf16, 4)}, f"{DECODE}: attn_sink must have dtype float32, got bfloat16"),
     ("dsv4_decode", {"swa.cache": (f32, 2, 2336)}, f"{DECODE}: swa.cache must have dtype uint8, got float32"),

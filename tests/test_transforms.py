@@ -14,6 +14,7 @@ from compare import LSE, OUT_FLOAT32, assert_close, assert_same_bits
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
+from jax_dsv4.implementations import native as native_calls
 
 IMPLEMENTATIONS = [
     pytest.param("cpu", marks=pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")),
@@ -309,16 +310,20 @@ def whole_step(data, latents, slots, q, indices):
 def test_export(platforms: tuple[str, ...]) -> None:
     """From a machine without the other platforms; what is for this one runs, after a round trip through bytes, with the same bits."""
     q, swa, _, _ = problem(3)
-    rng = np.random.default_rng(1)
+    q, rng = q.astype(jnp.bfloat16), np.random.default_rng(1)
     arguments = (swa.cache.data, jnp.asarray(rng.standard_normal((3, 512)), jnp.float32), jnp.arange(3, dtype=jnp.int32), q, swa.indices)
     program = jax.jit(whole_step)
     exported = jax.export.export(program, platforms=platforms, disabled_checks=OUR_CALLS)(*arguments)
     assert exported.platforms == platforms
     back = jax.export.deserialize(exported.serialize())
     assert (back.platforms, back.in_avals, back.out_avals) == (platforms, exported.in_avals, exported.out_avals)
+    present = dsv4.implementations()
+    ours = {"cpu": present["cpu"].available, "cuda": present["cuda"].available or native_calls.CUDA.exportable(), "rocm": False}
+    targets = sum(exported.mlir_module().count(f"custom_call @{target}") for target in _ffi.TARGETS)
+    assert targets == len(_ffi.TARGETS) * sum(ours[platform] for platform in platforms)
+    if "cuda" in platforms and ours["cuda"]:  # for whichever device it will run on
+        assert f"active_workers = {native_calls.CUDA.multiprocessors} : i32" in exported.mlir_module()
     if "cpu" in platforms:
-        if dsv4.implementations()["cpu"].available:
-            assert all(target in exported.mlir_module() for target in _ffi.TARGETS)
         assert_same(jax.jit(back.call)(*arguments), program(*arguments))
 
 

@@ -33,7 +33,8 @@ inline ffi::Error bind_decode(const DecodeOperands& o, int64_t counters_per_toke
   if (!check.ok() || !bind_float_dtype(check, o.q, "q", &p->q_dtype)) return check.error();
   const int64_t tokens = o.q.dimensions()[0], heads = o.q.dimensions()[1];
   check.require(heads >= 1 && heads <= 128, "q", "have 1 to 128 heads", std::to_string(heads));
-  check.buffer(o.sink, "attn_sink", ffi::DataType::F32, "(heads,)", {heads});
+  // Without a sink, nothing: zeros would be filled in by a kernel of their own in every call.
+  check.buffer(o.sink, "attn_sink", ffi::DataType::F32, o.has_sink ? "(heads,)" : "(0,)", {o.has_sink ? heads : 0});
   if (!bind_scope(check, "swa", tokens, o.swa_cache, o.swa_indices, o.swa_lengths, o.swa_block_size, o.swa_layout,
                   &p->scopes[0]) ||
       !bind_scope(check, "extra", tokens, o.extra_cache, o.extra_indices, o.extra_lengths, o.extra_block_size,

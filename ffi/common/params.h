@@ -54,8 +54,8 @@ struct Plan {
   int32_t max_partials;  // rows of the partial buffers; a plan that names others is answered with NaN
 };
 
-// One row of work_info_set.
-struct WorkInfo {
+// One row of work_info_set. Aligned for accesses of 16 bytes, as every buffer of XLA's is.
+struct alignas(16) WorkInfo {
   int32_t batch_idx;       // the token
   int32_t partial_qo_loc;  // row of the partial buffers to write; -1: the item is the whole token and writes the output
   int32_t qo_start, qo_end;

@@ -2,10 +2,18 @@
 // every platform. It differs from AITER's in one point: an empty token gets no work item (AITER's kernel ends its whole
 // workgroup at one).
 //
-// A token of n blocks (ceil(length / granularity)) costs n + overhead. A worker takes at most `payload` of cost; a
-// token that does not fit into what is left is cut at a block boundary and goes on with the next worker. So the plan is
-// a scan over tokens that carries a PlanCursor (plan_token_place), and the rows of one token follow from its cursor
-// alone (plan_token_write): on a GPU one thread scans and all threads write.
+// A token of n blocks (ceil(length / granularity)) costs n + overhead. Workers are filled in order. A fresh one has
+// room for `payload` blocks; an item takes its blocks and the overhead from the room; what does not fit goes on with
+// the next worker, cut at a block boundary. So the plan is a scan over tokens that carries a PlanCursor
+// (plan_token_place), and the rows of one token follow from its cursor alone (plan_token, plan_item): on a GPU all
+// threads write.
+//
+// The scan itself can run in pieces, because all that a token needs of the tokens before it is `room`, and few values
+// of it occur. With room r <= payload before a token of n > 0 blocks, `fresh` workers are opened so that
+//   left = r - n + fresh * payload  is in [0, payload):  left = (r - n) mod payload,
+// and the room after it is max(0, left - overhead), in [0, plan_rooms()). So a stretch of tokens is a map from room to
+// room, a GPU computes the maps of many stretches at once, and chaining them tells where each stretch starts
+// (plan_step).
 #ifndef JAX_DSV4_COMMON_PLAN_H_
 #define JAX_DSV4_COMMON_PLAN_H_
 
@@ -36,13 +44,15 @@ struct PlanParams {
   int32_t* reduce_partial_map;  // [max_partials]
 };
 
-// Where a token starts: the worker, what that worker has left, and the counts of everything before.
+// Where a token starts: the worker, the blocks that it has room for, and the counts of everything before. The scan
+// starts at kPlanStart: before the first worker, so that whatever comes first opens it.
 struct PlanCursor {
   int32_t worker;
-  int32_t remaining;  // of the worker's payload
+  int32_t room;
   int32_t items;
   int32_t partials;
 };
+constexpr PlanCursor kPlanStart{-1, 0, 0, 0};
 
 // How a token is cut: `first` blocks go to the cursor's worker (0: that worker is closed as it is), then whole workers
 // of `each`.
@@ -78,66 +88,85 @@ JAX_DSV4_HD int32_t plan_blocks(const PlanParams& p, int32_t length) { return pl
 
 JAX_DSV4_HD int32_t plan_cost(const PlanParams& p, int32_t blocks) { return blocks == 0 ? 0 : blocks + p.overhead; }
 
-// The payload of every worker, given the sum of all tokens' costs.
-JAX_DSV4_HD int32_t plan_payload(const PlanParams& p, int64_t total_cost) {
-  return plan_ceil_div(total_cost, p.active_workers) + p.overhead;
+// The blocks that a fresh worker has room for, given the sum of all tokens' costs.
+template <typename Cost>
+JAX_DSV4_HD int32_t plan_payload(const PlanParams& p, Cost total_cost) {
+  return plan_max(1, plan_ceil_div(total_cost, p.active_workers));
 }
+
+// After any token the room is in [0, plan_rooms()).
+JAX_DSV4_HD int32_t plan_rooms(const PlanParams& p, int32_t payload) { return plan_max(1, payload - p.overhead); }
+
+// A token as a step from room to room, with no more than additions and comparisons. An empty one leaves the room as it
+// is: {0, 0}.
+struct PlanStep {
+  int32_t blocks;  // mod payload
+  int32_t overhead;
+};
+
+JAX_DSV4_HD PlanStep plan_step(const PlanParams& p, int32_t payload, int32_t blocks) {
+  return {blocks < payload ? blocks : blocks % payload, blocks == 0 ? 0 : p.overhead};
+}
+
+JAX_DSV4_HD int32_t plan_room_after(PlanStep step, int32_t payload, int32_t room) {
+  const uint32_t less = static_cast<uint32_t>(room - step.blocks), left = less + static_cast<uint32_t>(payload);
+  return plan_max(0, static_cast<int32_t>(less < left ? less : left) - step.overhead);  // a negative one is the larger
+}
+
+// Cuts a token of so many blocks where there is such room.
+JAX_DSV4_HD PlanCut plan_cut(int32_t payload, int32_t blocks, int32_t room) {
+  const int32_t first = plan_min(blocks, room), rest = blocks - first;
+  return {first, payload, (first > 0) + (rest <= payload ? rest > 0 : plan_ceil_div(rest, payload))};
+}
+
+// The workers that it opens.
+JAX_DSV4_HD int32_t plan_fresh(PlanCut cut) { return cut.items - (cut.first > 0); }
 
 // Cuts a token of so many blocks at the cursor and moves the cursor past it.
 JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32_t blocks, PlanCursor* cursor) {
-  PlanCut cut{0, payload - p.overhead, 0};
-  if (blocks == 0) return cut;
-  if (blocks + p.overhead <= cursor->remaining) {
-    cut.first = blocks;
-    cut.items = 1;
-    cursor->remaining -= blocks + p.overhead;
-    cursor->items += 1;
-    return cut;
-  }
-  cut.first = plan_max(0, cursor->remaining - p.overhead);
-  const int32_t rest = blocks - cut.first;
-  const int32_t fresh = rest <= cut.each ? 1 : plan_ceil_div(rest, cut.each);  // workers opened for this token
-  cut.items = fresh + (cut.first > 0);
+  const PlanCut cut = plan_cut(payload, blocks, cursor->room);
+  const int32_t fresh = plan_fresh(cut);
   cursor->worker += fresh;
-  cursor->remaining = payload - (rest - (fresh - 1) * cut.each + p.overhead);
+  if (blocks > 0) cursor->room = plan_max(0, cursor->room - blocks + fresh * payload - p.overhead);
   cursor->items += cut.items;
   cursor->partials += cut.items > 1 ? cut.items : 0;
   return cut;
 }
 
-// Writes one token's rows; `at` is the cursor before the token was placed. work_indptr[1 .. workers] must hold the
-// total number of items beforehand: only workers that are closed before the last one are written here.
-JAX_DSV4_HD void plan_token_write(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut) {
+// Whether the cursor's worker is closed without an item of this token.
+JAX_DSV4_HD bool plan_closes(int32_t length, PlanCut cut) { return length > 0 && cut.first == 0; }
+
+// Writes what there is once per token; `at` is the cursor before it was placed.
+JAX_DSV4_HD void plan_token(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut) {
   const bool split = cut.items > 1;
-  const int32_t stride = p.topk[0] + p.topk[1];
-  const bool wasted = length > 0 && cut.first == 0;  // the cursor's worker had no room for a single block
   p.kv_lengths[token] = length;
   p.reduce_indptr[token + 1] = at.partials + (split ? cut.items : 0);
-  if (split) {
-    p.reduce_final_map[2 * token] = token;
-    p.reduce_final_map[2 * token + 1] = token + 1;
-  }
-  if (wasted && at.worker < p.workers) p.work_indptr[at.worker + 1] = at.items;
-  const int32_t first = wasted ? cut.each : cut.first;
-  for (int32_t i = 0; i < cut.items; ++i) {
-    const int32_t begin = i == 0 ? 0 : plan_min((first + (i - 1) * cut.each) * p.granularity, length);
-    const bool last = i == cut.items - 1;
-    const int32_t end = last ? length : plan_min((first + i * cut.each) * p.granularity, length);
-    const int32_t item = at.items + i, partial = at.partials + i;
-    if (item >= p.max_items || (split && partial >= p.max_partials)) return;  // the caller's buffers are too small
-    int32_t* info = p.work_info_set + 8 * static_cast<int64_t>(item);
-    info[0] = token;
-    info[1] = split ? partial : -1;
-    info[2] = token;
-    info[3] = token + 1;
-    info[4] = token * stride + begin;
-    info[5] = token * stride + end;
-    info[6] = length - end;
-    info[7] = 0;
-    if (split) p.reduce_partial_map[partial] = partial;
-    const int32_t worker = at.worker + i + wasted;
-    if (!last && worker < p.workers) p.work_indptr[worker + 1] = item + 1;
-  }
+  p.reduce_final_map[2 * token] = split ? token : 0;
+  p.reduce_final_map[2 * token + 1] = split ? token + 1 : 0;
+  if (plan_closes(length, cut) && at.worker < p.workers) p.work_indptr[at.worker + 1] = at.items;
+}
+
+// Writes a token's item i, and the end of its worker unless more of that worker's items may follow.
+JAX_DSV4_HD void plan_item(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut, int32_t i) {
+  const int32_t item = at.items + i, partial = cut.items > 1 ? at.partials + i : -1;
+  if (item >= p.max_items || partial >= p.max_partials) return;  // the caller's buffers are too small
+  const bool closes = plan_closes(length, cut), last = i == cut.items - 1;
+  const int32_t first = closes ? cut.each : cut.first;
+  const int32_t begin = i == 0 ? 0 : plan_min((first + (i - 1) * cut.each) * p.granularity, length);
+  const int32_t end = last ? length : plan_min((first + i * cut.each) * p.granularity, length);
+  const int32_t base = token * (p.topk[0] + p.topk[1]);
+  reinterpret_cast<WorkInfo*>(p.work_info_set)[item] = {token,        partial,    token,        token + 1,
+                                                        base + begin, base + end, length - end, 0};
+  if (partial >= 0) p.reduce_partial_map[partial] = partial;
+  const int32_t worker = at.worker + i + closes;
+  if (!last && worker < p.workers) p.work_indptr[worker + 1] = item + 1;
+}
+
+// Writes one token's rows. Of work_indptr that is the entries up to the worker that the scan ends with; all later ones
+// must hold the total number of items.
+JAX_DSV4_HD void plan_token_write(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut) {
+  plan_token(p, token, length, at, cut);
+  for (int32_t i = 0; i < cut.items; ++i) plan_item(p, token, length, at, cut, i);
 }
 
 // The whole plan on one thread.
@@ -145,19 +174,15 @@ inline void plan_serial(const PlanParams& p) {
   int64_t total = 0;
   for (int32_t t = 0; t < p.tokens; ++t) total += plan_cost(p, plan_blocks(p, plan_length(p, t)));
   const int32_t payload = plan_payload(p, total);
-  const PlanCursor start{0, payload, 0, 0};
-  PlanCursor cursor = start;
-  for (int32_t t = 0; t < p.tokens; ++t) plan_token_place(p, payload, plan_blocks(p, plan_length(p, t)), &cursor);
-  p.work_indptr[0] = 0;
-  for (int32_t w = 1; w <= p.workers; ++w) p.work_indptr[w] = cursor.items;
   p.reduce_indptr[0] = 0;
-  cursor = start;
+  PlanCursor cursor = kPlanStart;
   for (int32_t t = 0; t < p.tokens; ++t) {
     const PlanCursor at = cursor;
     const int32_t length = plan_length(p, t);
     const PlanCut cut = plan_token_place(p, payload, plan_blocks(p, length), &cursor);
     plan_token_write(p, t, length, at, cut);
   }
+  for (int32_t w = cursor.worker + 1; w <= p.workers; ++w) p.work_indptr[w] = cursor.items;
 }
 
 }  // namespace jax_dsv4

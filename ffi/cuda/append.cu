@@ -8,15 +8,30 @@
 namespace jax_dsv4::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kRows = 8;  // of a block, a warp for each
+constexpr int kTiles = kLatentDim / kScaleTile;
 
-// Whether a later row goes to the same slot: of equal slots the last row wins, whatever the order in which warps run.
-__device__ bool superseded(const AppendParams& p, int64_t row, int32_t slot, int lane) {
-  for (int64_t first = row + 1; first < p.count; first += 32) {
-    const int64_t other = first + lane;
-    if (__any_sync(~0u, other < p.count && p.slots[other] == slot)) return true;
+// Which of a block's rows have a later row that goes to the same slot: of equal slots the last row wins, whatever the
+// order in which blocks run. Every lane of the block compares one of its rows with a share of all later rows, four to
+// a load.
+__device__ uint32_t superseded(const AppendParams& p, int64_t first_row) {
+  __shared__ uint32_t rows;
+  constexpr int kShares = 32;  // kRows warps, 32 / kRows in each
+  const int lane = threadIdx.x % 32, row = lane % kRows, share = threadIdx.x / kRows;
+  if (threadIdx.x == 0) rows = 0;
+  __syncthreads();
+  const int32_t slot = first_row + row < p.count ? p.slots[first_row + row] : -1;
+  bool found = (__match_any_sync(~0u, slot) & ((1u << kRows) - 1)) >> row > 1;
+  const int64_t fours = p.count / 4 * 4;
+#pragma unroll 4
+  for (int64_t at = first_row + kRows + 4 * share; at < fours; at += 4 * kShares) {
+    const int4 others = *reinterpret_cast<const int4*>(p.slots + at);
+    found |= (others.x == slot) | (others.y == slot) | (others.z == slot) | (others.w == slot);
   }
-  return false;
+  for (int64_t at = max(first_row + kRows, fours); at < p.count; ++at) found |= p.slots[at] == slot;
+  if (found) atomicOr(&rows, 1u << row);
+  __syncthreads();
+  return rows;
 }
 
 __device__ float2 load_pair(const AppendParams& p, int64_t row, int dim) {
@@ -27,37 +42,58 @@ __device__ float2 load_pair(const AppendParams& p, int64_t row, int dim) {
       *reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(p.latents) + row * kLatentDim + dim));
 }
 
-__global__ void __launch_bounds__(32 * kWarps) append_kernel(const __grid_constant__ AppendParams p) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+// Two of common/fp8.h's float_to_e4m3.
+__device__ uint16_t to_e4m3x2(float low, float high) {
+  uint16_t bytes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
+  return bytes;
+}
+
+// The largest magnitude in a warp, NaN passed over: it stays one below.
+__device__ float largest(float2 x) {
+  const uint32_t a = float_to_bits(fabsf(x.x)), b = float_to_bits(fabsf(x.y));
+  constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes are ordered as their bits are
+  return bits_to_float(__reduce_max_sync(~0u, max(a > kInfinity ? 0 : a, b > kInfinity ? 0 : b)));
+}
+
+__global__ void __launch_bounds__(32 * kRows) append_kernel(const __grid_constant__ AppendParams p) {
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows, row = first_row + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (row >= p.count) return;
+  float2 x[kTiles] = {};  // on their way while slots are compared
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (row < p.count) x[tile] = load_pair(p, row, tile * kScaleTile + 2 * lane);
+  }
+  const bool lost = superseded(p, first_row) >> (threadIdx.x / 32) & 1;
+  if (lost || row >= p.count) return;
   const int32_t slot = p.slots[row];
   const Cache& cache = p.cache;
-  if (slot < 0 || slot / cache.block_size >= cache.num_blocks || superseded(p, row, slot, lane)) return;
+  if (slot < 0 || slot / cache.block_size >= cache.num_blocks) return;
   const int64_t offset = slot % cache.block_size;
   uint8_t* block = p.data_out + slot / cache.block_size * cache.block_stride_bytes;
   // A block need not be aligned to more than a byte.
   auto store16 = [](uint8_t* at, uint16_t bits) {
-    at[0] = bits & 0xff;
-    at[1] = bits >> 8;
+    if (reinterpret_cast<uint64_t>(at) % 2 == 0) {
+      *reinterpret_cast<uint16_t*>(at) = bits;
+    } else {
+      at[0] = bits & 0xff;
+      at[1] = bits >> 8;
+    }
   };
 
   uint8_t* data = block + offset * kPackedRowBytes;
   uint8_t* scales = block + static_cast<int64_t>(cache.block_size) * kPackedRowBytes + offset * kPackedScaleBytes;
+  uint8_t scale_of_lane = 0;  // the eighth is padding
+#pragma unroll
   for (int tile = 0; tile < kScaleTiles; ++tile) {
-    const float2 x = load_pair(p, row, tile * kScaleTile + 2 * lane);
-    float amax = fmaxf(fabsf(x.x), fabsf(x.y));  // passes NaN over; it stays one below
-    for (int i = 16; i > 0; i /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, i));
-    const uint8_t scale = ue8m0_scale_of(isnan(amax) ? 0.f : amax);
+    const uint8_t scale = ue8m0_scale_of(largest(x[tile]));
     const float inverse = ue8m0_to_float(static_cast<uint8_t>(254 - scale));  // 2^-k exactly, subnormal included
-    data[tile * kScaleTile + 2 * lane] = float_to_e4m3(x.x * inverse);
-    data[tile * kScaleTile + 2 * lane + 1] = float_to_e4m3(x.y * inverse);
-    if (lane == 0) scales[tile] = scale;
+    store16(data + tile * kScaleTile + 2 * lane, to_e4m3x2(x[tile].x * inverse, x[tile].y * inverse));
+    if (lane == tile) scale_of_lane = scale;
   }
-  if (lane == 0) scales[kScaleTiles] = 0;
-  const float2 x = load_pair(p, row, kNopeDim + 2 * lane);
-  store16(data + kNopeDim + 4 * lane, float_to_bf16(x.x));
-  store16(data + kNopeDim + 4 * lane + 2, float_to_bf16(x.y));
+  if (lane < kPackedScaleBytes) scales[lane] = scale_of_lane;
+  store16(data + kNopeDim + 4 * lane, float_to_bf16(x[kScaleTiles].x));
+  store16(data + kNopeDim + 4 * lane + 2, float_to_bf16(x[kScaleTiles].y));
 }
 
 }  // namespace
@@ -70,7 +106,7 @@ cudaError_t prepare_append() {
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream) {
   if (params.count == 0) return cudaSuccess;
   if (params.cache.layout != Layout::kFp8DsMla) return cudaErrorNotSupported;
-  append_kernel<<<static_cast<unsigned>((params.count + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(params);
+  append_kernel<<<static_cast<unsigned>((params.count + kRows - 1) / kRows), 32 * kRows, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -2,6 +2,7 @@
 // initialize stage, buffers are XLA's, and nothing waits or reads back.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 
@@ -15,6 +16,9 @@ namespace {
 
 using Out = ffi::Result<Buffer>;
 using Stream = ffi::PlatformStream<cudaStream_t>;
+
+// Multiprocessors of the largest Hopper; jax_dsv4/implementations/native.py: multiprocessors.
+constexpr int kMostProcessors = 132;
 
 // Proof of capture (docs/hopper.md): a captured program calls its handlers while XLA records the graph and not when it
 // runs.
@@ -57,7 +61,16 @@ ffi::Error plan(cudaStream_t stream, Buffer swa_lengths, Buffer extra_lengths, O
       {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
        *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead},
       &p);
-  return error.success() ? status_of("plan_decode", launch_plan(p, stream)) : error;
+  if (!error.success()) return error;
+  // A program may have been lowered where this device was not known, so it asks for the workers that a device of
+  // kMostProcessors should have; a smaller one has room for as many fewer.
+  int device, processors;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status_of("plan_decode", status);
+  const int64_t workers = static_cast<int64_t>(p.active_workers) * std::min(processors, kMostProcessors);
+  p.active_workers = std::max(1, static_cast<int>(workers / kMostProcessors));
+  return status_of("plan_decode", launch_plan(p, stream));
 }
 
 ffi::Error decode(cudaStream_t stream, Buffer q, Buffer sink, Buffer swa_cache, Buffer swa_indices, Buffer swa_lengths,

@@ -1,91 +1,176 @@
-// The planner of common/plan.h on the device: one block. Threads turn lengths into blocks of keys, one thread scans
-// them, threads write.
+// The planner of common/plan.h on the device: one block. The scan over tokens, which decides where each token is cut,
+// is run in pieces: threads find the room that each piece of the tokens leaves for every room that it may begin with; a
+// piece's beginning then follows from a few look-ups, and each of its parts' from one more. All parts are scanned again
+// at the same time, for the room before each token.
 #include "common/plan.h"
-
-#include <algorithm>
 
 #include "cuda/launch.h"
 
 namespace jax_dsv4::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kTokensAtOnce = 1024;  // that the scan finds in shared memory
+constexpr int kMaxPieces = 16;                 // finding where the last one begins takes as many dependent look-ups
+constexpr int kMinPiece = 8;                   // tokens: shorter ones cost more to chain than to scan
+constexpr int kParts = 4;                      // of a piece
+constexpr int kPadding = kMaxPieces * kParts;  // parts, of equal length, may reach past the tokens so far
 
-__device__ int64_t sum_of_block(int64_t x) {
-  __shared__ int64_t warps[kThreads / 32];
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (int i = 0; i < kThreads / 32; ++i) x += warps[i];
+// What the tokens of a cursor's past have opened and filled.
+struct Counts {
+  int32_t worker, items, partials;
+};
+
+__device__ Counts add(Counts a, Counts b) { return {a.worker + b.worker, a.items + b.items, a.partials + b.partials}; }
+
+__device__ Counts shuffle_up(Counts x, int distance) {
+  return {__shfl_up_sync(~0u, x.worker, distance), __shfl_up_sync(~0u, x.items, distance),
+          __shfl_up_sync(~0u, x.partials, distance)};
+}
+
+__device__ Counts sums_of_warp(Counts x) {
+  for (int step = 1; step < 32; step *= 2) {
+    const Counts below = shuffle_up(x, step);
+    if (threadIdx.x % 32 >= step) x = add(x, below);
+  }
   return x;
 }
 
+// Code that runs once costs what fetching it costs: no loop is unrolled that rarely runs twice, and few numbers are
+// divided.
+template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
-  __shared__ int32_t lengths[kTokensAtOnce], blocks[kTokensAtOnce];
-  __shared__ PlanCursor places[kTokensAtOnce];  // where each token starts
-  __shared__ PlanCut cuts[kTokensAtOnce];
-  __shared__ int32_t total_items;
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0);
+  __shared__ int32_t warp_costs[kWarps];
+  __shared__ Counts warp_counts[kWarps];
+  __shared__ PlanStep steps[kThreads + kPadding];
+  __shared__ int32_t ends[kParts][kThreads];  // [part][piece, room at the piece's begin] the room at the part's end
+  __shared__ int32_t rooms[kThreads + kPadding + 1];
+  __shared__ int32_t lengths[kThreads];
+  __shared__ PlanCursor places[kThreads];
+  __shared__ PlanCut cuts[kThreads];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  for (int i = threadIdx.x; i < 8 * p.max_items; i += kThreads) p.work_info_set[i] = 0;
-  for (int i = threadIdx.x; i < 2 * p.tokens; i += kThreads) p.reduce_final_map[i] = 0;
-  for (int i = threadIdx.x; i < p.max_partials; i += kThreads) p.reduce_partial_map[i] = 0;
-  int64_t cost = 0;
-  for (int t = threadIdx.x; t < p.tokens; t += kThreads) cost += plan_cost(p, plan_blocks(p, plan_length(p, t)));
-  const int32_t payload = plan_payload(p, sum_of_block(cost));
-  const PlanCursor start{0, payload, 0, 0};
-
-  PlanCursor cursor = start;
-  auto scan = [&](int first) {
-    const int count = min(kTokensAtOnce, p.tokens - first);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      lengths[i] = plan_length(p, first + i);
-      blocks[i] = plan_blocks(p, lengths[i]);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < count; ++i) {
-        places[i] = cursor;
-        cuts[i] = plan_token_place(p, payload, blocks[i], &cursor);
-      }
-      total_items = cursor.items;
-    }
-    __syncthreads();
-    return count;
-  };
-  auto write = [&](int first, int count) {
-    for (int i = threadIdx.x; i < count; i += kThreads) plan_token_write(p, first + i, lengths[i], places[i], cuts[i]);
-  };
-
-  // Workers that are never closed end with the last item, so all items are counted before the first row is written.
-  // What one pass over the tokens leaves in shared memory serves for the second as well if it is all of them.
-  int count = 0;
-  for (int first = 0; first < p.tokens; first += kTokensAtOnce) count = scan(first);
-  for (int w = threadIdx.x; w <= p.workers; w += kThreads) p.work_indptr[w] = w == 0 ? 0 : total_items;
-  if (threadIdx.x == 0) p.reduce_indptr[0] = 0;
+  // Backwards, so that the first tokens are at hand in the end. The sum fits 32 bits: common/bind.h sees to that.
+  int32_t cost = 0, length = 0, blocks = 0;
+#pragma unroll 1
+  for (int first = (p.tokens - 1) / kThreads * kThreads; first >= 0; first -= kThreads) {
+    length = first + thread < p.tokens ? plan_length(p, first + thread) : 0;
+    blocks = plan_blocks(p, length);
+    cost += plan_cost(p, blocks);
+  }
+  cost = __reduce_add_sync(~0u, cost);
+  if (lane == 0) warp_costs[warp] = cost;
+  if (thread < kPadding) steps[kThreads + thread] = {};
   __syncthreads();
-  if (p.tokens <= kTokensAtOnce) {
-    write(0, count);
-    return;
+  cost = __reduce_add_sync(~0u, lane < kWarps ? warp_costs[lane] : 0);
+  const int32_t payload = plan_payload(p, cost), num_rooms = plan_rooms(p, payload);
+
+  PlanCursor start = kPlanStart;
+#pragma unroll 1
+  for (int first = 0; first < p.tokens; first += kThreads) {
+    const int count = min(kThreads, p.tokens - first);
+    if (first > 0) {
+      __syncthreads();  // what the items before are written from is no longer needed
+      length = thread < count ? plan_length(p, first + thread) : 0;
+      blocks = plan_blocks(p, length);
+    }
+    steps[thread] = plan_step(p, payload, blocks);
+    lengths[thread] = length;
+    __syncthreads();
+
+    // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
+    const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
+    int pieces = min(min(kMaxPieces, count / kMinPiece), num_rooms <= kThreads ? kThreads * reciprocal >> 20 : 0);
+    int parts = kParts;
+    if (pieces < 2) pieces = parts = 1;
+    const int scanners = pieces * parts, size = (count + scanners - 1) / scanners;  // a part's
+    if (pieces > 1) {
+      const int piece = thread * reciprocal >> 20;
+      if (piece < pieces) {
+        const PlanStep* step = steps + piece * kParts * size;
+        int32_t room = thread - piece * num_rooms;
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part, step += size) {
+#pragma unroll 4
+          for (int i = 0; i < size; ++i) room = plan_room_after(step[i], payload, room);
+          ends[part][thread] = room;
+        }
+      }
+      __syncthreads();
+    }
+    if (thread < scanners) {
+      const int piece = thread / kParts, part = thread % kParts;
+      int32_t room = start.room;
+#pragma unroll 1
+      for (int i = 0; i < piece; ++i) room = ends[kParts - 1][i * num_rooms + room];
+      if (part > 0) room = ends[part - 1][piece * num_rooms + room];
+      const int begin = thread * size, end = begin + size;
+#pragma unroll 4
+      for (int i = begin; i < end; ++i) {
+        rooms[i] = room;
+        room = plan_room_after(steps[i], payload, room);
+      }
+      if (thread == scanners - 1) rooms[end] = room;
+    }
+    __syncthreads();
+
+    const PlanCut cut = plan_cut(payload, blocks, thread < count ? rooms[thread] : 0);
+    const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
+    if (lane == 31) warp_counts[warp] = sums;
+    __syncthreads();
+    Counts at{start.worker, start.items, start.partials}, all = at;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      if (i == warp) at = all;
+      all = add(all, warp_counts[i]);
+    }
+    const PlanCursor place{at.worker + sums.worker - mine.worker, 0, at.items + sums.items - mine.items,
+                           at.partials + sums.partials - mine.partials};
+    places[thread] = place;
+    cuts[thread] = cut;
+    if (thread < count) plan_token(p, first + thread, length, place, cut);
+    start = {all.worker, rooms[count], all.items, all.partials};
+    __syncthreads();
+
+    // As many threads to a token as there are.
+    const int group_log2 = __clz(count - 1) + __ffs(kThreads) - 33, token = thread >> group_log2;
+    if (token < count) {
+#pragma unroll 1
+      for (int i = thread & ((1 << group_log2) - 1); i < cuts[token].items; i += 1 << group_log2) {
+        plan_item(p, first + token, lengths[token], places[token], cuts[token], i);
+      }
+    }
   }
-  cursor = start;
-  for (int first = 0; first < p.tokens; first += kTokensAtOnce) {
-    count = scan(first);
-    write(first, count);
+
+  // Rows past those in use are zeros; workers that no token came to end where the last one does.
+#pragma unroll 1
+  for (int i = start.items * 2 + thread; i < 2 * p.max_items; i += kThreads) {
+    reinterpret_cast<int4*>(p.work_info_set)[i] = {};
   }
+#pragma unroll 1
+  for (int i = start.partials + thread; i < p.max_partials; i += kThreads) p.reduce_partial_map[i] = 0;
+#pragma unroll 1
+  for (int w = start.worker + 1 + thread; w <= p.workers; w += kThreads) p.work_indptr[w] = start.items;
+  if (thread == 0) p.reduce_indptr[0] = 0;
 }
+
+constexpr int kFewThreads = 256, kManyThreads = 512;
+constexpr int kFewTokens = 128;
 
 }  // namespace
 
 cudaError_t prepare_plan() {
   cudaFuncAttributes attributes;  // asking loads the kernel
-  return cudaFuncGetAttributes(&attributes, plan_kernel);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, plan_kernel<kFewThreads>);
+  return status == cudaSuccess ? cudaFuncGetAttributes(&attributes, plan_kernel<kManyThreads>) : status;
 }
 
 cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
-  plan_kernel<<<1, kThreads, 0, stream>>>(params);
+  if (params.tokens <= kFewTokens) {
+    plan_kernel<kFewThreads><<<1, kFewThreads, 0, stream>>>(params);
+  } else {
+    plan_kernel<kManyThreads><<<1, kManyThreads, 0, stream>>>(params);
+  }
   return cudaGetLastError();
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,13 +48,12 @@ def plan_call(
 ) -> WorkPlan:
     """A planner's target; `workers` is the size of work_indptr less one."""
     tokens = lengths[0].shape[0]
-    absent = jnp.zeros((tokens,), jnp.int32)
     call = jax.ffi.ffi_call(target, plan_shapes(tokens, workers))
     swa_topk, extra_topk = (*topks, 0)[:2]
     return WorkPlan(
         *call(
             lengths[0],
-            lengths[1] if len(lengths) > 1 else absent,
+            lengths[-1],  # of a scope that is absent: not looked at
             swa_topk=np.int32(swa_topk),
             extra_topk=np.int32(extra_topk),
             active_workers=np.int32(geometry.workers),
@@ -84,10 +82,11 @@ def decode_call(
     """The target dsv4_decode; `workspaces` are the results that a platform's kernels need besides out and lse."""
     tokens, heads, _ = q.shape
     results = (jax.ShapeDtypeStruct(q.shape, out_dtype), jax.ShapeDtypeStruct((tokens, heads), jnp.float32), *workspaces)
-    swa, extra = (*scopes, _absent_scope(tokens))[:2]
+    assert scopes[0].lengths is not None
+    swa, extra = (*scopes, _absent_scope(scopes[0].lengths))[:2]
     out, lse, *_ = jax.ffi.ffi_call("dsv4_decode", results)(
         q,
-        jnp.zeros((heads,), jnp.float32) if attn_sink is None else attn_sink,
+        jnp.zeros((0,), jnp.float32) if attn_sink is None else attn_sink,
         *(swa.cache.data, swa.indices, swa.lengths),
         *(extra.cache.data, extra.indices, extra.lengths),
         *work,
@@ -174,10 +173,8 @@ class _CUDA:
     fuses = True
     heads_per_block = 64  # ffi/cuda/launch.h: kHeadsPerBlock
     partial_heads = 8  # and kPartialHeads
-
-    @functools.cached_property
-    def multiprocessors(self) -> int:
-        return _cuda_devices()[0].core_count
+    # Of the largest Hopper, so that a program does not depend on the device; ffi/cuda/handlers.cc plans for the one it runs on.
+    multiprocessors = 132
 
     def availability(self) -> Availability:
         try:
@@ -193,7 +190,11 @@ class _CUDA:
         return Availability(library is not None, detail if library is None else f"Hopper kernels, {detail}")
 
     def exportable(self) -> bool:
-        return False  # how many workers a plan has depends on the device
+        # Where there is a device, what it and the library cannot do is known.
+        try:
+            return not _cuda_devices()
+        except RuntimeError:
+            return True
 
     def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         if q_dtype is not None and q_dtype != jnp.bfloat16:
@@ -239,9 +240,10 @@ def _cuda_devices() -> list[jax.Device]:
     return jax.devices("cuda")
 
 
-def _absent_scope(tokens: int) -> kv.Scope:
+def _absent_scope(lengths: jax.Array) -> kv.Scope:
+    """Operands of no bytes, and lengths that are not looked at: zeros would be filled in by a kernel of their own in every call."""
     cache = kv.KVCache(jnp.zeros((0, kv.PACKED_TOKEN_BYTES), jnp.uint8), block_size=1)
-    return kv.Scope(cache, jnp.zeros((tokens, 0), jnp.int32), jnp.zeros((tokens,), jnp.int32))
+    return kv.Scope(cache, jnp.zeros((*lengths.shape, 0), jnp.int32), lengths)
 
 
 CPU = _CPU()
