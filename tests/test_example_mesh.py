@@ -107,9 +107,9 @@ def test_tokens_are_one_device_s(axes: str) -> None:
 
 
 def test_draws_are_one_device_s() -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.9)
+    sampling = Sampling(temperature=1.0)
     want = decoded(None, sampling, False)
-    assert want != decoded(None, GREEDY, False)
+    assert len({token for row in want for token in row}) > 40
     assert decoded("data=4", sampling, False) == want
 
 

@@ -97,14 +97,15 @@ def device_weights(config: Config, sizes: dict[str, int]) -> int:
     return sum(stored_bytes(t) // (1 if t.split is None else sizes["model"]) for t in tensors)
 
 
-def device_cache(config: Config, sizes: dict[str, int], context: int) -> int:
-    """Bytes on a device, of one of its requests' cache."""
-    return nbytes(jax.eval_shape(partial(create_cache, config, 1, context, context=sizes["context"])))
+@cache
+def device_cache(config: Config, devices: int, context: int) -> int:
+    """Bytes on a device, of one of its requests' cache, spread over `devices` of a context."""
+    return nbytes(jax.eval_shape(partial(create_cache, config, 1, context, context=devices)))
 
 
 def requests_that_fit(config: Config, sizes: dict[str, int], device: Device, context: int) -> int:
     room = USABLE * device.memory - device_weights(config, sizes)
-    return max(0, int(room // device_cache(config, sizes, context))) * sizes["data"]
+    return max(0, int(room // device_cache(config, sizes["context"], context))) * sizes["data"]
 
 
 def attention_us(device: Device, requests: int, heads: int, keys: float) -> float:
@@ -173,7 +174,7 @@ def _row(name: str, device: Device, sizes: dict[str, int]) -> str:
     fit = {context: requests_that_fit(config, sizes, device, n) for context, n in CONTEXTS.items()}
     busy = min(BUSY, fit["128k"]) // sizes["data"] * sizes["data"]
     cells = [f"{name}, {device.name}", ", ".join(map(str, sizes.values())), human(device_weights(config, sizes))]
-    cells += [human(device_cache(config, sizes, n)) for n in CONTEXTS.values()]
+    cells += [human(device_cache(config, sizes["context"], n)) for n in CONTEXTS.values()]
     cells += [f"{count:,}" for count in fit.values()]
     if busy:
         parts = layer_us(config, sizes, device, busy, CONTEXTS["128k"])
