@@ -4,6 +4,9 @@
     python examples/decode_loop.py --checkpoint DIR --prompt "Once upon a time"  a Hugging Face folder
     python examples/decode_loop.py --prompt-ids "1,2,3;4,5" --json out.json      two requests, as token ids
     python examples/decode_loop.py --memory                                     bytes of weights and caches, by model
+    python examples/decode_loop.py --scaling                                    meshes for 8 devices, by model (docs/scaling.md)
+    python examples/decode_loop.py --batch 2 --mesh data=2,model=2,context=2     over 8 devices (deepseek_v4/mesh.py)
+    … --coordinator HOST:PORT --num-processes 2 --process-id 0                   the same over two processes, one of two
 
 The loop itself is `prefill` and `generate` in deepseek_v4/generate.py, the model deepseek_v4/model.py.
 """
@@ -13,23 +16,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deepseek_v4 import memory
+from deepseek_v4 import memory, processes, scaling
 from deepseek_v4.config import CheckpointError, Config, load_config
-from deepseek_v4.generate import Sampling, State, attend, generate, prefill
-from deepseek_v4.model import create_cache
+from deepseek_v4.generate import Sampling, State
+from deepseek_v4.mesh import REQUESTS, MeshError, Programs, create_mesh, parse_mesh
 from deepseek_v4.tokenizer import load_tokenizer
-from deepseek_v4.weights import load_weights
+from deepseek_v4.weights import fingerprint, load_weights
+from jax.sharding import PartitionSpec as P
 
 import jax_dsv4 as dsv4
 
@@ -44,29 +48,37 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
     try:
-        run(parse_arguments(argv))
-    except (UsageError, CheckpointError, NotImplementedError) as error:
-        print(f"decode_loop.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        if args.coordinator:
+            processes.join(args.coordinator, args.num_processes, args.process_id, args.process_timeout)
+        run(args)
+    except (UsageError, CheckpointError, MeshError, NotImplementedError) as error:
+        return complain(error)
+    except jax.errors.JaxRuntimeError as error:
+        if not args.coordinator:
+            raise
+        complain(f"process {args.process_id} stops: another one did, or cannot be reached: {error}")
+        os._exit(3)  # an orderly shutdown would wait for the other one
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.memory:
-        print(memory.table())
+    if args.memory or args.scaling:
+        print(memory.table() if args.memory else scaling.tables())
         return
-    config = load_config(args.checkpoint)
-    tokenizer = load_tokenizer(args.checkpoint)
-    prompts = read_prompts(args, tokenizer, config)
-    context = cache_tokens(args, prompts, config)
-    check_implementation(args.implementation)
+    if args.dtype is None:
+        args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config, tokenizer, prompts, context, mesh = prepare(args)
+    sampling = Sampling(args.temperature, args.top_p)
+    programs = Programs(config, mesh, sampling, args.implementation)
+    place = programs.place
     try:
-        cache = create_cache(config, len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
+        cache = programs.create_cache(len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
     except ValueError as error:
         raise UsageError(error) from None
     with progress(transient=True) as show:
-        weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))
+        weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"), programs.sharding)
 
     with progress() as show:
         cache_bytes = memory.nbytes(cache)
@@ -75,16 +87,15 @@ def run(args: argparse.Namespace) -> None:
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         limits = np.full(len(prompts), args.max_new_tokens, np.int32)
+        inputs = (weights, cache, *(place(x, REQUESTS) for x in (padded, lengths, limits)), place(np.uint32(args.seed), P()))
 
         # Both loops are compiled here, once and ahead of time: an executable cannot be retraced by what follows.
-        options: Any = dict(config=config, sampling=Sampling(args.temperature, args.top_p), implementation=args.implementation)
-        inputs = (weights, cache, padded, lengths, limits, jnp.uint32(args.seed))
         began = time.perf_counter()
         with show.spinner("compiling prefill"):
-            prefill_once = prefill.lower(*inputs, **options, chunk=PREFILL_CHUNK).compile()
+            prefill_once = programs.prefill(PREFILL_CHUNK).lower(*inputs).compile()
         with show.spinner("compiling decode"):
-            after_prefill = jax.eval_shape(partial(prefill, **options, chunk=PREFILL_CHUNK), *inputs)
-            generate_more = generate.lower(weights, after_prefill, **options, steps=STEPS_PER_CALL).compile()
+            after_prefill = jax.eval_shape(programs.prefill(PREFILL_CHUNK), *inputs)
+            generate_more = programs.generate(STEPS_PER_CALL).lower(weights, after_prefill).compile()
         compile_seconds = time.perf_counter() - began
 
         with show.spinner("reading the prompt"):
@@ -92,14 +103,14 @@ def run(args: argparse.Namespace) -> None:
             state: State = jax.block_until_ready(prefill_once(*inputs))
             prefill_seconds = time.perf_counter() - began
 
-        calls = [np.asarray(state.token)[:, None]]
+        calls = [programs.fetch(state.token)[:, None]]
         began = time.perf_counter()
         for _ in show.track("decoding")(range(-(-(args.max_new_tokens - 1) // STEPS_PER_CALL))):
-            if np.any(state.left):  # else every request met its end
+            if np.any(programs.fetch(state.left)):  # else every request met its end
                 state, tokens = generate_more(weights, state)
-                calls.append(np.asarray(tokens))
+                calls.append(programs.fetch(tokens))
         decode_seconds = time.perf_counter() - began
-        attention_seconds = time_attention(state, args, config)
+        attention_seconds = time_attention(programs.attend(jnp.dtype(args.dtype)), state)
 
     tokens = [[int(token) for token in row if token >= 0] for row in np.concatenate(calls, axis=1)]
     decoded = sum(len(row) - 1 for row in tokens)  # prefill drew the first of each
@@ -118,11 +129,42 @@ def run(args: argparse.Namespace) -> None:
         "weights_bytes": memory.nbytes(weights),
         "cache_layout": args.cache_layout,
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(mesh.shape) if mesh else None,
+        "processes": jax.process_count(),
         "versions": {"jax": jax.__version__, "jax_dsv4": getattr(dsv4, "__version__", None)},
     }
-    print_report(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.process_id == 0:
+        print_report(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Config, Any, list[Sequence[int]], int, jax.sharding.Mesh | None]:
+    """All that can be wrong with the arguments, and between processes, is found here: before anything is loaded, compiled or waited for.
+
+    Returns config, tokenizer, prompts, tokens per request of the cache, and mesh.
+    """
+    facts = {name: value for name, value in vars(args).items() if name not in ("process_id", "json", "checkpoint")}
+    try:
+        config = load_config(args.checkpoint)
+        tokenizer = load_tokenizer(args.checkpoint)
+        prompts = read_prompts(args, tokenizer, config)
+        context = cache_tokens(args, prompts, config)
+        check_implementation(args.implementation)
+        facts |= {"checkpoint": fingerprint(args.checkpoint), "jax": jax.__version__}
+        if jax.process_count() > 1 and args.mesh is None:
+            raise UsageError("--num-processes needs a --mesh over all their devices")
+        mesh = create_mesh(parse_mesh(args.mesh), config, len(prompts)) if args.mesh is not None else None
+    except (UsageError, CheckpointError, MeshError) as error:
+        processes.agree(facts | {"error": str(error)})
+        raise
+    processes.agree(facts)
+    return config, tokenizer, prompts, context, mesh
+
+
+def complain(error: object) -> int:
+    print(f"decode_loop.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
 
 
 # ------------------------------------------------------------------------------------------------------------- the input
@@ -150,6 +192,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
     add("--json", type=Path, metavar="FILE", help="write prompt_ids, tokens, tokens_per_second and more")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
+    add("--scaling", action="store_true", help="print what meshes of 8 devices hold, and what a layer is modelled to take, and stop")
+    add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads and experts, cached context')
+    many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")
+    add = many.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    add("--num-processes", type=positive, default=1, metavar="N")
+    add("--process-id", type=int, default=0, metavar="I", help="from 0")
+    add(
+        "--process-timeout",
+        type=positive,
+        default=60,
+        metavar="SECONDS",
+        help="after which a silent one is taken for dead (default: 60)",
+    )
     args = parser.parse_args(argv)
 
     if not 0 <= args.temperature < float("inf"):
@@ -160,8 +216,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {args.json}")
-    if args.dtype is None:
-        args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if bool(args.coordinator) != (args.num_processes > 1):
+        parser.error("--coordinator and --num-processes of at least 2 go together")
+    if not 0 <= args.process_id < args.num_processes:
+        parser.error(f"--process-id must be in [0, {args.num_processes}), got {args.process_id}")
     return args
 
 
@@ -217,19 +275,15 @@ def check_implementation(name: str | None) -> None:
 # ------------------------------------------------------------------------------------------------------------ the output
 
 
-def time_attention(state: State, args: argparse.Namespace, config: Config) -> float:
+def time_attention(attend: Callable[[Any], Any], state: State) -> float:
     """Seconds that one step spends in plans and sparse_mla_decode, timed alone at the positions decoding ended at."""
-
-    def once() -> None:
-        jax.block_until_ready(attend(state.cache, config=config, dtype=jnp.dtype(args.dtype), implementation=args.implementation))
-
-    once()  # compiles
 
     def timed() -> float:
         began = time.perf_counter()
-        once()
+        jax.block_until_ready(attend(state.cache))
         return time.perf_counter() - began
 
+    timed()  # compiles
     return statistics.median(timed() for _ in range(11))
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 INT32_MAX = 2**31 - 1
+
+AxisName = str | tuple[str, ...]
+"""A mesh axis, or several taken as one, the first outermost."""
 
 
 def require(condition: bool, op: str, argument: str, rule: str, got: object) -> None:
@@ -46,3 +50,11 @@ def require_int(value: Any, op: str, argument: str, low: int, high: int = INT32_
 
 def require_fits_int32(value: int, op: str, argument: str) -> None:
     require(value <= INT32_MAX, op, argument, f"fit int32 (at most {INT32_MAX})", value)
+
+
+def require_axis(axis_name: AxisName, op: str) -> int:
+    """The size of a mesh axis that the caller's `jax.shard_map` (or `jax.vmap`) is over."""
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(f"{op}: axis_name must be an axis of the jax.shard_map around it, got {axis_name!r}") from None

@@ -204,7 +204,8 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     """Quantises latents and writes them to their slots.
 
     Under jit the result is the argument's own buffer when that is donated or a loop carry: nothing is copied. Reading the *old* cache
-    after the append brings a copy back, so attend on what append returns.
+    after the append brings a copy back, so attend on what append returns. Over a mesh, every device writes all rows to its own copy; where
+    blocks are spread over devices, `local_slots` says which rows are whose.
 
     `"fp8_ds_mla"` quantises every 64 nope numbers to e4m3fn with the scale 2^ceil(log2(max(amax, 1e-4) / 448)), stored as ue8m0; rope
     stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout. Rounding is to nearest even; infinities and
@@ -231,8 +232,7 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     _checks.require_shape(slots, op, "slots", "(*batch,)", batch)
     from jax_dsv4.implementations import append_rows  # they build on this module
 
-    data = append_rows(cache, latents.reshape(-1, LATENT_DIM), slots.reshape(-1), implementation)
-    return cache.replace(data)
+    return cache.replace(append_rows(cache, latents, slots, implementation))
 
 
 def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:

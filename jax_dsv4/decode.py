@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dsv4 import _checks
+from jax_dsv4._sharding import Dims, partitioned, require_whole
 from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
-from jax_dsv4.implementations import any_native, cannot_fuse, choose, dispatch, fuses, no_derivative, spelling
+from jax_dsv4.implementations import any_native, cannot_fuse, choose, dispatch, fuses, spelling, with_derivative
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 from jax_dsv4.plan import DecodePlan, PlanKey, WorkPlan
 
@@ -42,6 +43,8 @@ def sparse_mla_decode(
     A key is valid if its entry lies before the scope's length and names a slot of the cache. Lengths and indices are data: any value is
     legal. What a token does not attend to has no effect on it, NaN included. A token without a valid key has out = 0, lse = -inf.
 
+    Over a mesh, batch axes and heads may be split, and nothing moves; caches stay whole on every device (docs/scaling.md).
+
     Args:
       q: [*batch, heads, 512] bfloat16 or float32, 1 to 128 heads. Each batch entry is a token.
       swa: the sliding window's Scope.
@@ -49,7 +52,7 @@ def sparse_mla_decode(
       attn_sink: float32 [heads], natural log and not scaled; -inf is no sink, +inf gives zeros.
       scale: a positive Python float.
       plan: what `plan_decode` made from these very lengths, with the same `implementation` and `fused`. A token whose length is
-        another is answered with NaN. Default: the call plans for itself.
+        another is answered with NaN. Default: the call plans for itself, and so does each device that has a part of it.
       implementation: `"cpu"`, `"xla"`, ... (see `implementations()`), a sequence of such in order of preference, or None: the best for
         the platform that the program is lowered for.
       fused: whether one kernel call takes both scopes and the sink. False: a call per scope, merged by `merge_scopes` and
@@ -71,16 +74,16 @@ def sparse_mla_decode(
     _checks.require_shape(q, _OP, "q", "(*batch, heads, 512)", (*batch, heads, LATENT_DIM))
     _checks.require(1 <= heads <= MAX_HEADS, _OP, "q", f"have 1 to {MAX_HEADS} heads", heads)
     tokens = math.prod(batch)
-    scopes = [_flat_scope("swa", swa, tuple(batch), tokens)]
+    scopes = [_checked_scope("swa", swa, tuple(batch))]
     if extra is not None:
-        scopes.append(_flat_scope("extra", extra, tuple(batch), tokens))
+        scopes.append(_checked_scope("extra", extra, tuple(batch)))
     if attn_sink is not None:
         _checks.require_dtype(attn_sink, _OP, "attn_sink", jnp.float32)
         _checks.require_shape(attn_sink, _OP, "attn_sink", "(heads,)", (heads,))
     is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
     _checks.require(is_number, _OP, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
     _checks.require(math.isfinite(scale) and scale > 0, _OP, "scale", "be positive and finite", scale)
-    topks = tuple(s.indices.shape[1] for s in scopes)
+    topks = tuple(s.indices.shape[-1] for s in scopes)
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
         _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), spelling(implementation), fused))
@@ -88,21 +91,20 @@ def sparse_mla_decode(
     caches = [s.cache for s in scopes]
     chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches, q.dtype))
     if tokens == 0:
-        out, lse = jnp.zeros((0, heads, LATENT_DIM), q.dtype), jnp.zeros((0, heads), jnp.float32)
+        out, lse = jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32)
     else:
-        attend = partial(_attend_on, chosen, float(scale), fused)
-        if any_native(chosen):
-            attend = _with_transforms(attend)
-        out, lse = attend(q.reshape(tokens, heads, LATENT_DIM), tuple(scopes), attn_sink, plan.work if plan else None)
-    out = out.reshape(q.shape)
-    return (out, lse.reshape(q.shape[:-1])) if return_lse else out
+        local = partial(_attend_local, partial(_attend_tokens, chosen, float(scale), fused), plan.made_for if plan else None)
+        attend = _with_transforms(local, differentiable=not any_native(chosen))
+        out, lse = attend(q, tuple(scopes), attn_sink, plan.work if plan else None)
+    return (out, lse) if return_lse else out
 
 
-def _flat_scope(name: str, scope: Scope, batch: tuple[int, ...], tokens: int) -> Scope:
-    """Checks a scope against q's batch axes and flattens them."""
+def _checked_scope(name: str, scope: Scope, batch: tuple[int, ...]) -> Scope:
+    """Checks a scope against q's batch axes, and fills in its lengths."""
     _checks.require(isinstance(scope, tuple) and len(scope) == 3, _OP, name, "be a Scope", type(scope).__name__)
     cache, indices, lengths = scope
     _checks.require(isinstance(cache, KVCache), _OP, f"{name}.cache", "be a KVCache", type(cache).__name__)
+    require_whole(_OP, f"{name}.cache", cache.data)
     _checks.require_dtype(indices, _OP, f"{name}.indices", jnp.int32)
     topk = indices.shape[-1] if indices.ndim else 0
     _checks.require_shape(indices, _OP, f"{name}.indices", "(*batch, topk)", (*batch, topk))
@@ -110,7 +112,7 @@ def _flat_scope(name: str, scope: Scope, batch: tuple[int, ...], tokens: int) ->
         lengths = jnp.full(batch, topk, jnp.int32)
     _checks.require_dtype(lengths, _OP, f"{name}.lengths", jnp.int32)
     _checks.require_shape(lengths, _OP, f"{name}.lengths", "(*batch,)", batch)
-    return Scope(cache, indices.reshape(tokens, topk), lengths.reshape(tokens))
+    return Scope(cache, indices, lengths)
 
 
 def _check_plan(plan: DecodePlan, call: PlanKey) -> None:
@@ -120,7 +122,35 @@ def _check_plan(plan: DecodePlan, call: PlanKey) -> None:
         _checks.require(made_for == called_with, _OP, "plan", rule, repr(made_for))
 
 
-def _attend_on(
+def _attend_local(
+    attend: Any, made_for: PlanKey | None, q: jax.Array, scopes: Sequence[Scope], attn_sink: jax.Array | None, work: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What one device does: all tokens and heads, or its part of them."""
+    tokens, heads = math.prod(q.shape[:-2]), q.shape[-2]
+    if made_for is not None and (tokens, heads) != (made_for.tokens, made_for.num_heads):
+        work = None  # it was made for the tokens and heads of all devices together
+    flat = tuple(Scope(s.cache, s.indices.reshape(tokens, -1), s.lengths.reshape(tokens)) for s in scopes)  # type: ignore[union-attr]
+    out, lse = attend(q.reshape(tokens, heads, LATENT_DIM), flat, attn_sink, work)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
+def _over_devices(local: Any, *operands: Any) -> tuple[jax.Array, jax.Array]:
+    """local(q, scopes, attn_sink, work) on each device of a mesh: batch axes and heads may be split, caches stay whole."""
+    arrays = jax.tree.leaves(operands)
+    structure: Any = jax.tree.structure(operands)
+    q, scopes, attn_sink, work = operands
+    batch = tuple(f"b{i}" for i in range(q.ndim - 2))
+    dims = [Dims((*batch, "h", None))]
+    for name, scope in zip(("swa", "extra"), scopes):
+        dims += [Dims((None,) * scope.cache.data.ndim, stays=f"{name}.cache"), Dims((*batch, None)), Dims(batch)]
+    dims += [Dims(("h",))] if attn_sink is not None else []
+    dims += [Dims((None,) * array.ndim) for array in jax.tree.leaves(work)]
+    call = partitioned(_OP, lambda *arrays: local(*structure.unflatten(arrays)), dims, (dims[0], Dims((*batch, "h"))))
+    out, lse = call(*arrays)
+    return out, lse
+
+
+def _attend_tokens(
     chosen: dict[str, Any],
     scale: float,
     fused: bool | None,
@@ -129,6 +159,8 @@ def _attend_on(
     attn_sink: jax.Array | None,
     work: tuple[WorkPlan, ...] | None,
 ) -> tuple[jax.Array, jax.Array]:
+    """The call of q [tokens, heads, 512], by the implementation chosen."""
+
     def attend(implementation, q, scopes, attn_sink, work):  # type: ignore[no-untyped-def]
         calls = [scopes] if fuses(implementation, fused) else [(scope,) for scope in scopes]
         outs, lses = [], []
@@ -149,9 +181,9 @@ def _attend_on(
     return dispatch(chosen, attend, q, scopes, attn_sink, work)
 
 
-def _with_transforms(attend: Any) -> Any:
-    """`attend` with a rule for vmap (more tokens of one call) and a clear error for derivatives."""
-    call = jax.custom_batching.custom_vmap(no_derivative(_OP, attend))
+def _with_transforms(local: Any, differentiable: bool) -> Any:
+    """`local` over the devices of a mesh, with a rule for vmap (more tokens of one call) and one for derivatives."""
+    call = jax.custom_batching.custom_vmap(partial(_over_devices, local))
 
     @call.def_vmap
     def rule(axis_size, in_batched, q, scopes, attn_sink, work):  # type: ignore[no-untyped-def]
@@ -162,15 +194,13 @@ def _with_transforms(attend: Any) -> Any:
             )
         spread = partial(_spread, axis_size)
         merged = tuple(_merge_scope(spread, axis_size, s, b) for s, b in zip(scopes, scopes_batched))
-        flat_q = spread(q, q_batched).reshape(-1, *q.shape[-2:])
         # A sink of its own for every entry cannot be the call's, which has one per head.
-        out, lse = call(flat_q, merged, None if sink_batched else attn_sink, None)
-        out, lse = out.reshape(axis_size, -1, *out.shape[1:]), lse.reshape(axis_size, -1, *lse.shape[1:])
+        out, lse = call(spread(q, q_batched), merged, None if sink_batched else attn_sink, None)
         if attn_sink is not None and sink_batched:
             out = jax.vmap(apply_attn_sink)(out, lse, attn_sink)
         return (out, lse), (True, True)
 
-    return call
+    return with_derivative(_OP, call, local if differentiable else None)
 
 
 def _spread(axis_size: int, x: jax.Array, batched: bool) -> jax.Array:
@@ -187,6 +217,6 @@ def _merge_scope(spread: Any, axis_size: int, scope: Scope, batched: Scope) -> S
         valid = slots - LAYOUTS[cache.layout].zero_blocks * cache.block_size
         _checks.require_fits_int32(axis_size * slots, _OP, "slots of all caches under vmap")
         cache = cache.replace(cache.data.reshape(-1, *cache.data.shape[2:]))
-        first = slots * jnp.arange(axis_size, dtype=jnp.int32)[:, None, None]
+        first = slots * jnp.arange(axis_size, dtype=jnp.int32).reshape(-1, *[1] * (indices.ndim - 1))
         indices = jnp.where((indices >= 0) & (indices < valid), indices + first, -1)
-    return Scope(cache, indices.reshape(-1, indices.shape[-1]), lengths.reshape(-1))
+    return Scope(cache, indices, lengths)

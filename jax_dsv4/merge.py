@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
+from jax_dsv4._checks import AxisName
 
 
 def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -30,17 +31,50 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[
     for i, (out, lse) in enumerate(zip(outs, lses)):
         _checks.require_shape(out, op, f"outs[{i}]", "outs[0].shape", outs[0].shape)
         _checks.require_shape(lse, op, f"lses[{i}]", "(*batch, heads)", outs[0].shape[:-1])
-    stacked = jnp.stack([lse.astype(jnp.float32) for lse in lses])
-    top = jnp.max(stacked, axis=0)
+    top = jnp.max(jnp.stack([lse.astype(jnp.float32) for lse in lses]), axis=0)
+    first, *others = (_weighed(out, lse, top) for out, lse in zip(outs, lses))
+    out, total = first
+    for other_out, weight in others:
+        out, total = out + other_out, total + weight
+    return _normalised(out, total, top, outs[0].dtype)
+
+
+def merge_over_axis(out: jax.Array, lse: jax.Array, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+    """`merge_scopes` across devices: each has attended to the part of the keys that it holds. For use in `jax.shard_map`.
+
+    Moves `lse` once (a maximum) and float32 `out` and weights once (a sum), and nothing else. Apply the sink to the result, once.
+
+    Args:
+      out: [*batch, heads, dim], this device's part, normalised over its own keys (without sink).
+      lse: float32 [*batch, heads], natural log; -inf on a device without keys, whose `out` is then not looked at.
+      axis_name: the mesh axis, or axes, over which the keys are spread.
+
+    Returns:
+      `out` in its dtype and `lse` float32, the same on every device of the axis. Where every part is empty: zeros and -inf.
+
+    Raises:
+      ValueError: shapes that do not fit; no such axis here.
+    """
+    op = "merge_over_axis"
+    _checks.require_array(out, op, "out")
+    _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
+    _checks.require_axis(axis_name, op)
+    top = jax.lax.pmax(lse.astype(jnp.float32), axis_name)
+    total, weight = jax.lax.psum(_weighed(out, lse, top), axis_name)
+    return _normalised(total, weight, top, out.dtype)
+
+
+def _weighed(out: jax.Array, lse: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A part's sum of exp(score - top) * latent, and of exp(score - top); `top` is the greatest lse of all parts."""
+    weight = jnp.exp(lse.astype(jnp.float32) - jnp.where(jnp.isneginf(top), 0, top))
+    return jnp.where((weight == 0)[..., None], 0, weight[..., None] * out.astype(jnp.float32)), weight
+
+
+def _normalised(out: jax.Array, weight: jax.Array, top: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """The attention and its lse, from all parts' sums."""
     empty = jnp.isneginf(top)
-    weights = jnp.exp(stacked - jnp.where(empty, 0, top)[None])
-    total = jnp.sum(weights, axis=0)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
-    parts = [
-        jnp.where((weight == 0)[..., None], 0, weight[..., None] * out.astype(jnp.float32))
-        for weight, out in zip(weights / jnp.where(empty, 1, total)[None], outs)
-    ]
-    return sum(parts[1:], parts[0]).astype(outs[0].dtype), lse
+    weight = jnp.where(empty, 1, weight)
+    return (out / weight[..., None]).astype(dtype), jnp.where(empty, -jnp.inf, top + jnp.log(weight))
 
 
 def apply_attn_sink(out: jax.Array, lse: jax.Array, attn_sink: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ every platform. A plan is good for every call of the step that has the same leng
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def plan_decode(
     """Plans a step on the device, from its current lengths.
 
     Make it once per step and kind of layer and pass it to every `sparse_mla_decode` of that kind; without `plan=` each call plans for
-    itself. It is cheap, and under jit it costs no host round trip.
+    itself. It is cheap, and under jit it costs no host round trip. A plan is of one kernel call: inside `jax.shard_map`, of one device's.
 
     Args:
       swa_lengths: [*batch] int32, the `lengths` of the swa scope. Any value; clamped to [0, swa_topk].
@@ -115,14 +116,14 @@ def plan_decode(
     _checks.require_int(swa_topk, op, "swa_topk", 0)
     _checks.require_int(extra_topk, op, "extra_topk", 0)
     batch = tuple(swa_lengths.shape)
-    lengths = [swa_lengths.reshape(-1)]
+    lengths = [swa_lengths]
     if extra_lengths is None:
         _checks.require(extra_topk == 0, op, "extra_topk", "be 0 without extra_lengths", extra_topk)
     else:
         _checks.require_dtype(extra_lengths, op, "extra_lengths", jnp.int32)
         _checks.require_shape(extra_lengths, op, "extra_lengths", "(*batch,) of swa_lengths", batch)
-        lengths.append(extra_lengths.reshape(-1))
-    tokens = lengths[0].shape[0]
+        lengths.append(extra_lengths)
+    tokens = math.prod(batch)
     _checks.require_fits_int32(tokens * (swa_topk + extra_topk), op, "tokens * (swa_topk + extra_topk)")
     from jax_dsv4.implementations import plan_work, spelling  # they build on this module
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import decode_loop  # noqa: E402, F401
-from deepseek_v4 import memory, safetensors  # noqa: E402, F401
+from deepseek_v4 import memory, mesh, safetensors, scaling  # noqa: E402, F401
+from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
 from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate, prefill  # noqa: E402, F401
 from deepseek_v4.model import Cache, create_cache, forward, logits  # noqa: E402, F401
@@ -27,6 +28,7 @@ from deepseek_v4.weights import (  # noqa: E402, F401
     abstract_weights,
     dequantize,
     load_weights,
+    map_schema,
     open_checkpoint,
     published_name,
     schema,

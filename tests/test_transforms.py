@@ -29,7 +29,7 @@ SWA_BLOCKS, EXTRA_BLOCKS = 13, 17
 STRIDE = BLOCK * 584 + 16
 
 
-def problem(*batch: int, seed: int = 0, caches: tuple[int, ...] = ()):
+def problem(*batch: int, seed: int = 0, caches: tuple[int, ...] = (), heads: int = HEADS):
     """q, swa, extra and sink, of the given batch axes; with `caches`, leading axes of the caches."""
     rng = np.random.default_rng(seed)
 
@@ -42,8 +42,8 @@ def problem(*batch: int, seed: int = 0, caches: tuple[int, ...] = ()):
         lengths = rng.integers(-3, TOPK + 3, batch).astype(np.int32)
         return dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths))
 
-    q = jnp.asarray(rng.standard_normal((*batch, HEADS, 512)), jnp.float32)
-    return q, scope(SWA_BLOCKS), scope(EXTRA_BLOCKS), jnp.asarray(rng.standard_normal(HEADS), jnp.float32)
+    q = jnp.asarray(rng.standard_normal((*batch, heads, 512)), jnp.float32)
+    return q, scope(SWA_BLOCKS), scope(EXTRA_BLOCKS), jnp.asarray(rng.standard_normal(heads), jnp.float32)
 
 
 def attend(implementation: str, q, swa, extra, sink):

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config
-from deepseek_v4.model import Cache, begin_step, extra_topk, forward, logits, slots_of
+from deepseek_v4.model import ONE_DEVICE, Axes, Cache, attend_over, begin_step, extra_topk, forward, logits, scope_here, slots_of
 
 
 class Sampling(NamedTuple):
@@ -33,7 +33,7 @@ class State(NamedTuple):
     key: Array  # PRNG keys [b]
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "chunk", "implementation"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "sampling", "chunk", "implementation", "axes"), donate_argnames="cache")
 def prefill(
     weights: Any,
     cache: Cache,
@@ -46,6 +46,7 @@ def prefill(
     sampling: Sampling = GREEDY,
     chunk: int = 1,
     implementation: Any = None,
+    axes: Axes = ONE_DEVICE,
 ) -> State:
     """Reads the prompts and draws each request's first token.
 
@@ -60,18 +61,19 @@ def prefill(
         cache, last = carry
         tokens = lax.dynamic_slice_in_dim(prompts, i * chunk, chunk, axis=1)
         counts = jnp.clip(lengths - i * chunk, 0, chunk)
-        hidden, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation)
+        hidden, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation, axes=axes)
         newest = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]  # [b, d]
         return cache, jnp.where(counts[:, None] > 0, newest, last)
 
     nothing = jnp.zeros((len(prompts), config.hidden_size), weights["embed"].dtype)
     cache, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, nothing))
     # A request's draws depend on the seed, its place in the batch and its position, not on its neighbours.
-    key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-    return draw(State(cache, jnp.zeros_like(lengths), max_new_tokens, key), logits(weights, last), sampling, config)
+    place = len(prompts) * lax.axis_index(axes.data) + jnp.arange(len(prompts))
+    key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(place)
+    return draw(State(cache, jnp.zeros_like(lengths), max_new_tokens, key), logits(weights, last, axes), sampling, config)
 
 
-@partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation", "axes"), donate_argnames="state")
 def generate(
     weights: Any,
     state: State,
@@ -80,15 +82,15 @@ def generate(
     config: Config,
     sampling: Sampling = GREEDY,
     implementation: Any = None,
+    axes: Axes = ONE_DEVICE,
 ) -> tuple[State, Array]:
     """Decodes `steps` tokens per request without the host: int32 tokens [b, steps], −1 after a request's end."""
 
     def step(state: State, _: None) -> tuple[State, Array]:
         running = state.left > 0
-        hidden, cache = forward(
-            weights, state.cache, state.token[:, None], running.astype(jnp.int32), config=config, implementation=implementation
-        )
-        state = draw(state._replace(cache=cache), logits(weights, hidden[:, 0]), sampling, config)
+        options = dict(config=config, implementation=implementation, axes=axes)
+        hidden, cache = forward(weights, state.cache, state.token[:, None], running.astype(jnp.int32), **options)
+        state = draw(state._replace(cache=cache), logits(weights, hidden[:, 0], axes), sampling, config)
         return state, jnp.where(running, state.token, -1)
 
     state, tokens = lax.scan(step, state, length=steps)
@@ -112,22 +114,22 @@ def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> Sta
     return state._replace(token=token, left=jnp.where(ends, 0, jnp.maximum(state.left - 1, 0)))
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "implementation"))
-def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = None) -> Array:
+@partial(jax.jit, static_argnames=("config", "dtype", "implementation", "axes"))
+def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = None, axes: Axes = ONE_DEVICE) -> Array:
     """The attention of one decode step and nothing else, to be timed: plans, and one sparse_mla_decode per layer.
 
     Queries are made up, and CSA layers read their first entries instead of choosing; lengths are the real ones.
     """
     b = len(cache.position)
-    step = begin_step(cache, jnp.zeros((b, 1), jnp.int32), jnp.ones(b, jnp.int32), config, implementation)
+    step = begin_step(cache, jnp.zeros((b, 1), jnp.int32), jnp.ones(b, jnp.int32), config, implementation, axes)
     total = jnp.zeros(())
     for kind, layer in zip(config.layers, cache.layers, strict=True):
-        q = jnp.ones((b, 1, config.num_attention_heads, config.head_dim), dtype)
+        q = jnp.ones((b, 1, config.num_attention_heads // lax.axis_size(axes.model), config.head_dim), dtype)
         swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
         if kind != "swa":
             first = jnp.arange(extra_topk(step.entries[kind], kind, config), dtype=jnp.int32)
             first = jnp.broadcast_to(first, (b, 1, first.size))
-            extra = dsv4.Scope(layer.extra, slots_of(cache.tables[kind], first, kind), step.extra_lengths[kind])
-        out = dsv4.sparse_mla_decode(q, swa, extra, plan=step.plan[kind], implementation=implementation)
+            extra = scope_here(dsv4.Scope(layer.extra, slots_of(cache.tables[kind], first, kind), step.extra_lengths[kind]), axes)
+        out = attend_over(q, swa, extra, None, step.plan[kind], implementation, axes)
         total += out.astype(jnp.float32).sum()
     return total

@@ -20,18 +20,21 @@ def nbytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of one of the weights as DeepSeek publishes it, its scales included."""
+    bits = {"fp32": 32, "bf16": 16, "int64": 64, "fp8": 8, "fp4": 4}[tensor.stored]
+    size = int(np.prod(tensor.shape))
+    scales = 0
+    if tensor.stored == "fp4":
+        scales = size // 32
+    elif tensor.stored == "fp8":
+        scales = -(-tensor.shape[-2] // 128) * -(-tensor.shape[-1] // 128)
+    return size * bits // 8 + scales
+
+
 def published_bytes(config: Config) -> int:
     """Bytes of the weights as DeepSeek publishes them: fp4 experts, fp8 projections, scales included."""
-    bits = {"fp32": 32, "bf16": 16, "int64": 64, "fp8": 8, "fp4": 4}
-    total = 0
-    for tensor in jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor)):
-        size = int(np.prod(tensor.shape))
-        total += size * bits[tensor.stored] // 8
-        if tensor.stored == "fp4":
-            total += size // 32
-        if tensor.stored == "fp8":
-            total += -(-tensor.shape[-2] // 128) * -(-tensor.shape[-1] // 128)
-    return total
+    return sum(map(stored_bytes, jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))))
 
 
 def cache_bytes(config: Config, max_tokens: int, layout: str) -> int:
@@ -48,13 +51,13 @@ def table() -> str:
     ]
     for name in ("v4-flash", "v4-pro"):
         config = PRESETS[name]
-        weights = f"{_human(published_bytes(config))} | {_human(nbytes(abstract_weights(config)))}"
+        weights = f"{human(published_bytes(config))} | {human(nbytes(abstract_weights(config)))}"
         for layout in ("fp8_ds_mla", "bf16"):
-            caches = " | ".join(_human(cache_bytes(config, tokens, layout)) for tokens in CONTEXTS.values())
+            caches = " | ".join(human(cache_bytes(config, tokens, layout)) for tokens in CONTEXTS.values())
             lines.append(f"| {name} | {weights} | {layout} | {caches} |")
     return "\n".join(lines)
 
 
-def _human(count: int) -> str:
+def human(count: int) -> str:
     unit = "GB" if count >= 1e9 else "MB"
     return f"{count / (1e9 if unit == 'GB' else 1e6):.3g} {unit}" if count < 1e12 else f"{count / 1e12:.3g} TB"

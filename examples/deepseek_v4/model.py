@@ -2,6 +2,10 @@
 
 `forward` runs t more tokens of each of b requests: t = 1 is a decode step, t > 1 a chunk of a prompt. Einsum letters:
 
+On a mesh (`Axes`, deepseek_v4/mesh.py) these functions run on each device, inside `jax.shard_map`: on its requests, with its heads, head
+groups, experts and part of the vocabulary, which is what its weights' shapes say, and on its blocks of the compressed caches. What
+puts that together again is in `attention`, `attend_over`, `choose_entries`, `moe` and `logits`.
+
     b request   t token       n residual stream   d hidden    h head        k head_dim (512, or the indexer's 128)
     r low rank  g head group  e expert            i expert's inner size     c compressed entry    w window row
 
@@ -26,6 +30,20 @@ BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
 """Slots per page of each kind of cache, as serving engines page them."""
 
 
+class Axes(NamedTuple):
+    """The mesh axes that a program is spread over; () is none: one device."""
+
+    data: tuple[str, ...] = ()  # requests
+    model: tuple[str, ...] = ()  # heads, groups of the output projection, experts, vocabulary
+    context: tuple[str, ...] = ()  # blocks of the compressed caches
+
+
+ONE_DEVICE = Axes()
+
+# Blocks of a compressed cache are dealt to the devices in turn: its newest ones are not all on one.
+PLACEMENT = "interleaved"
+
+
 # ---------------------------------------------------------------------------------------------------------- the cache
 
 
@@ -35,7 +53,7 @@ class LayerCache(NamedTuple):
     swa: dsv4.KVCache  # latents of the last tokens, a ring per request
     extra: dsv4.KVCache | None = None  # compressed latents, one per 4 (CSA) or 128 (HCA) tokens
     rows: Array | None = None  # [b, ring, 2, width] float32: what the compressor projected of the last tokens
-    index_keys: Array | None = None  # [b, entries, 128]: the indexer's compressed keys
+    index_keys: Array | None = None  # [b, entries, 128]: the indexer's compressed keys; of n devices of a context, every n-th
     index_rows: Array | None = None  # [b, ring, 2, 256] float32: as `rows`, for the indexer's own compressor
 
 
@@ -48,7 +66,14 @@ class Cache(NamedTuple):
 
 
 def create_cache(
-    config: Config, batch: int, max_tokens: int, *, layout: str = "fp8_ds_mla", chunk: int = 1, dtype: Any = jnp.bfloat16
+    config: Config,
+    batch: int,
+    max_tokens: int,
+    *,
+    layout: str = "fp8_ds_mla",
+    chunk: int = 1,
+    dtype: Any = jnp.bfloat16,
+    context: int = 1,
 ) -> Cache:
     """An empty cache.
 
@@ -59,13 +84,14 @@ def create_cache(
         chunk: the most tokens per request of one `forward`. Rings are this much longer than what a token looks back
             on, so that a chunk's last token does not overwrite what its first one needs.
         dtype: of the indexer's keys.
+        context: devices that the compressed caches and the indexer's keys are spread over; the result is one device's share.
     """
     pages = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
     for kind in set(config.layers) - {"swa"}:
-        pages[kind] = -(-max(max_tokens // config.ratio(kind), 1) // BLOCK_SIZE[kind])
+        pages[kind] = -(-max(max_tokens // config.ratio(kind), 1) // (BLOCK_SIZE[kind] * context)) * context
 
     def latents(kind: Kind) -> dsv4.KVCache:
-        return dsv4.KVCache.create(batch * pages[kind], BLOCK_SIZE[kind], layout=layout)
+        return dsv4.KVCache.create(batch * pages[kind] // (1 if kind == "swa" else context), BLOCK_SIZE[kind], layout=layout)
 
     def rows(kind: Kind, dim: int) -> Array:
         overlap = 2 if kind == "csa" else 1
@@ -76,7 +102,7 @@ def create_cache(
             return LayerCache(latents("swa"))
         if kind == "hca":
             return LayerCache(latents("swa"), latents("hca"), rows("hca", config.head_dim))
-        entries = pages["csa"] * BLOCK_SIZE["csa"]
+        entries = pages["csa"] * BLOCK_SIZE["csa"] // context
         return LayerCache(
             latents("swa"),
             latents("csa"),
@@ -85,8 +111,12 @@ def create_cache(
             rows("csa", config.index_head_dim),
         )
 
-    # Pages are dealt in turn: page p of request b is block p·batch + b.
-    tables = {kind: jnp.arange(n * batch, dtype=jnp.int32).reshape(n, batch).T for kind, n in pages.items()}
+    def table(pages: int) -> Array:
+        # Pages are dealt in turn, each round from the next request on: so a request's pages are on all devices of a context.
+        page, request = jnp.arange(pages, dtype=jnp.int32)[None], jnp.arange(batch, dtype=jnp.int32)[:, None]
+        return page * batch + (request + page) % batch
+
+    tables = {kind: table(n) for kind, n in pages.items()}
     return Cache(tuple(map(layer, config.layers)), tables, jnp.zeros(batch, jnp.int32))
 
 
@@ -123,11 +153,13 @@ class Step(NamedTuple):
     swa_lengths: Array  # int32 [b, t]
     entries: dict[Kind, Entries]
     extra_lengths: dict[Kind, Array]  # int32 [b, t]
-    hca_indices: Array | None  # int32 [b, t, entries]: HCA layers see every entry
+    hca_entries: (
+        tuple[Array, Array] | None
+    )  # int32 [b, t, entries] and lengths [b, t]: HCA layers see every entry, here those of this device
     plan: dict[Kind, dsv4.DecodePlan]
 
 
-def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, implementation: Any = None) -> Step:
+def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, implementation: Any = None, axes: Axes = ONE_DEVICE) -> Step:
     """Lays out positions, slots, lengths and plans for `counts[b]` of `tokens` [b, t]."""
     t = tokens.shape[1]
     position = cache.position[:, None] + jnp.arange(t, dtype=jnp.int32)  # [b, t]
@@ -151,17 +183,24 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         topk = extra_topk(entries[kind], kind, config)
         extra_lengths[kind] = jnp.minimum(visible, topk)
 
-    hca_indices = None
+    hca_entries = None
     if "hca" in entries:
         every = jnp.arange(entries["hca"].max_entries, dtype=jnp.int32)
         every = slots_of(cache.tables["hca"], jnp.broadcast_to(every, (len(tokens), every.size)), "hca")
-        hca_indices = jnp.broadcast_to(every[:, None], (*tokens.shape, every.shape[-1]))
+        every = jnp.broadcast_to(every[:, None], (*tokens.shape, every.shape[-1]))
+        extra = next(layer.extra for kind, layer in zip(config.layers, cache.layers, strict=True) if kind == "hca")
+        hca_entries = scope_here(dsv4.Scope(extra, every, extra_lengths["hca"]), axes)[1:]
 
-    def plan(kind: Kind) -> dsv4.DecodePlan:
+    def plan(kind: Kind) -> dsv4.DecodePlan | None:
+        swa, extra = swa_lengths, extra_lengths.get(kind)
+        if lax.axis_size(axes.context) > 1 and kind != "swa":
+            if kind == "csa":
+                return None  # how many of its entries are here depends on which ones each layer's indexer chooses
+            swa, extra = window_here(swa_lengths, axes), hca_entries[1]
         return dsv4.plan_decode(
-            swa_lengths,
-            extra_lengths.get(kind),
-            num_heads=config.num_attention_heads,
+            swa,
+            extra,
+            num_heads=config.num_attention_heads // lax.axis_size(axes.model),
             swa_topk=config.sliding_window,
             extra_topk=extra_topk(entries[kind], kind, config) if kind in entries else 0,
             implementation=implementation,
@@ -178,9 +217,19 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         swa_lengths=swa_lengths,
         entries=entries,
         extra_lengths=extra_lengths,
-        hca_indices=hca_indices,
+        hca_entries=hca_entries,
         plan={kind: plan(kind) for kind in sorted(set(config.layers))},
     )
+
+
+def scope_here(scope: dsv4.Scope, axes: Axes) -> dsv4.Scope:
+    """The part of a compressed scope that is on this device of the context."""
+    return scope if lax.axis_size(axes.context) == 1 else dsv4.local_scope(scope, axes.context, placement=PLACEMENT)
+
+
+def window_here(swa_lengths: Array, axes: Axes) -> Array:
+    """Every device of a context has the sliding window; the first one attends to it."""
+    return jnp.where(lax.axis_index(axes.context) == 0, swa_lengths, 0)
 
 
 def extra_topk(entries: Entries, kind: Kind, config: Config) -> int:
@@ -191,7 +240,16 @@ def extra_topk(entries: Entries, kind: Kind, config: Config) -> int:
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def forward(weights: Any, cache: Cache, tokens: Array, counts: Array, *, config: Config, implementation: Any = None) -> tuple[Array, Cache]:
+def forward(
+    weights: Any,
+    cache: Cache,
+    tokens: Array,
+    counts: Array,
+    *,
+    config: Config,
+    implementation: Any = None,
+    axes: Axes = ONE_DEVICE,
+) -> tuple[Array, Cache]:
     """Runs more tokens of each request through all layers.
 
     Args:
@@ -200,7 +258,7 @@ def forward(weights: Any, cache: Cache, tokens: Array, counts: Array, *, config:
     Returns:
         hidden [b, t, d], ready for `logits`, and the cache with the tokens in it.
     """
-    step = begin_step(cache, tokens, counts, config, implementation)
+    step = begin_step(cache, tokens, counts, config, implementation, axes)
     x = weights["embed"][tokens]  # [b, t, d]
     x = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], config.hc_mult, x.shape[-1]))  # [b, t, n, d]
 
@@ -208,12 +266,12 @@ def forward(weights: Any, cache: Cache, tokens: Array, counts: Array, *, config:
     for kind, w, layer in zip(config.layers, weights["layers"], cache.layers, strict=True):
         pre, post, mix = hyper_connection(x, w["attn_hc"], config)
         y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["attn_norm"], config)
-        y, layer = attention(y, w["attn"], layer, step, kind, config, implementation)
+        y, layer = attention(y, w["attn"], layer, step, kind, config, implementation, axes)
         x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
 
         pre, post, mix = hyper_connection(x, w["ffn_hc"], config)
         y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["ffn_norm"], config)
-        y = moe(y, w["ffn"], tokens, config)
+        y = moe(y, w["ffn"], tokens, config, axes)
         x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
         layers.append(layer)
 
@@ -222,9 +280,10 @@ def forward(weights: Any, cache: Cache, tokens: Array, counts: Array, *, config:
     return rms_norm(x, weights["norm"], config), Cache(tuple(layers), cache.tables, cache.position + counts)
 
 
-def logits(weights: Any, hidden: Array) -> Array:
+def logits(weights: Any, hidden: Array, axes: Axes = ONE_DEVICE) -> Array:
     """hidden [..., d] → float32 logits [..., vocabulary]."""
-    return jnp.einsum("...d,vd->...v", hidden, weights["head"], preferred_element_type=jnp.float32)
+    here = jnp.einsum("...d,vd->...v", hidden, weights["head"], preferred_element_type=jnp.float32)
+    return lax.all_gather(here, axes.model, axis=here.ndim - 1, tiled=True)
 
 
 def rms_norm(x: Array, weight: Array | None, config: Config) -> Array:
@@ -301,7 +360,9 @@ def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Ar
 # -------------------------------------------------------------------------------------------------------------- attention
 
 
-def attention(x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Any) -> tuple[Array, LayerCache]:
+def attention(
+    x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Any, axes: Axes
+) -> tuple[Array, LayerCache]:
     """One attention sublayer: x [b, t, d] → [b, t, d]."""
     b, t, _ = x.shape
     append = partial(dsv4.append, implementation=implementation)
@@ -318,19 +379,35 @@ def attention(x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, confi
     if kind != "swa":
         entries = step.entries[kind]
         compressed, rows = compress(x, w["compressor"], layer.rows, step, kind, config)
-        layer = layer._replace(extra=append(layer.extra, compressed, entries.slots), rows=rows)
+        slots = entries.slots
+        if lax.axis_size(axes.context) > 1:
+            slots = dsv4.local_slots(layer.extra, slots, axes.context, placement=PLACEMENT)
+        layer = layer._replace(extra=append(layer.extra, compressed, slots), rows=rows)
         if kind == "csa":
-            indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config)
+            indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config, axes)
+            extra = scope_here(dsv4.Scope(layer.extra, indices, step.extra_lengths[kind]), axes)
         else:
-            indices = step.hca_indices
-        extra = dsv4.Scope(layer.extra, indices, step.extra_lengths[kind])
+            extra = dsv4.Scope(layer.extra, *step.hca_entries)
 
-    out = dsv4.sparse_mla_decode(q, swa, extra, attn_sink=w["sink"], plan=step.plan[kind], implementation=implementation)
+    out = attend_over(q, swa, extra, w["sink"], step.plan[kind], implementation, axes)
     # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
     out = rotate(out, -angle[:, :, None])
-    out = out.reshape(b, t, config.o_groups, -1)  # [b, t, g, heads of the group · k]
-    out = jnp.einsum("btgx,grx->btgr", out, w["wo_a"].reshape(config.o_groups, config.o_lora_rank, -1))
-    return jnp.einsum("btx,dx->btd", out.reshape(b, t, -1), w["wo_b"]), layer
+    out = out.reshape(b, t, config.o_groups // lax.axis_size(axes.model), -1)  # [b, t, g, heads of the group · k]
+    out = jnp.einsum("btgx,grx->btgr", out, w["wo_a"].reshape(out.shape[2], config.o_lora_rank, -1))
+    return lax.psum(jnp.einsum("btx,dx->btd", out.reshape(b, t, -1), w["wo_b"]), axes.model), layer
+
+
+def attend_over(
+    q: Array, swa: dsv4.Scope, extra: dsv4.Scope | None, sink: Array | None, plan: dsv4.DecodePlan | None, implementation: Any, axes: Axes
+) -> Array:
+    """Attention to both scopes, of which `extra` is the part on this device of the context."""
+    attend = partial(dsv4.sparse_mla_decode, q, plan=plan, implementation=implementation)
+    if extra is None or lax.axis_size(axes.context) == 1:
+        return attend(swa, extra, attn_sink=sink)
+    # A kernel call takes both scopes, so the window is one device's instead of one more part to merge.
+    out, lse = attend(swa._replace(lengths=window_here(swa.lengths, axes)), extra, return_lse=True)
+    out, lse = dsv4.merge_over_axis(out, lse, axes.context)
+    return out if sink is None else dsv4.apply_attn_sink(out, lse, sink)
 
 
 def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Config) -> tuple[Array, Array]:
@@ -367,15 +444,17 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     return rotate(entry, rope_angle(first, "compress", config)), rows
 
 
-def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config) -> tuple[Array, LayerCache]:
+def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config, axes: Axes) -> tuple[Array, LayerCache]:
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
-    `extra_lengths` cuts the rest off.
+    `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of a context of n, at e div n.
     """
-    entries = step.entries["csa"]
+    entries, devices, device = step.entries["csa"], lax.axis_size(axes.context), lax.axis_index(axes.context)
+    count = layer.index_keys.shape[1]
     compressed, index_rows = compress(x, w["compressor"], layer.index_rows, step, "csa", config)
-    here = jnp.where(entries.complete, entries.number, entries.max_entries)  # past the end, where writes are dropped
+    mine = entries.complete & (entries.number % devices == device)
+    here = jnp.where(mine, entries.number // devices, count)  # past the end, where writes are dropped
     keys = layer.index_keys.at[jnp.arange(len(x))[:, None], here].set(compressed.astype(layer.index_keys.dtype), mode="drop")
 
     q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
@@ -383,9 +462,14 @@ def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step
     score = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
     weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
     score = jnp.einsum("bthc,bth->btc", score, weight * (config.index_head_dim * config.index_n_heads) ** -0.5)
-    score = jnp.where(jnp.arange(entries.max_entries) < entries.visible[..., None], score, -jnp.inf)
+    score = jnp.where(devices * jnp.arange(count) + device < entries.visible[..., None], score, -jnp.inf)
 
-    _, chosen = lax.top_k(score, extra_topk(entries, "csa", config))
+    topk = extra_topk(entries, "csa", config)
+    best, chosen = lax.top_k(score, min(topk, count))
+    if devices > 1:
+        # The best among every device's best; of equal scores the earlier entry, as on one device.
+        best, chosen = (lax.all_gather(each, axes.context, axis=2, tiled=True) for each in (best, devices * chosen + device))
+        chosen = lax.sort((-best, chosen), num_keys=2)[1][..., :topk]
     slots = slots_of(step.tables["csa"], chosen, "csa")
     return slots, layer._replace(index_keys=keys, index_rows=index_rows)
 
@@ -398,8 +482,11 @@ def swiglu(gate: Array, up: Array, config: Config) -> Array:
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
-def moe(x: Array, w: Any, tokens: Array, config: Config) -> Array:
-    """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d]."""
+def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
+    """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d].
+
+    A device has some of the experts, and a part of the shared one's inner size.
+    """
     score = jnp.sqrt(jax.nn.softplus(jnp.einsum("btd,ed->bte", x, w["gate"], preferred_element_type=jnp.float32)))
     if "tid2eid" in w:  # hash layers: the token's id names its experts
         chosen = w["tid2eid"][tokens]
@@ -413,14 +500,18 @@ def moe(x: Array, w: Any, tokens: Array, config: Config) -> Array:
     out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), shared["w2"])
 
     experts = w["experts"]
-    if chosen.size <= config.n_routed_experts:
+    count = experts["w1"].shape[0]
+    chosen -= count * lax.axis_index(axes.model)  # of the experts here; others are not
+    if chosen.size <= count:
         # Few tokens: fetch only the experts that they chose (x: one of a token's experts).
-        w1, w3, w2 = (experts[name][chosen] for name in ("w1", "w3", "w2"))
+        here = (chosen >= 0) & (chosen < count)
+        w1, w3, w2 = (experts[name][jnp.where(here, chosen, 0)] for name in ("w1", "w3", "w2"))
         gate, up = jnp.einsum("btd,btxid->btxi", x, w1), jnp.einsum("btd,btxid->btxi", x, w3)
-        return out + jnp.einsum("btxi,btxdi,btx->btd", swiglu(gate, up, config), w2, weight.astype(x.dtype))
+        weight = jnp.where(here, weight, 0).astype(x.dtype)
+        return lax.psum(out + jnp.einsum("btxi,btxdi,btx->btd", swiglu(gate, up, config), w2, weight), axes.model)
 
     # Many tokens choose most experts anyway: run each in turn over all tokens, with weight 0 where not chosen.
-    weight_of = jnp.einsum("btx,btxe->ebt", weight, jax.nn.one_hot(chosen, config.n_routed_experts))
+    weight_of = jnp.einsum("btx,btxe->ebt", weight, jax.nn.one_hot(chosen, count))
 
     def add_expert(out: Array, expert: tuple[Any, Array]) -> tuple[Array, None]:
         w, weight = expert
@@ -428,4 +519,4 @@ def moe(x: Array, w: Any, tokens: Array, config: Config) -> Array:
         y = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["w2"])
         return out + y * weight[..., None].astype(y.dtype), None
 
-    return lax.scan(add_expert, out, (experts, weight_of))[0]
+    return lax.psum(lax.scan(add_expert, out, (experts, weight_of))[0], axes.model)

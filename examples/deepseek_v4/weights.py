@@ -6,9 +6,11 @@ Matrices keep the checkpoint's [out, in] order, so nothing is transposed on load
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any = None  # None: the dtype the caller chose for weights
     stored: str = "bf16"  # how DeepSeek publishes it: bf16, fp32, fp8, fp4 or int64
+    split: int | None = None  # the axis that is spread over a mesh's "model" axis; None: every device has all of it
 
     def struct(self, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, self.dtype or dtype)
@@ -44,8 +47,8 @@ def schema(config: Config) -> Weights:
     def norm(name: str, size: int) -> Tensor:
         return Tensor(f"{name}.weight", (size,), f32)
 
-    def linear(name: str, rows: int, columns: int, stored: str = "bf16") -> Tensor:
-        return Tensor(f"{name}.weight", (rows, columns), stored=stored)
+    def linear(name: str, rows: int, columns: int, stored: str = "bf16", split: int | None = None) -> Tensor:
+        return Tensor(f"{name}.weight", (rows, columns), stored=stored, split=split)
 
     def hyper_connection(name: str) -> Weights:
         mixes = (2 + c.hc_mult) * c.hc_mult  # pre, post: [n]; comb: [n, n]
@@ -69,12 +72,12 @@ def schema(config: Config) -> Weights:
         weights: Weights = {
             "wq_a": linear(f"{name}.wq_a", c.q_lora_rank, c.hidden_size, "fp8"),
             "q_norm": norm(f"{name}.q_norm", c.q_lora_rank),
-            "wq_b": linear(f"{name}.wq_b", heads_dim, c.q_lora_rank, "fp8"),
+            "wq_b": linear(f"{name}.wq_b", heads_dim, c.q_lora_rank, "fp8", split=0),
             "wkv": linear(f"{name}.wkv", c.head_dim, c.hidden_size, "fp8"),
             "kv_norm": norm(f"{name}.kv_norm", c.head_dim),
-            "sink": Tensor(f"{name}.attn_sink", (c.num_attention_heads,), f32, "fp32"),
-            "wo_a": linear(f"{name}.wo_a", c.o_groups * c.o_lora_rank, heads_dim // c.o_groups, "fp8"),
-            "wo_b": linear(f"{name}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank, "fp8"),
+            "sink": Tensor(f"{name}.attn_sink", (c.num_attention_heads,), f32, "fp32", split=0),
+            "wo_a": linear(f"{name}.wo_a", c.o_groups * c.o_lora_rank, heads_dim // c.o_groups, "fp8", split=0),
+            "wo_b": linear(f"{name}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank, "fp8", split=1),
         }
         if kind != "swa":
             weights["compressor"] = compressor(f"{name}.compressor", c.ratio(kind), c.head_dim)
@@ -89,16 +92,16 @@ def schema(config: Config) -> Weights:
     def swiglu(name: str, stored: str) -> Weights:
         inner, outer = c.moe_intermediate_size, c.hidden_size
         return {
-            "w1": linear(f"{name}.w1", inner, outer, stored),  # gate
-            "w3": linear(f"{name}.w3", inner, outer, stored),  # up
-            "w2": linear(f"{name}.w2", outer, inner, stored),  # down
+            "w1": linear(f"{name}.w1", inner, outer, stored, split=0),  # gate
+            "w3": linear(f"{name}.w3", inner, outer, stored, split=0),  # up
+            "w2": linear(f"{name}.w2", outer, inner, stored, split=1),  # down
         }
 
     def moe(name: str, layer: int) -> Weights:
         experts = swiglu(f"{name}.experts.*", "fp4")
         weights: Weights = {
             "gate": linear(f"{name}.gate", c.n_routed_experts, c.hidden_size),
-            "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape)) for k, t in experts.items()},
+            "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape), split=0) for k, t in experts.items()},
             "shared": swiglu(f"{name}.shared_experts", "fp8"),
         }
         if layer < c.num_hash_layers:
@@ -128,7 +131,7 @@ def schema(config: Config) -> Weights:
             "scale": Tensor("hc_head_scale", (1,), f32, "fp32"),
         },
         "norm": norm("norm", c.hidden_size),
-        "head": linear("head", c.vocab_size, c.hidden_size),
+        "head": linear("head", c.vocab_size, c.hidden_size, split=0),
     }
 
 
@@ -147,19 +150,34 @@ def load_weights(
     config: Config,
     dtype: Any = jnp.bfloat16,
     track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
+    sharding: Callable[[Tensor], jax.sharding.Sharding] | None = None,
 ) -> Weights:
     """Reads a `DeepseekV4ForCausalLM` checkpoint: one or many safetensors files, fp8 and fp4 dequantised.
+
+    File by file, and from each tensor only what this process's devices are to hold.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json.
         dtype: of the matrices. Norms, sinks, hyper-connections and biases stay float32.
         track: wraps the list of tensors as it is read, for a progress bar.
+        sharding: where each tensor goes; default: all to the default device.
     Raises:
         CheckpointError: a file or tensor is missing or does not have the shape that the config asks for.
     """
     tensors = open_checkpoint(folder)
     wanted = jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
-    arrays = {t.name: jnp.asarray(_read(tensors, t, folder), t.dtype or dtype) for t in track(wanted)}
+    place = {name: i for i, name in enumerate(tensors)}
+    wanted.sort(key=lambda t: place.get(t.name.replace("*", "0"), place.get(t.name, 0)))
+
+    def load(tensor: Tensor) -> jax.Array:
+        kind = tensor.dtype or dtype
+        if sharding is None:
+            return jnp.asarray(_read(tensors, tensor, folder, (slice(None),) * len(tensor.shape)), kind)
+        read = cache(lambda index: _read(tensors, tensor, folder, tuple(slice(*ends) for ends in index)).astype(kind))
+        part_of = lambda index: read(tuple(i.indices(n)[:2] for i, n in zip(index, tensor.shape)))  # noqa: E731
+        return jax.make_array_from_callback(tensor.shape, sharding(tensor), part_of)
+
+    arrays = {tensor.name: load(tensor) for tensor in track(wanted)}
     return map_schema(lambda tensor: arrays[tensor.name], config)
 
 
@@ -193,6 +211,18 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
         tensors[f"{prefix}*.w1.weight"], tensors[f"{prefix}*.w3.weight"] = gate_up[:, :inner], gate_up[:, inner:]
         tensors[f"{prefix}*.w2.weight"] = tensors.pop(f"{prefix}down_proj")
     return tensors
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Tells checkpoints apart without reading their tensors: from their settings, and each file's name, size and header."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*")):
+        if file.suffix in (".json", ".safetensors"):
+            with open(file, "rb") as opened:
+                header = opened.read(8) if file.suffix == ".safetensors" else b""
+                start = header + opened.read(min(int.from_bytes(header, "little"), 2**28) if header else -1)
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + start)
+    return digest.hexdigest()
 
 
 # transformers' module names, and what its save_pretrained writes, as DeepSeek published them. Applied in order.
@@ -231,47 +261,62 @@ def published_name(name: str) -> str:
     return name
 
 
-def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path) -> np.ndarray:
-    """One leaf, dequantised; experts stacked."""
+def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of one leaf, dequantised; experts stacked."""
     if "*" in tensor.name and tensor.name not in tensors:
-        experts = range(tensor.shape[0])
-        each = [tensor._replace(name=tensor.name.replace("*", str(e)), shape=tensor.shape[1:]) for e in experts]
-        return np.stack([_read(tensors, expert, folder) for expert in each])
+        each = tensor._replace(shape=tensor.shape[1:])
+        experts = range(tensor.shape[0])[index[0]]
+        return np.stack([_read(tensors, each._replace(name=each.name.replace("*", str(e))), folder, index[1:]) for e in experts])
     if tensor.name not in tensors:
         raise CheckpointError(f"{folder}: tensor {tensor.name} is missing")
     found = tensors[tensor.name]
+    scale, shape = None, found.shape
     if found.dtype in (ml_dtypes.float8_e4m3fn, np.int8, np.uint8):
         scale_name = tensor.name.removesuffix(".weight") + ".scale"
         if scale_name not in tensors:
             raise CheckpointError(f"{folder}: tensor {scale_name} is missing, and {tensor.name} is {found.dtype}")
-        try:
-            found = dequantize(found, tensors[scale_name])
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: tensor {tensor.name}: {error}") from None
-    if found.shape != tensor.shape:
-        raise CheckpointError(f"{folder}: tensor {tensor.name} must have shape {tensor.shape}, got {found.shape}")
-    return found
+        scale = tensors[scale_name]
+        shape = (*found.shape[:-1], found.shape[-1] * (1 if found.dtype == ml_dtypes.float8_e4m3fn else 2))
+    if shape != tensor.shape:
+        raise CheckpointError(f"{folder}: tensor {tensor.name} must have shape {tensor.shape}, got {shape}")
+    if scale is None:
+        return found[index]
+    try:
+        return dequantize(found, scale, index)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: tensor {tensor.name}: {error}") from None
 
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def dequantize(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Quantised matrix [..., rows, columns] times its scales, as float32.
+def dequantize(packed: np.ndarray, scale: np.ndarray, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """Quantised matrix [..., rows, columns] times its scales, as float32; `index`: the part of it that is wanted.
 
     float8_e4m3fn carries one scale per 128 x 128 block. A byte dtype is fp4: two e2m1 numbers per byte, the low
     nibble first, one scale per 32 numbers of a row. Scales are e8m0 (also as raw bytes: 2^(byte - 127)) or floats.
     """
-    if packed.dtype == ml_dtypes.float8_e4m3fn:
-        values, block = packed.astype(np.float32), (128, 128)
-    else:
-        codes = packed.view(np.uint8)
-        values = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*packed.shape[:-1], 2 * packed.shape[-1])
-        block = (1, 32)
-    rows, columns = values.shape[-2:]
-    grid = (*values.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+    is_fp8 = packed.dtype == ml_dtypes.float8_e4m3fn
+    block, numbers = ((128, 128), 1) if is_fp8 else ((1, 32), 2)  # numbers: in an item of `packed`
+    shape = (*packed.shape[:-1], packed.shape[-1] * numbers)
+    grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
     if scale.shape != grid:
         raise ValueError(f"scale must have shape {grid} for blocks of {block}, got {scale.shape}")
+    *lead, rows, columns = index or (slice(None),) * len(shape)
+    # The whole blocks that the wanted rows and columns are of.
+    ends = [part.indices(n)[:2] for part, n in zip((rows, columns), shape[-2:])]
+    blocks = tuple(slice(begin // size, -(-end // size)) for (begin, end), size in zip(ends, block))
+    first = [part.start * size for part, size in zip(blocks, block)]
+    (row, column), (row_end, column_end) = first, (part.stop * size for part, size in zip(blocks, block))
+    codes = packed[(*lead, slice(row, row_end), slice(column // numbers, column_end // numbers))]
+    scale = scale[(*lead, *blocks)]
+    if is_fp8:
+        values = codes.astype(np.float32)
+    else:
+        codes = codes.view(np.uint8)
+        values = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*codes.shape[:-1], 2 * codes.shape[-1])
     scale = scale.view(ml_dtypes.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
     scale = scale.astype(np.float32).repeat(block[0], axis=-2).repeat(block[1], axis=-1)
-    return values * scale[..., :rows, :columns]
+    values = values * scale[..., : values.shape[-2], : values.shape[-1]]
+    (begin, end), (left, right) = ends
+    return values[..., begin - row : end - row, left - column : right - column]

@@ -1,0 +1,137 @@
+"""The model over a mesh of devices: which axis splits what, and programs that run on each device with its part.
+
+    data      requests, with all that is remembered of them
+    model     heads, groups of the output projection, experts, vocabulary: the weights (`Tensor.split`)
+    context   the compressed caches' blocks, the indexer's keys
+
+A device runs deepseek_v4/model.py on its part, inside `jax.shard_map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_v4.config import Config, Kind
+from deepseek_v4.generate import Sampling, State, attend, generate, prefill
+from deepseek_v4.model import ONE_DEVICE, Axes, Cache, LayerCache, create_cache
+from deepseek_v4.weights import Tensor, map_schema
+
+AXES = Axes(("data",), ("model",), ("context",))
+REQUESTS = P(AXES.data)
+NAMES = ("data", "model", "context")
+
+
+class MeshError(Exception):
+    """Such a mesh or such processes cannot be had, or the model cannot be spread over them. The message is one line."""
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The size of each axis, from "data=2,model=2,context=2"; an axis that is left out has size 1."""
+    sizes = dict.fromkeys(NAMES, 1)
+    given = [item.partition("=") for item in text.split(",")]
+    for name, _, size in given:
+        if name not in NAMES:
+            raise MeshError(f"a mesh has the axes {', '.join(NAMES)}, got {name!r} in {text!r}")
+        if not size.isdecimal() or int(size) < 1:
+            raise MeshError(f"the axis {name} must have a size of at least 1, as in {name}=2, got {text!r}")
+        sizes[name] = int(size)
+    if len({name for name, *_ in given}) < len(given):
+        raise MeshError(f"each axis must be named once, got {text!r}")
+    return sizes
+
+
+def create_mesh(sizes: dict[str, int], config: Config, requests: int) -> jax.sharding.Mesh:
+    """The mesh, once it is sure that everything can be spread over it."""
+    for axis, what, count in (
+        ("data", "requests", requests),
+        ("model", "query heads", config.num_attention_heads),
+        ("model", "groups of the output projection", config.o_groups),
+        ("model", "experts", config.n_routed_experts),
+        ("model", "numbers inside an expert", config.moe_intermediate_size),
+        ("model", "words of the vocabulary", config.vocab_size),
+    ):
+        if count % sizes[axis]:
+            raise MeshError(f"the axis {axis}={sizes[axis]} must divide the {count} {what}")
+    wanted, there = int(np.prod(list(sizes.values()))), jax.device_count()
+    if wanted > there:
+        asked = ",".join(f"{name}={size}" for name, size in sizes.items())
+        virtual = (
+            f"; XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes virtual ones" if jax.default_backend() == "cpu" else ""
+        )
+        raise MeshError(f"the mesh {asked} needs {wanted} devices, and there are {there}{virtual}")
+    if wanted < there and jax.process_count() > 1:
+        raise MeshError(f"a mesh of {jax.process_count()} processes must take all of their {there} devices, got {wanted}")
+    devices = np.array(jax.devices()[:wanted]).reshape(*sizes.values())
+    return jax.sharding.Mesh(devices, NAMES)
+
+
+def weight_spec(tensor: Tensor) -> P:
+    return P() if tensor.split is None else P(*[None] * tensor.split, AXES.model)
+
+
+def cache_specs(config: Config) -> Cache:
+    """A `Cache` of partitions."""
+    blocks: Any = P((*AXES.data, *AXES.context))
+
+    def layer(kind: Kind) -> LayerCache:
+        swa: Any = REQUESTS
+        compressed = (blocks, REQUESTS) if kind != "swa" else ()
+        return LayerCache(swa, *compressed, *((P(AXES.data, AXES.context), REQUESTS) if kind == "csa" else ()))  # type: ignore[arg-type]
+
+    tables: Any = dict.fromkeys({"swa", *config.layers}, REQUESTS)
+    return Cache(tuple(map(layer, config.layers)), tables, REQUESTS)  # type: ignore[arg-type]
+
+
+class Programs:
+    """The loop's programs, each compiled for a mesh or, without one, for the default device."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh | None, sampling: Sampling, implementation: Any):
+        self.config, self.mesh, self.sampling = config, mesh, sampling
+        self.options: Any = dict(config=config, implementation=implementation, axes=AXES if mesh else ONE_DEVICE)
+        self.weights = map_schema(weight_spec, config)
+        self.cache = cache_specs(config)
+        self.state = State(self.cache, REQUESTS, REQUESTS, REQUESTS)
+
+    def over(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()) -> Any:
+        if self.mesh:
+            # That devices have something in common, such as the logits after a gather, is not tracked through the loops.
+            function = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(function, donate_argnums=donate)
+
+    def create_cache(self, requests: int, max_tokens: int, **options: Any) -> Cache:
+        data, context = (self.mesh.shape[name] for name in ("data", "context")) if self.mesh else (1, 1)
+        create = partial(create_cache, self.config, requests // data, max_tokens, context=context, **options)
+        return self.over(create, (), self.cache)()
+
+    def prefill(self, chunk: int) -> Any:
+        run = partial(prefill, sampling=self.sampling, chunk=chunk, **self.options)
+        return self.over(run, (self.weights, self.cache, REQUESTS, REQUESTS, REQUESTS, P()), self.state, donate=(1,))
+
+    def generate(self, steps: int) -> Any:
+        run = partial(generate, sampling=self.sampling, steps=steps, **self.options)
+        return self.over(run, (self.weights, self.state), (self.state, REQUESTS), donate=(1,))
+
+    def attend(self, dtype: Any) -> Any:
+        return self.over(partial(attend, dtype=dtype, **self.options), (self.cache,), P())  # each device's own sum: nobody looks at it
+
+    def place(self, array: Any, spec: P) -> Any:
+        """An array that every process has, as one over the mesh."""
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), lambda i: array[i]) if self.mesh else array
+
+    def fetch(self, array: jax.Array) -> np.ndarray:
+        """All of an array of the mesh, on every process."""
+        return multihost_utils.process_allgather(array, tiled=True) if self.mesh else np.asarray(array)
+
+    @property
+    def sharding(self) -> Callable[[Tensor], NamedSharding] | None:
+        """Where each of the weights goes."""
+        return (lambda tensor: NamedSharding(self.mesh, weight_spec(tensor))) if self.mesh else None

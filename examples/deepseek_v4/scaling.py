@@ -1,0 +1,184 @@
+"""A model of the model over 8 devices: bytes on each, bytes between them, and microseconds. Nothing is allocated.
+
+Bytes follow from the shapes, and tests/test_example_mesh.py compares those between devices with the compiled program's. Times are
+modelled, a decode step of one token a request, per layer, averaged over the layers:
+
+    read        (weights that the step's tokens use + the indexer's keys) / memory bandwidth
+    attention   base + slope * roofline of one device's call, of requests, heads and keys there
+    move        for each collective: latency + bytes on the wire / link bandwidth; the wire of n devices takes 2 (n - 1) / n of an
+                all-reduce's bytes and (n - 1) / n of an all-gather's result
+
+Nothing overlaps, and what is not named takes no time.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_v4.config import PRESETS, Config, Kind
+from deepseek_v4.memory import CONTEXTS, human, nbytes, stored_bytes
+from deepseek_v4.mesh import NAMES
+from deepseek_v4.model import BLOCK_SIZE, create_cache
+from deepseek_v4.weights import Tensor, schema
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "hopper-h200.json"
+LATENT_DIM, LATENT_BYTES = 512, 584
+USABLE = 0.9  # of a device's memory, for weights and caches
+LATENCY_US = 10.0  # of a collective: an assumption, not a measurement
+BUSY = 64  # requests of the modelled step, if as many fit
+
+
+class Device(NamedTuple):
+    name: str
+    memory: float  # bytes
+    gbps: float
+    tflops: float  # bf16, dense
+    link_gbps: float  # bus bandwidth of an all-reduce
+
+
+class Collective(NamedTuple):
+    """One collective of a decode step, as one device sees it."""
+
+    axis: str
+    kind: str
+    nbytes: int  # of its result
+    times: int  # a step
+
+    def wire_bytes(self, devices: int) -> float:
+        return self.nbytes * (2 if self.kind == "all-reduce" else 1) * (devices - 1) / devices
+
+
+@cache
+def measured() -> tuple[Device, float, float]:
+    """An H200 as benchmarks/hopper.py found it, and base and slope of a planned call's microseconds over its roofline (least squares of
+    the relative errors)."""
+    found = json.loads(RESULTS.read_text())
+    us, roofline = (np.array(x) for x in zip(*((r["us"]["ours"], r["floor_us"]) for r in found["results"])))
+    base, slope = np.linalg.lstsq(np.stack([1 / us, roofline / us], axis=1), np.ones(len(us)))[0]
+    # The link: an all-reduce of 1 GiB over 4 H100 of one host, measured elsewhere.
+    return Device("H200", 141e9, found["ceilings"]["gbps"], found["ceilings"]["tflops"], 355), float(base), float(slope)
+
+
+# From AMD's data sheet, nothing measured: 288 GB, 8 TB/s, 2.5 PFLOP/s, 7 links of 76.8 GB/s each way.
+MI355X = Device("MI355X", 288e9, 8000, 2500, 537)
+
+MESHES = ((8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (1, 1, 8))
+
+
+def collectives(config: Config, sizes: dict[str, int], requests: int, max_tokens: int, activation_bytes: int) -> list[Collective]:
+    """What moves in a decode step of `requests` requests in all, whose cache has room for `max_tokens` each."""
+    here = requests // sizes["data"]
+    heads = config.num_attention_heads // sizes["model"]
+    compressed = sum(kind != "swa" for kind in config.layers)
+    moved = []
+    if sizes["model"] > 1:
+        sublayers = 2 * config.num_hidden_layers  # the output projection's sum, and the experts'
+        moved.append(Collective("model", "all-reduce", here * config.hidden_size * activation_bytes, sublayers))
+        moved.append(Collective("model", "all-gather", here * config.vocab_size * 4, 1))  # logits
+    if sizes["context"] > 1:
+        moved.append(Collective("context", "all-reduce", here * heads * 4, 2 * compressed))  # the greatest lse; the weights' sum
+        moved.append(Collective("context", "all-reduce", here * heads * config.head_dim * 4, compressed))
+        share = sizes["context"] * BLOCK_SIZE["csa"]
+        entries = -(-max(max_tokens // config.csa_ratio, 1) // share) * share
+        best = min(config.index_topk, entries // sizes["context"]) * sizes["context"]
+        moved.append(Collective("context", "all-gather", here * best * 4, 2 * config.layers.count("csa")))  # scores and entries
+    return moved
+
+
+def device_weights(config: Config, sizes: dict[str, int]) -> int:
+    """Bytes on a device, of weights as they are published."""
+    tensors = jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
+    return sum(stored_bytes(t) // (1 if t.split is None else sizes["model"]) for t in tensors)
+
+
+@cache
+def device_cache(config: Config, devices: int, context: int) -> int:
+    """Bytes on a device, of one of its requests' cache, spread over `devices` of a context."""
+    return nbytes(jax.eval_shape(partial(create_cache, config, 1, context, context=devices)))
+
+
+def requests_that_fit(config: Config, sizes: dict[str, int], device: Device, context: int) -> int:
+    room = USABLE * device.memory - device_weights(config, sizes)
+    return max(0, int(room // device_cache(config, sizes["context"], context))) * sizes["data"]
+
+
+def attention_us(device: Device, requests: int, heads: int, keys: float) -> float:
+    """Modelled microseconds of one device's call."""
+    _, base, slope = measured()
+    moved = requests * (keys * LATENT_BYTES + heads * LATENT_DIM * 2 * 2)  # packed rows; q and out in bf16
+    return base + slope * max(2 * requests * heads * keys * 2 * LATENT_DIM / device.tflops / 1e6, moved / device.gbps / 1e3)
+
+
+def spread_call(requests: int, heads: int, keys: int, devices: int) -> tuple[float, float, float]:
+    """Microseconds of one call on an H200; on each of several, with its share of the keys; and of the merge over them."""
+    device = measured()[0]
+    merge = [Collective("context", "all-reduce", requests * heads * size, 1) for size in (4, 4, 4 * LATENT_DIM)]
+    merge_us = sum(LATENCY_US + c.wire_bytes(devices) / device.link_gbps / 1e3 for c in merge)
+    return attention_us(device, requests, heads, keys), attention_us(device, requests, heads, keys / devices), merge_us
+
+
+def layer_us(config: Config, sizes: dict[str, int], device: Device, requests: int, context: int) -> tuple[float, float, float]:
+    """Modelled microseconds a layer: read, attention, move."""
+    here, layers = -(-requests // sizes["data"]), config.num_hidden_layers
+    tensors = jax.tree.leaves(schema(config)["layers"], is_leaf=lambda leaf: isinstance(leaf, Tensor))
+    used = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** here  # of the routed experts, drawn evenly
+    weights = sum(stored_bytes(t) / (1 if t.split is None else sizes["model"]) * (used if "*" in t.name else 1) for t in tensors)
+    keys = here * config.layers.count("csa") * (context // config.csa_ratio) * config.index_head_dim * 2 / sizes["context"]
+    heads = config.num_attention_heads // sizes["model"]
+
+    def attention(kind: Kind) -> float:
+        compressed = {"swa": 0, "csa": min(config.index_topk, context // config.csa_ratio), "hca": context // config.hca_ratio}[kind]
+        return attention_us(device, here, heads, config.sliding_window + compressed / sizes["context"])
+
+    step = collectives(config, sizes, requests, context, 2)
+    moved = sum(c.times * (LATENCY_US + c.wire_bytes(sizes[c.axis]) / device.link_gbps / 1e3) for c in step)
+    return (weights + keys) / device.gbps / 1e3 / layers, sum(map(attention, config.layers)) / layers, moved / layers
+
+
+def tables() -> str:
+    """Markdown: bytes between devices for a token, then meshes."""
+    h200, base, slope = measured()
+    alone, quarter, merging = spread_call(128, 128, 8192, 4)
+    lines = [
+        "| model | axis `model`, a layer | axis `context`, a CSA or HCA layer | a CSA layer, besides | axis `model`, once a step |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in ("v4-flash", "v4-pro"):
+        c = PRESETS[name]
+        merge = f"(2 · {c.num_attention_heads * 4:,} + {c.num_attention_heads * c.head_dim * 4:,}) / m"
+        lines.append(f"| {name} | 2 · {2 * c.hidden_size:,} | {merge} | 2 · {4 * c.index_topk:,} · n | {4 * c.vocab_size:,} |")
+    lines += [
+        "",
+        f"Attention on an H200: {base:.1f} µs + {slope:.2f} · roofline. A collective's latency is taken to be {LATENCY_US:.0f} µs. "
+        f"One call of 128 requests, 128 heads and 8192 entries: {alone:.0f} µs; over 4 devices of a context {quarter:.0f} + {merging:.0f} "
+        f"µs for the merge, {alone / (quarter + merging):.1f} times as fast.",
+        "",
+        "| model, device | data, model, context | weights a device | cache of a request a device: 8k | 128k | 1M "
+        "| requests that fit: 8k | 128k | 1M | µs a layer at 128k | read + attention + move |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for device in (h200, MI355X):
+        for name in ("v4-flash", "v4-pro"):
+            lines += [_row(name, device, dict(zip(NAMES, shape, strict=True))) for shape in MESHES]
+    return "\n".join(lines)
+
+
+def _row(name: str, device: Device, sizes: dict[str, int]) -> str:
+    config = PRESETS[name]
+    fit = {context: requests_that_fit(config, sizes, device, n) for context, n in CONTEXTS.items()}
+    busy = min(BUSY, fit["128k"]) // sizes["data"] * sizes["data"]
+    cells = [f"{name}, {device.name}", ", ".join(map(str, sizes.values())), human(device_weights(config, sizes))]
+    cells += [human(device_cache(config, sizes["context"], n)) for n in CONTEXTS.values()]
+    cells += [f"{count:,}" for count in fit.values()]
+    if busy:
+        parts = layer_us(config, sizes, device, busy, CONTEXTS["128k"])
+        cells += [f"{sum(parts):.0f} for {busy} requests", " + ".join(f"{part:.0f}" for part in parts)]
+    else:
+        cells += ["does not fit", ""]
+    return f"| {' | '.join(cells)} |"

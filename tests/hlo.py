@@ -1,0 +1,28 @@
+"""What a compiled program moves between devices."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast|ragged-all-to-all"
+ITEM_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+
+
+class Collective(NamedTuple):
+    kind: str
+    shapes: tuple[str, ...]  # of its results: "f32[2,4]"
+
+
+def shape_bytes(shape: str) -> int:
+    dtype, sizes = re.fullmatch(r"(\w+)\[([\d,]*)\]", shape).groups()  # type: ignore[union-attr]
+    return ITEM_BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """The collectives of a compiled program's optimised HLO, each where it stands, sorted."""
+    found = []
+    for result, kind in re.findall(rf"= (.+?) ({KINDS})(?:-start)?\(", compiled.as_text()):
+        found.append(Collective(kind, tuple(re.findall(r"\w+\[[\d,]*\]", result))))
+    return sorted(found)

@@ -1,0 +1,583 @@
+"""The ops over a mesh of 8 virtual CPU devices: requests, heads, and a context spread over them; what their programs move."""
+
+from __future__ import annotations
+
+import functools
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import OUT_FLOAT32, assert_close, assert_same_bits
+from hlo import Collective, collectives
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_merge import MERGED, draw_parts, expected
+from test_transforms import (
+    BLOCK,
+    OUR_CALLS,
+    SHARED,
+    STRIDE,
+    SWA_BLOCKS,
+    TOPK,
+    assert_near,
+    assert_same,
+    attend,
+    copies,
+    every_implementation,
+    jitted,
+    loop_arguments,
+    native,
+    one_by_one,
+    scanned,
+)
+from test_transforms import problem as two_heads_problem
+
+import jax_dsv4 as dsv4
+
+MODES = (AxisType.Auto, AxisType.Explicit)
+every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+DATA, MODEL = 4, 2
+# Several a device: of a single head XLA makes a product of another kind, with other rounding.
+HEADS = 8
+problem = partial(two_heads_problem, heads=HEADS)
+
+
+@functools.cache
+def mesh_of(mode: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=(mode,) * 2)
+
+
+def placed(mesh, arguments, batch: tuple, heads: str | None = None):
+    """The arguments of a call on a mesh: `batch` names the axes of the batch axes, `heads` that of the heads; caches are replicated."""
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    q, swa, extra, sink = arguments
+    scopes = [dsv4.Scope(jax.tree.map(put, s.cache), put(s.indices, *batch), put(s.lengths, *batch)) for s in (swa, extra)]
+    return put(q, *batch, *[None] * (q.ndim - 2 - len(batch)), heads), *scopes, put(sink, heads)
+
+
+def in_groups(function, arguments, groups: int):
+    """A function of a call's arguments, of each group of its requests alone, one after the other."""
+    parts = []
+    for i in range(groups):
+        take = lambda x: x[i * len(x) // groups : (i + 1) * len(x) // groups]  # noqa: B023, E731
+        q, swa, extra, sink = arguments
+        parts.append(function(take(q), *(dsv4.Scope(s.cache, take(s.indices), take(s.lengths)) for s in (swa, extra)), sink))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+# --- Requests and heads
+
+
+@every_mode
+@every_implementation
+@pytest.mark.parametrize(
+    ("batch", "heads"), [(("data",), None), ((None,), "model"), (("data",), "model"), ((("data", "model"),), None)], ids=str
+)
+def test_requests_and_heads(mode: AxisType, implementation: str, batch: tuple, heads: str | None) -> None:
+    """No collective; to the bit what one device makes of a device's requests, whichever heads it has. Of all requests together it may
+    plan otherwise, and cut keys elsewhere: the same within rounding."""
+    arguments, groups = problem(8), {None: 1, "data": DATA, ("data", "model"): DATA * MODEL}[batch[0]]
+    operands = placed(mesh_of(mode), arguments, batch, heads)
+    program = jax.jit(partial(attend, implementation)).lower(*operands).compile()
+    assert collectives(program) == []
+    out, lse = program(*operands)
+    assert out.sharding.is_equivalent_to(operands[0].sharding, 3)
+    assert lse.sharding.is_equivalent_to(NamedSharding(mesh_of(mode), P(*batch, heads)), 2)
+    assert_same((out, lse), in_groups(jitted(implementation), arguments, groups))
+    if groups == 1:
+        assert_same((out, lse), jitted(implementation)(*arguments))
+    assert_near((out, lse), jitted(implementation)(*arguments))
+
+
+@native
+@every_mode
+def test_requests_that_no_plan_cuts(mode: AxisType) -> None:
+    """With no more keys a token than a block of the plan, also the native kernels' bits are those of all requests on one device."""
+    q, swa, extra, sink = problem(16)
+    arguments = q, *(s._replace(lengths=jnp.minimum(s.lengths, 32)) for s in (swa, extra)), sink
+    operands = placed(mesh_of(mode), arguments, ("data",), "model")
+    assert_same(jitted("cpu")(*operands), jitted("cpu")(*arguments))
+
+
+@every_mode
+@every_implementation
+def test_two_batch_axes(mode: AxisType, implementation: str) -> None:
+    """The second split too, which a reshape to one axis would have to gather."""
+    arguments = problem(2, 4)
+    operands = placed(mesh_of(mode), arguments, ("model", "data"))
+    program = jax.jit(partial(attend, implementation)).lower(*operands).compile()
+    assert collectives(program) == []
+    assert_near(program(*operands), jitted(implementation)(*arguments))
+
+
+@pytest.mark.parametrize("unplaced", ["q", "q's requests", "indices", "out", "head_dim"])
+def test_operands_that_are_not_split_alike(unplaced: str) -> None:
+    """In automatic mode the others follow q. What must move is as much as was misplaced, and never a cache."""
+    arguments, mesh = problem(8), mesh_of(AxisType.Auto)
+    q, swa, extra, sink = placed(mesh, arguments, ("data",), "model")
+    whole = placed(mesh, arguments, (None,))
+    out_shardings, allowed = None, set()
+    if unplaced == "q":
+        q = whole[0]
+    elif unplaced == "q's requests":
+        q = placed(mesh, arguments, (None,), "model")[0]
+    elif unplaced == "indices":
+        swa = whole[1]
+    elif unplaced == "head_dim":
+        q, allowed = (
+            jax.device_put(q, NamedSharding(mesh, P(None, None, ("data", "model")))),
+            {"all-to-all", "all-gather", "collective-permute"},
+        )
+    else:
+        out_shardings, allowed = NamedSharding(mesh, P()), {"all-gather"}
+    program = jax.jit(partial(attend, "xla"), out_shardings=out_shardings).lower(q, swa, extra, sink).compile()
+    assert {c.kind for c in collectives(program)} <= allowed
+    assert not any("u8" in shape for c in collectives(program) for shape in c.shapes)
+    assert_near(program(q, swa, extra, sink), jitted("xla")(*arguments))
+
+
+@every_mode
+def test_lengths_left_out(mode: AxisType) -> None:
+    q, swa, extra, sink = problem(8)
+    arguments = q, *(s._replace(lengths=jnp.full(8, TOPK, jnp.int32)) for s in (swa, extra)), sink
+    q, swa, extra, sink = placed(mesh_of(mode), arguments, ("data",), "model")
+    program = jax.jit(partial(attend, "xla")).lower(q, swa._replace(lengths=None), extra._replace(lengths=None), sink).compile()
+    assert collectives(program) == []
+    assert_same(program(q, swa._replace(lengths=None), extra._replace(lengths=None), sink), jitted("xla")(*arguments))
+
+
+@every_mode
+@every_implementation
+def test_vmap(mode: AxisType, implementation: str) -> None:
+    arguments = problem(4, 2)
+    operands = placed(mesh_of(mode), arguments, ("data",), "model")
+    program = jax.jit(jax.vmap(partial(attend, implementation), (0, SHARED, SHARED, None))).lower(*operands).compile()
+    assert collectives(program) == []
+    assert_near(program(*operands), jitted(implementation)(*arguments))
+
+
+@every_implementation
+def test_without_jit(implementation: str) -> None:
+    operands = placed(mesh_of(AxisType.Explicit), problem(8), ("data",), "model")
+    assert_same(attend(implementation, *operands), jitted(implementation)(*operands))
+
+
+# --- Plans
+
+
+def planned(implementation: str, layers: int, heads: int, q, swa, extra, sink):
+    """A plan, and as many calls with it; each with queries of its own."""
+    sizes = dict(num_heads=heads, swa_topk=TOPK, extra_topk=TOPK, implementation=implementation)
+    plan = dsv4.plan_decode(swa.lengths, extra.lengths, **sizes)
+    options = dict(attn_sink=sink, plan=plan, implementation=implementation, return_lse=True)
+    return [dsv4.sparse_mla_decode(q + layer, swa, extra, **options) for layer in range(layers)]
+
+
+@native
+@every_mode
+def test_plan_of_a_split_call(mode: AxisType) -> None:
+    """A plan is of one kernel call: devices that have a part of it plan that for themselves, and the plan made for all, with the gather of
+    lengths it would need, is not in the program."""
+    operands = placed(mesh_of(mode), problem(8), ("data",), "model")
+    program = jax.jit(partial(planned, "cpu", 1, HEADS)).lower(*operands).compile()
+    assert collectives(program) == []
+    assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
+    assert_same(program(*operands)[0], jitted("cpu")(*operands))
+
+
+@native
+@every_mode
+def test_plan_of_a_whole_call(mode: AxisType) -> None:
+    """Where every device makes the whole call, they use it."""
+    arguments = problem(8)
+    operands = placed(mesh_of(mode), arguments, (None,))
+    program = jax.jit(partial(planned, "cpu", 2, HEADS)).lower(*operands).compile()
+    assert collectives(program) == []
+    assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
+    assert_same(program(*operands)[0], jitted("cpu")(*arguments))
+
+
+@native
+@every_mode
+@pytest.mark.parametrize("implementation", ["cpu", None])
+def test_plan_in_shard_map(mode: AxisType, implementation: str | None) -> None:
+    """All is local there, the plan too: made once, for the heads and requests of one device."""
+    arguments, mesh = problem(8), mesh_of(mode)
+    operands = placed(mesh, arguments, ("data",), "model")
+    scope = dsv4.Scope(P(), P("data"), P("data"))
+    over = partial(jax.shard_map, mesh=mesh, in_specs=(P("data", "model"), scope, scope, P("model")), out_specs=P("data", "model"))
+    program = jax.jit(over(partial(planned, implementation, 2, HEADS // MODEL))).lower(*operands).compile()
+    assert collectives(program) == []
+    assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
+    assert_same(program(*operands)[0], jitted("cpu")(*operands))
+    with pytest.raises(ValueError, match=r"plan must be made for this call's num_heads = 4, got 8"):
+        jax.jit(over(partial(planned, implementation, 2, HEADS)))(*operands)
+
+
+@every_mode
+@pytest.mark.parametrize("implementation", ["cpu", "xla", None])
+def test_results_in_shard_map_differ_between_devices(mode: AxisType, implementation: str | None) -> None:
+    """As JAX's types have it, where the operands do: else it would take a sum over devices for a product."""
+    mesh = mesh_of(mode)
+
+    def body(q, swa, sink, latents):
+        out, lse = dsv4.sparse_mla_decode(q, swa, attn_sink=sink, implementation=implementation, return_lse=True)
+        cache = dsv4.append(swa.cache, latents, jnp.zeros(1, jnp.int32), implementation=implementation)
+        plan = dsv4.plan_decode(swa.lengths, num_heads=HEADS, swa_topk=TOPK, implementation=implementation)
+        types = [jax.typeof(x).manual_axis_type.varying for x in (out, lse, cache.data, plan.work[0].kv_lengths)]
+        assert types == [{"data"}, {"data"}, {"model"}, {"data"}]
+        return out
+
+    q, swa, _, sink = placed(mesh, problem(8), ("data",))
+    latents = jax.device_put(jnp.ones((2, 512)), NamedSharding(mesh, P("model")))
+    specs = P("data"), dsv4.Scope(P(), P("data"), P("data")), P(), P("model")
+    jax.eval_shape(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("data")), q, swa, sink, latents)
+
+
+# --- append, loops
+
+
+@every_mode
+@every_implementation
+def test_append(mode: AxisType, implementation: str) -> None:
+    """To a cache that every device has whole: in place; what moves are the new latents and their slots."""
+    mesh, rng = mesh_of(mode), np.random.default_rng(0)
+    latents, slots = jnp.asarray(rng.standard_normal((8, 512)), jnp.float32), jnp.arange(-1, 7, dtype=jnp.int32)
+    cache = lambda: dsv4.KVCache(jnp.zeros((SWA_BLOCKS, STRIDE), jnp.uint8), block_size=BLOCK)  # noqa: E731
+    append = jax.jit(partial(dsv4.append, implementation=implementation), donate_argnums=0)
+    operands = [jax.device_put(x, NamedSharding(mesh, P(*spec))) for x, spec in ((cache(), ()), (latents, ("data",)), (slots, ("data",)))]
+    program = append.lower(*operands).compile()
+    assert collectives(program) == [Collective("all-gather", ("f32[8,512]",)), Collective("all-gather", ("s32[8]",))]
+    assert copies(program) == []
+    got = program(*operands)
+    assert operands[0].data.is_deleted()
+    assert got.data.sharding.is_fully_replicated
+    assert_same_bits("cache", got.data, append(cache(), latents, slots).data)
+
+
+@every_mode
+@every_implementation
+def test_loop(mode: AxisType, implementation: str) -> None:
+    """Steps of append, plan and decode with heads split: no collective, no copy of a cache, and one device's bits."""
+    mesh = mesh_of(mode)
+    caches, latents, slots, q = jax.device_put(loop_arguments(), NamedSharding(mesh, P()))
+    operands = caches, latents, slots, jax.device_put(q, NamedSharding(mesh, P(None, "model")))
+    program = jax.jit(partial(scanned, implementation), donate_argnums=0).lower(*operands).compile()
+    assert collectives(program) == []
+    assert copies(program) == []
+    got = program(*operands)
+    assert all(c.data.is_deleted() for c in caches)
+    want = one_by_one(implementation, *loop_arguments())
+    assert_same(got[0], want[0])
+    assert_close("outs", got[1], np.asarray(want[1], np.float64), OUT_FLOAT32)
+    if implementation == "cpu":
+        assert_same(got, want)
+
+
+# --- Export
+
+
+@native
+def test_export() -> None:
+    """For 8 devices, in explicit mode and of a shard_map; what automatic mode needs while it compiles, JAX does not serialise."""
+    scope, both = dsv4.Scope(P(), P("data"), P("data")), P("data", "model")
+    over = partial(jax.shard_map, mesh=mesh_of(AxisType.Auto), in_specs=(both, scope, scope, P("model")), out_specs=both)
+    call = partial(attend, "cpu")
+    for mode, program in ((AxisType.Explicit, call), (AxisType.Auto, over(call))):
+        operands = placed(mesh_of(mode), problem(8), ("data",), "model")
+        exported = jax.export.export(jax.jit(program), disabled_checks=OUR_CALLS)(*operands)
+        assert exported.nr_devices == 8
+        assert_same(jax.jit(jax.export.deserialize(exported.serialize()).call)(*operands), jitted("cpu")(*operands))
+    with pytest.raises(NotImplementedError, match="serialization of host_callbacks"):
+        jax.export.export(jax.jit(call), disabled_checks=OUR_CALLS)(*operands)
+
+
+# --- What cannot be
+
+
+@every_mode
+@pytest.mark.parametrize("op", ["sparse_mla_decode", "append"])
+def test_a_cache_is_never_gathered(mode: AxisType, op: str) -> None:
+    """Blocks spread over devices: an error that says what to do."""
+    mesh = mesh_of(mode)
+    q, swa, extra, sink = placed(mesh, problem(8), ("data",))
+    spread = dsv4.KVCache(jax.device_put(jnp.zeros((16, STRIDE), jnp.uint8), NamedSharding(mesh, P("data"))), block_size=BLOCK)
+    name = "swa.cache" if op == "sparse_mla_decode" else "cache"
+    message = (
+        f"{op}: {name}'s data must be whole on every device here .*under jax.shard_map, with local_scope and merge_over_axis.*, got .*data"
+    )
+    if op == "append":
+        call, operands = dsv4.append, (spread, jnp.ones((1, 512)), jnp.zeros(1, jnp.int32))
+    else:
+        call, operands = partial(attend, "xla"), (q, swa._replace(cache=spread), extra, sink)
+    # In automatic mode it is the partitioner that meets the cache's sharding, and wraps our error in one of its own.
+    with pytest.raises(ValueError if mode == AxisType.Explicit else jax.errors.JaxRuntimeError, match=message):
+        jax.jit(call)(*operands)
+    with pytest.raises(ValueError, match=message):
+        call(*operands)
+
+
+def test_requests_that_do_not_divide_the_mesh() -> None:
+    """JAX places no such array; where a program makes one, it is padded, and what the padding holds is nobody's."""
+    arguments, mesh = problem(6), mesh_of(AxisType.Auto)
+    with pytest.raises(ValueError, match="6"):
+        placed(mesh, arguments, ("data",))
+    q, swa, extra, sink = placed(mesh, arguments, (None,))
+    split = lambda q: jax.lax.with_sharding_constraint(q, NamedSharding(mesh, P("data")))  # noqa: E731
+    assert_near(jax.jit(lambda q: attend("xla", split(q), swa, extra, sink))(q), jitted("xla")(*arguments))
+
+
+def test_a_mesh_of_both_modes() -> None:
+    mesh = jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=MODES)
+    message = "sparse_mla_decode: a mesh must be explicit in all of its axes or in none, got data: .*Auto.*, model: .*Explicit"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.jit(partial(attend, "xla"))(*placed(mesh, problem(8), ("data",)))
+
+
+# --- shard_map over some axes
+
+
+@every_implementation
+def test_shard_map_over_one_of_two_axes(implementation: str) -> None:
+    """The other stays automatic; its operands must be split alike there."""
+    arguments, mesh = problem(8), mesh_of(AxisType.Auto)
+    scope = dsv4.Scope(P(), P("data"), P("data"))
+    specs = P("data"), scope, scope, P()
+    over = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P("data"), axis_names={"data"}, check_vma=False)
+    operands = placed(mesh, arguments, ("data",), "model")
+    program = jax.jit(over(partial(attend, implementation))).lower(*operands).compile()
+    assert collectives(program) == []
+    assert_same(program(*operands), jitted(implementation)(*operands))
+
+
+def test_operands_that_are_not_split_alike_in_such_a_shard_map() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    q, swa, extra, sink = placed(mesh, problem(8), (None,), "model")
+
+    def inside(q, sink):
+        return attend("xla", q, swa, extra, jax.lax.with_sharding_constraint(sink, P()))
+
+    over = jax.shard_map(inside, mesh=mesh, in_specs=(P(), P()), out_specs=P(), axis_names={"data"}, check_vma=False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="sparse_mla_decode: operands must be split alike in a shard_map over some"):
+        jax.jit(over)(q, sink)
+
+
+# --- A context spread over devices
+
+DEVICES, BLOCKS = 4, 6  # blocks a device
+PLACEMENTS = dsv4.context.PLACEMENTS
+
+
+def whole_order(placement: str, devices: int, blocks: int) -> np.ndarray:
+    """[devices * blocks]: the block of the whole cache that is block b of device d, at d * blocks + b."""
+    block = np.arange(devices * blocks)
+    return block if placement == "contiguous" else block.reshape(blocks, devices).T.reshape(-1)
+
+
+@functools.cache
+def splitter(devices: int, blocks: int, block_size: int, placement: str):
+    """local_scope and local_slots on every device, compiled."""
+    cache = dsv4.KVCache(jnp.zeros((blocks, block_size * 584), jnp.uint8), block_size=block_size)
+
+    def split(indices, lengths):
+        scope = dsv4.local_scope(dsv4.Scope(cache, indices, lengths), "context", placement=placement)
+        return scope.indices, scope.lengths, dsv4.local_slots(cache, indices, "context", placement=placement)
+
+    return jax.jit(jax.vmap(split, in_axes=None, axis_size=devices, axis_name="context"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    sizes=st.sampled_from([(1, 3, 2, 0), (3, 2, 4, 11), (5, 4, 3, 11), (2, 0, 4, 11)]),
+    placement=st.sampled_from(PLACEMENTS),
+)
+def test_local_scope(seed: int, sizes: tuple[int, int, int, int], placement: str) -> None:
+    """Each valid entry on the one device that holds its row, in order and packed; others on none."""
+    rng = np.random.default_rng(seed)
+    devices, blocks, block_size, topk = sizes
+    slots = devices * blocks * block_size
+    hostile = np.array([-1, -2, slots, slots + 1, 2**31 - 1, -(2**31)], np.int64)
+    indices = np.where(rng.random((3, topk)) < 0.3, rng.choice(hostile, (3, topk)), rng.integers(-1, slots + 1, (3, topk))).astype(np.int32)
+    lengths = rng.choice([-5, 0, 1, topk // 2, topk, topk + 3, 2**31 - 1], 3).astype(np.int32)
+    packed, counts, elementwise = map(np.asarray, splitter(*sizes[:3], placement)(indices, lengths))
+    order = whole_order(placement, devices, blocks).reshape(devices, blocks)
+    for device in range(devices):
+        # NumPy, a slot at a time: the row of this device that each slot of the whole cache is.
+        local = {}
+        for block, whole in enumerate(order[device]):
+            local |= {int(whole) * block_size + i: block * block_size + i for i in range(block_size)}
+        for token in range(3):
+            assert elementwise[device, token].tolist() == [local.get(int(s), -1) for s in indices[token]]
+            want = [local[int(s)] for s in indices[token, : max(lengths[token], 0)] if int(s) in local]
+            assert packed[device, token].tolist() == want + [-1] * (topk - len(want))
+            assert counts[device, token] == len(want)
+
+
+merge_of_parts = jax.jit(jax.vmap(partial(dsv4.merge_over_axis, axis_name="context"), axis_name="context"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), parts=st.integers(1, 5), empty=st.sampled_from([0.0, 0.5, 1.0]), spread=st.sampled_from([0.0, 1.0, 1e4]))
+def test_merge_over_axis(seed: int, parts: int, empty: float, spread: float) -> None:
+    """What merge_scopes makes of the parts, whose empty ones may hold anything."""
+    outs, lses = draw_parts(seed, parts, empty, spread)
+    out, lse = merge_of_parts(jnp.asarray(np.stack(outs)), jnp.asarray(np.stack(lses)))
+    want_out, want_lse = expected(outs, lses)
+    for device in range(parts):
+        assert_close("out", out[device], want_out, MERGED)
+        assert_close("lse", lse[device], want_lse, MERGED)
+
+
+def context_problem(layout: str, placement: str):
+    """q, swa, extra, sink: 8 requests whose extra scope is of DEVICES * BLOCKS blocks, hostile in every way."""
+    rng = np.random.default_rng(7)
+    tokens, topk, slots = 8, 90, DEVICES * BLOCKS * BLOCK
+    latents = rng.standard_normal((slots, 512)).astype(np.float32)
+    unused = np.arange(slots) % 5 == 3
+    latents[unused] = np.nan  # rows that nobody attends to
+    usable = np.flatnonzero(~unused)
+    cache = dsv4.append(dsv4.KVCache.create(DEVICES * BLOCKS, BLOCK, layout), jnp.asarray(latents), jnp.arange(slots, dtype=jnp.int32))
+    indices = rng.choice(usable, (tokens, topk)).astype(np.int32)
+    indices[rng.random(indices.shape) < 0.2] = -1
+    indices[:, 5::17] = [[slots], [slots + 3], [2**31 - 1], [-(2**31)], [-7], [slots], [-1], [-1]]
+    lengths = np.array([topk, 0, 1, 40, topk + 9, -3, topk, 64], np.int32)
+    held = np.isin(usable // BLOCK, whole_order(placement, DEVICES, BLOCKS)[:BLOCKS])
+    indices[6] = rng.choice(usable[held], topk)  # all on one device
+    indices[7] = -1  # none anywhere
+    indices[3, 40:] = np.flatnonzero(unused)[0]  # past the length: poison
+    _, swa, _, sink = problem(tokens)
+    swa = swa._replace(lengths=swa.lengths.at[jnp.array([1, 7])].set(0))  # rows without any key
+    q = jnp.asarray(rng.standard_normal((tokens, HEADS, 512)), jnp.float32)
+    return q, swa, dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths)), sink
+
+
+def over_context(implementation: str, placement: str, q, swa, extra, sink):
+    """What a device does. One call takes both scopes: the first device attends to the window, too, the others to none of it."""
+    first = jax.lax.axis_index("context") == 0
+    window = swa._replace(lengths=jnp.where(first, swa.lengths, 0))
+    mine = dsv4.local_scope(extra, "context", placement=placement)
+    out, lse = dsv4.sparse_mla_decode(q, window, mine, implementation=implementation, return_lse=True)
+    out, lse = dsv4.merge_over_axis(out, lse, "context")
+    return dsv4.apply_attn_sink(out, lse, sink), lse
+
+
+@every_mode
+@every_implementation
+@pytest.mark.parametrize(("placement", "layout"), [("contiguous", "float32"), ("interleaved", "fp8_ds_mla")])
+def test_context(mode: AxisType, implementation: str, placement: str, layout: str) -> None:
+    """Within 1e-6 of one device; what moves is the merge: a maximum of lse, a sum of out and weights, and nothing of a cache."""
+    q, swa, extra, sink = context_problem(layout, placement)
+    want = jitted(implementation)(q, swa, extra, sink)
+    mesh = jax.make_mesh((2, DEVICES), ("data", "context"), axis_types=(mode,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    spread = extra.cache.replace(put(extra.cache.data[whole_order(placement, DEVICES, BLOCKS)], "context"))
+    rows = lambda s: (put(s.indices, "data"), put(s.lengths, "data"))  # noqa: E731
+    operands = put(q, "data"), dsv4.Scope(jax.tree.map(put, swa.cache), *rows(swa)), dsv4.Scope(spread, *rows(extra)), put(sink)
+    specs = jax.tree.map(lambda x: x.sharding.spec, operands)
+    over = jax.shard_map(partial(over_context, implementation, placement), mesh=mesh, in_specs=specs, out_specs=P("data"))
+    program = jax.jit(over).lower(*operands).compile()
+    rows_of_device = len(q) // 2
+    moved = collectives(program)
+    assert {c.kind for c in moved} == {"all-reduce"}
+    assert sorted(shape for c in moved for shape in c.shapes) == [
+        f"f32[{rows_of_device},{HEADS},512]",
+        f"f32[{rows_of_device},{HEADS}]",
+        f"f32[{rows_of_device},{HEADS}]",
+    ]
+    out, lse = (np.asarray(x) for x in program(*operands))
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want[1]))
+    assert np.isneginf(lse[[1, 7]]).all()
+    assert not out[[1, 7]].any()
+    np.testing.assert_allclose(out, want[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(lse, want[1], rtol=1e-6, atol=1e-6)
+
+
+@every_implementation
+def test_append_to_a_spread_cache(implementation: str) -> None:
+    """Each device writes the rows that are its own."""
+    mesh = jax.make_mesh((DEVICES,), ("context",))
+    rng = np.random.default_rng(0)
+    latents, slots = jnp.asarray(rng.standard_normal((9, 512)), jnp.float32), rng.integers(0, DEVICES * BLOCKS * BLOCK, 9).astype(np.int32)
+    slots[[2, 5]] = -1, DEVICES * BLOCKS * BLOCK
+    for placement in PLACEMENTS:
+
+        def append(cache, latents, slots, placement=placement):
+            return dsv4.append(
+                cache, latents, dsv4.local_slots(cache, slots, "context", placement=placement), implementation=implementation
+            )
+
+        cache = dsv4.KVCache.create(DEVICES * BLOCKS, BLOCK)
+        over = jax.shard_map(append, mesh=mesh, in_specs=(P("context"), P(), P()), out_specs=P("context"))
+        spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("context"))), cache)
+        rows = [jax.device_put(x, NamedSharding(mesh, P())) for x in (latents, jnp.asarray(slots))]
+        program = jax.jit(over, donate_argnums=0).lower(spread, *rows).compile()
+        assert collectives(program) == []
+        whole = np.asarray(program(spread, *rows).data)[np.argsort(whole_order(placement, DEVICES, BLOCKS))]
+        want = jax.jit(partial(dsv4.append, implementation=implementation))(cache, latents, jnp.asarray(slots))
+        np.testing.assert_array_equal(whole, want.data)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda c, s: dsv4.local_slots(c, s, "context"),
+            "local_slots: axis_name must be an axis of the jax.shard_map around it, got 'context'",
+        ),
+        (
+            lambda c, s: dsv4.local_scope(dsv4.Scope(c, s), "x"),
+            "local_scope: axis_name must be an axis of the jax.shard_map around it, got 'x'",
+        ),
+        (
+            lambda c, s: dsv4.local_slots(c, s, "x", placement="y"),
+            "local_slots: placement must be one of 'contiguous', 'interleaved', got 'y'",
+        ),
+        (lambda c, s: dsv4.local_slots(c, s.astype(jnp.int8), "x"), "local_slots: slots must have dtype int32, got int8"),
+        (lambda c, s: dsv4.local_slots(s, s, "x"), "local_slots: cache must be a KVCache, got"),
+        (
+            lambda c, s: dsv4.local_scope(dsv4.Scope(c, s, s), "x"),
+            "local_scope: lengths must have shape (*batch,) = (2,), got (2, 3)",
+        ),
+        (lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "y"), "merge_over_axis: axis_name must be an axis of"),
+        (lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones(2), "y"), "merge_over_axis: lse must have shape"),
+    ],
+)
+def test_context_errors(call, message: str) -> None:
+    cache, slots = dsv4.KVCache.create(2, 4), jnp.zeros((2, 3), jnp.int32)
+    wrapped = jax.vmap(lambda _: call(cache, slots), axis_name="x") if "(2, 3)" in message else lambda _: call(cache, slots)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        wrapped(jnp.arange(2))
+
+
+def test_more_slots_than_int32_can_number() -> None:
+    cache = jax.eval_shape(lambda: dsv4.KVCache.create(2**28, 4, "fp8_ds_mla"))
+    split = jax.vmap(lambda _: dsv4.local_slots(cache, jnp.zeros(1, jnp.int32), "x"), axis_name="x")
+    with pytest.raises(ValueError, match="local_slots: slots of all devices must fit int32"):
+        split(jnp.arange(2))
+
+
+# --- benchmarks/scaling.py
+
+
+def test_benchmark(monkeypatch) -> None:
+    """It runs, and compares what it times with one device; two calls a program, once each."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
+    from benchmarks import scaling
+
+    results = scaling.measure(jax.devices()[:2], [1, 2], scaling.SMALL, calls=2, rounds=1, axes=("heads", "context"))
+    assert [(r["axis"], r["devices"], r["work"]) for r in results] == [
+        ("heads", 1, 1),
+        ("heads", 2, 2),
+        ("context", 1, 1),
+        ("context", 2, 1),
+    ]
+    for one, two in zip(results[::2], results[1::2]):
+        assert one["of_linear"] == 1
+        assert two["of_linear"] == pytest.approx(one["us"] / two["us"] * two["work"] / 2)
