@@ -1,0 +1,258 @@
+// The producing role: slots to addresses, packed rows by cp.async, e4m3 to bf16, tiles of K.
+#ifndef JAX_DSV4_CUDA_PRODUCER_H_
+#define JAX_DSV4_CUDA_PRODUCER_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/shared.h"
+#include "cuda/work.h"
+
+namespace jax_dsv4::cuda {
+
+constexpr int kLanesPerKey = 32 / kKeysPerWarp;
+// A lane has a quarter of a row, in pieces of 16 bytes: one of each scale tile, then two of rope.
+constexpr int kPieces = kPackedRowBytes / 16 / kLanesPerKey;
+static_assert(kLanesPerKey == 4 && kPieces == kScaleTiles + 2);
+
+// n / d for 0 <= n < 2^31 as (n + high word of n * multiplier) >> shift.
+struct Divisor {
+  uint32_t multiplier, shift;
+  explicit Divisor(uint32_t d) : multiplier(0), shift(0) {
+    while (uint64_t{1} << shift < d) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
+  }
+  __device__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
+};
+
+struct DecodeArgs {
+  DecodeParams params;
+  Divisor block_size[2];
+};
+
+// A lane's key of a group, before it is needed.
+struct KeySlot {
+  int slot;
+  bool extra;
+  bool group;  // there is such a group
+};
+
+// Where the key lies; row is null for a key that is not attended to.
+struct KeyRow {
+  const uint8_t* row;
+  const uint8_t* scales;
+};
+
+// Of every tile the group that one producing warpgroup fills, over all items as one sequence, so that fetching runs
+// ahead across items.
+class Groups {
+ public:
+  // `key`: this thread's, of a tile.
+  __device__ Groups(const DecodeParams& params, int key) : params_(params), work_(params), key_(key) { open(); }
+
+  __device__ KeySlot fetch() {
+    if (begin_ >= item_.end) return {-1, false, false};
+    KeySlot f{-1, false, true};
+    const int key = begin_ + key_;
+    if (key < item_.end) {
+      f.extra = key >= item_.swa_length;
+      const Scope& scope = params_.scopes[f.extra];
+      f.slot = scope.indices[static_cast<int64_t>(item_.token) * scope.topk + key - (f.extra ? item_.swa_length : 0)];
+    }
+    begin_ += kKeyTile;
+    if (begin_ >= item_.end) open();
+    return f;
+  }
+
+ private:
+  __device__ void open() {
+    if (!work_.next(&item_)) item_.begin = item_.end = 0;
+    begin_ = item_.begin;
+  }
+
+  const DecodeParams& params_;
+  Work work_;
+  Item item_;
+  int begin_;  // of the next tile
+  const int key_;
+};
+
+__device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeySlot key) {
+  const Cache& cache = args.params.scopes[key.extra].cache;
+  const uint32_t block = args.block_size[key.extra].divide(key.slot);
+  if (key.slot < 0 || block >= cache.num_blocks) return {nullptr, nullptr};
+  const int offset = key.slot - block * cache.block_size;
+  const uint8_t* rows = cache.data + block * cache.block_stride_bytes;
+  return {rows + offset * kPackedRowBytes, rows + cache.block_size * kPackedRowBytes + offset * kPackedScaleBytes};
+}
+
+// Copies kBytes that are aligned to kAlign only, or zeros if `real` is false. Nothing aligned to less than 4 bytes can
+// be copied asynchronously: the bytes go through registers then, which is slow and right.
+template <int kBytes, int kAlign>
+__device__ __forceinline__ void copy(void* dst, const uint8_t* src, bool real) {
+  uint8_t* to = static_cast<uint8_t*>(dst);
+  if constexpr (kAlign >= 4) {
+    constexpr int kStep = kAlign < kBytes ? kAlign : kBytes;
+#pragma unroll
+    for (int i = 0; i < kBytes; i += kStep) copy_async<kStep>(to + i, src + i, real ? kStep : 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes; ++i) to[i] = real ? src[i] : 0;
+  }
+}
+
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+template <uint32_t kSelect>
+__device__ __forceinline__ uint32_t permute(uint32_t a) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(a), "n"(kSelect));
+  return d;
+}
+
+// Two e4m3 of `word` as bf16 times 2^-120, exactly: exponent and mantissa moved to bf16's place, the sign to bit 15.
+// kSelect spreads the bytes over the halves and replicates their signs above them.
+template <uint32_t kSelect>
+__device__ __forceinline__ uint32_t spread_e4m3x2(uint32_t word) {
+  return (permute<kSelect>(word) << 4) & 0x87f087f0u;
+}
+
+// 16 e4m3 to bf16 times 2^(e8m0 - 127), exactly, by one multiplication with 2^(e8m0 - 127 + 120). bf16 has no such
+// power above e8m0 134, a scale no quantiser of reasonable data gets near: with kAnyScale the rest is a second factor,
+// and NaN for 255.
+constexpr uint32_t kLargestScale = 134;
+
+template <bool kAnyScale>
+__device__ __forceinline__ void expand_scaled(uint4 packed, uint32_t e8m0, uint4 (&out)[2]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  const uint32_t scale = ((kAnyScale ? min(e8m0, kLargestScale) : e8m0) + 120) * (0x10001u << 7);
+  uint32_t wide[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    wide[2 * i] = multiply_bf16x2(spread_e4m3x2<0x9180>(words[i]), scale);
+    wide[2 * i + 1] = multiply_bf16x2(spread_e4m3x2<0xB3A2>(words[i]), scale);
+  }
+  if (kAnyScale) {
+    const uint32_t over = max(e8m0, kLargestScale) - kLargestScale;
+    const uint32_t rest = e8m0 == 255 ? 0x7fc07fc0u : (over + 127) * (0x10001u << 7);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) wide[i] = multiply_bf16x2(wide[i], rest);
+  }
+  out[0] = {wide[0], wide[1], wide[2], wide[3]};
+  out[1] = {wide[4], wide[5], wide[6], wide[7]};
+}
+
+__device__ __forceinline__ bool needs_any_scale(uint2 scales) {
+  return (__vcmpgtu4(scales.x, kLargestScale * 0x01010101u) |
+          __vcmpgtu4(scales.y & 0xffffffu, kLargestScale * 0x01010101u)) != 0;
+}
+
+// A warp has 8 keys of a group, a quarter of each 64-dimension tile to a lane, all the way from the copy to the store:
+// no other thread has to know when the bytes arrive. Copies run four of a lane's nine pieces ahead, from rows that were
+// asked into L2 half a group before.
+template <int kAlign>
+__device__ __forceinline__ void produce(const DecodeArgs& args, Shared& shared) {
+  const int group = threadIdx.x / kWarpgroup;
+  const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
+  const int key = lane / kLanesPerKey, quarter = lane % kLanesPerKey;
+  const int word = group * kWarps + warp;  // of `valid`: the 8 rows of a tile that are this warp's
+  uint4(*const ring)[32] = shared.packed[threadIdx.x / 32];
+  uint2(*const ring_scales)[kKeysPerWarp] = shared.scales[threadIdx.x / 32];
+  const auto nowhere = static_cast<const uint8_t*>(args.params.q);  // an address for copies of no bytes
+
+  Groups groups(args.params, word * kKeysPerWarp + key);
+  KeySlot slot{-1, false, false};  // of the group after the next
+  const uint8_t* row;              // that copies are at, from this lane's quarter on
+  bool real, more = true;
+  uint32_t turn = 0;  // of the ring: where a group's first piece lies
+  auto start_row = [&](const uint8_t* start) {
+    real = start != nullptr;
+    row = (real ? start : nowhere) + 16 * quarter;
+  };
+  auto copy_piece = [&](int j) {  // those past a group's last are the next one's
+    copy<16, kAlign>(&ring[(turn + j) % kPiecesAhead][lane], row + 16 * kLanesPerKey * (j % kPieces), real);
+    copy_async_commit();
+  };
+
+  // The first two turns only fill the pipeline.
+  for (int n = -2; more; ++n) {
+    // The next group, and the slots of the one after it.
+    const KeySlot next_slot = slot;
+    slot = groups.fetch();
+    if (n == -2) continue;
+    const KeyRow next = locate(args, next_slot);
+    const bool next_real = next.row != nullptr;
+    if (quarter == 0) {
+      copy<kPackedScaleBytes, kAlign>(&ring_scales[(n + 1) & 1][key], next_real ? next.scales : nowhere, next_real);
+    }
+    if (next_real) {
+      prefetch_l2(next.row + 128 * quarter);
+      if (quarter == 0) prefetch_l2(next.row + 512);
+    }
+    more = next_slot.group;
+    if (n == -1) {
+      start_row(next.row);
+#pragma unroll
+      for (int j = 0; j < kPiecesAhead; ++j) copy_piece(j);
+      continue;
+    }
+
+    const int buffer = n % kTiles;
+    uint8_t* const rows = shared.k[buffer][0] + word * (kKeysPerWarp * kRowBytes);
+    const uint32_t lanes = __ballot_sync(~0u, real);
+    copy_async_wait<kPiecesAhead - 1>();
+    __syncwarp();  // the scales came through another lane
+    const uint2 scales = ring_scales[n & 1][key];
+    barrier_wait(&shared.free[buffer][group], n / kTiles % 2 ^ 1);
+    if (lane == 0) {
+      uint32_t keys = 0;
+#pragma unroll
+      for (int i = 0; i < kKeysPerWarp; ++i) keys |= (lanes >> (kLanesPerKey * i) & 1) << i;
+      shared.valid[buffer][word] = keys;
+    }
+
+    auto expand_group = [&](auto any_scale) {
+      constexpr bool kAnyScale = decltype(any_scale)::value;
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        copy_async_wait<kPiecesAhead - 1>();
+        const uint4 packed = ring[(turn + j) % kPiecesAhead][lane];
+        uint4 wide[2];
+        if (j < kScaleTiles) {
+          expand_scaled<kAnyScale>(packed, (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
+        }
+        if (j + kPiecesAhead == kPieces) start_row(next.row);
+        copy_piece(j + kPiecesAhead);
+        if (j < kScaleTiles) {
+          // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and
+          // the odd units: no conflicts.
+          uint8_t* const dst = rows + j * kPlaneBytes + key * kRowBytes;
+#pragma unroll
+          for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + 16 * ((2 * quarter + u) ^ key)) = wide[u];
+        } else {
+          const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
+          *reinterpret_cast<uint4*>(rows + (kPlanes - 1) * kPlaneBytes + key * kRowBytes + 16 * (unit ^ key)) = packed;
+        }
+      }
+    };
+    // Two copies of the code, so that the one that runs has no branches: latencies hide in straight lines.
+    if (__any_sync(~0u, needs_any_scale(scales))) {
+      expand_group(std::true_type{});
+    } else {
+      expand_group(std::false_type{});
+    }
+    turn += kPieces;
+
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.full[buffer][group]);
+  }
+}
+
+}  // namespace jax_dsv4::cuda
+
+#endif  // JAX_DSV4_CUDA_PRODUCER_H_

@@ -1,0 +1,176 @@
+// The scoring role: S = Q . K^T, softmax against a running maximum, P.
+#ifndef JAX_DSV4_CUDA_SCORES_H_
+#define JAX_DSV4_CUDA_SCORES_H_
+
+#include <cstdint>
+
+#include "cuda/shared.h"
+#include "cuda/work.h"
+
+namespace jax_dsv4::cuda {
+
+// The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range,
+// its relative rounding is the same, and the accumulators are hardly ever rescaled.
+constexpr float kRescaleThresholdLog2 = 8.f;
+
+// Q of one token: rows at and past the number of heads are zeros.
+__device__ __forceinline__ void load_q(const DecodeParams& params, Shared& shared, int token, int first_head) {
+  named_barrier_sync(1, kWarpgroup);  // no warp's products still read the previous Q
+  const int thread = threadIdx.x % kWarpgroup;
+  const int heads = min(kHeadsPerBlock, params.heads - first_head);
+  const uint8_t* q = static_cast<const uint8_t*>(params.q) +
+                     (static_cast<int64_t>(token) * params.heads + first_head) * (2 * kLatentDim);
+  constexpr int kUnits = 2 * kLatentDim / 16;  // per row
+  for (int i = thread; i < kHeadsPerBlock * kUnits; i += kWarpgroup) {
+    const int head = i / kUnits, unit = i % kUnits;
+    uint8_t* dst = &shared.q[unit / 8][head * kRowBytes + 16 * (unit % 8 ^ head % 8)];
+    copy_async<16>(dst, head < heads ? q + 16 * i : q, head < heads ? 16 : 0);
+  }
+  copy_async_wait_all();
+  fence_proxy_async();
+  named_barrier_sync(1, kWarpgroup);
+}
+
+__device__ __forceinline__ void multiply_scores(const Shared& shared, int buffer, float (&s)[32]) {
+  const uint64_t q = matrix_descriptor(smem_address(shared.q), 0, 8 * kRowBytes);
+  const uint64_t k = matrix_descriptor(smem_address(shared.k[buffer]), 0, 8 * kRowBytes);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kLatentDim / 16; ++step) {
+    const int plane = step / 4, offset = step % 4 * 32;
+    wgmma_m64n64k16(s, advanced(q, plane * kHeadsPerBlock * kRowBytes + offset),
+                    advanced(k, plane * kPlaneBytes + offset), step > 0);
+  }
+  wgmma_commit();
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void score(const DecodeParams& params, Shared& shared) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first_head = blockIdx.x * kHeadsPerBlock;
+  const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
+  const float scale_log2 = params.scale * kLog2e;
+
+  Work work(params);
+  Item item;
+  Turn<kTiles> tile;
+  Turn<2> handoff;
+  while (work.next(&item)) {
+    load_q(params, shared, item.token, first_head);
+    // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's columns.
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+    for (int begin = item.begin; begin < item.end; begin += kKeyTile) {
+      const int buffer = tile.place();
+      for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], tile.filled());
+      tile.next();
+      // S[h, k] = sum_d Q[h, d] K[k, d]
+      float s[32];
+      multiply_scores(shared, buffer, s);
+      uint32_t valid[kKeyTile / kKeysPerWarp], all = ~0u;
+#pragma unroll
+      for (int j = 0; j < kKeyTile / kKeysPerWarp; ++j) all &= valid[j] = shared.valid[buffer][j];
+      wgmma_wait<0>();
+
+      // Before anything else, for what a key nobody attends to has in store may be NaN.
+      if (all != (1u << kKeysPerWarp) - 1) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          if (!(valid[i / 4] >> (2 * (lane % 4) + i % 2) & 1)) s[i] = -INFINITY;
+        }
+      }
+
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float top = s[2 * r];
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+        top = quad_max(top) * scale_log2;
+        const float before = maximum[r];
+        if (top > before + kRescaleThresholdLog2 || before == -INFINITY) maximum[r] = top;
+        factor[r] = before == maximum[r] ? 1.f : exp2_approx(before - maximum[r]);
+        const float base = maximum[r] == -INFINITY ? 0.f : maximum[r];
+        float added = 0.f;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          if (i / 2 % 2 != r) continue;
+          s[i] = exp2_approx(fmaf(s[i], scale_log2, -base));
+          added += s[i];
+        }
+        sum[r] = fmaf(sum[r], factor[r], added);
+      }
+
+      const int to = handoff.place();
+      barrier_wait(&shared.p_free[to], handoff.freed());
+      handoff.next();
+      const uint32_t p = smem_address(shared.p[to]);
+      const int store_row = 16 * warp + lane % 16;
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        const float* f = s + 4 * j;
+        store_matrices(p + store_row * kRowBytes + 16 * ((j + lane / 16) ^ store_row % 8), pack_bf16x2(f[0], f[1]),
+                       pack_bf16x2(f[2], f[3]), pack_bf16x2(f[4], f[5]), pack_bf16x2(f[6], f[7]));
+      }
+      if (lane % 4 == 0) {
+        shared.factor[to][rows[0]] = factor[0];
+        shared.factor[to][rows[1]] = factor[1];
+      }
+      const bool rescale = __any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f);
+      if (lane == 0) shared.rescale[to][warp] = rescale;
+      fence_proxy_async();
+      __syncwarp();
+      barrier_arrive(&shared.p_full[to]);
+    }
+
+    // The item's end: one more factor, that normalises. The sink enters where this item is the whole token.
+    const int to = handoff.place();
+    barrier_wait(&shared.p_free[to], handoff.freed());
+    handoff.next();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = quad_sum(sum[r]);
+      const int head = first_head + rows[r];
+      const bool empty = maximum[r] == -INFINITY;
+      if (lane % 4 == 0) {
+        float denominator = total;
+        if (head < params.heads) {
+          const float lse = empty ? -INFINITY : (maximum[r] + log2f(total)) / kLog2e;
+          if (item.partial < 0) {
+            params.lse[static_cast<int64_t>(item.token) * params.heads + head] = lse;
+            if (params.sink) denominator += exp2f(params.sink[head] * kLog2e - (empty ? 0.f : maximum[r]));
+          } else {
+            params.partial_lse[static_cast<int64_t>(item.partial) * params.heads + head] = lse;
+          }
+        }
+        shared.factor[to][rows[r]] = empty ? 0.f : 1.f / denominator;
+      }
+    }
+    __syncwarp();
+    barrier_arrive(&shared.p_full[to]);
+  }
+}
+
+}  // namespace jax_dsv4::cuda
+
+#endif  // JAX_DSV4_CUDA_SCORES_H_

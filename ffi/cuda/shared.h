@@ -1,0 +1,61 @@
+// What the roles of a decoding block share: the geometry, and the shared memory that they hand on through barriers.
+#ifndef JAX_DSV4_CUDA_SHARED_H_
+#define JAX_DSV4_CUDA_SHARED_H_
+
+#include <cstdint>
+
+#include "common/params.h"
+#include "cuda/launch.h"
+#include "cuda/sm90.h"
+
+namespace jax_dsv4::cuda {
+
+using namespace sm90;
+
+constexpr int kTiles = 2;
+constexpr int kGroupKeys = 32;  // a tile is filled, and freed, in halves
+constexpr int kGroups = kKeyTile / kGroupKeys;
+constexpr int kRowBytes = 128;  // of a plane: 64 bf16, what the 128-byte swizzle spans
+constexpr int kPlanes = kLatentDim / 64;
+constexpr int kPlaneBytes = kKeyTile * kRowBytes;
+
+constexpr int kWarpgroup = 128;
+constexpr int kWarps = kWarpgroup / 32;
+constexpr int kProducers = 2;  // warpgroups
+constexpr int kThreads = (kProducers + 1 + 2) * kWarpgroup;
+constexpr int kKeysPerWarp = kGroupKeys / kWarps;
+constexpr int kPiecesAhead = 4;  // copies that a producing lane has on their way
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct __align__(1024) Shared {
+  // Planes of 64 dimensions: [rows][64] bf16, swizzled, as wgmma reads them.
+  uint8_t q[kPlanes][kHeadsPerBlock * kRowBytes];
+  uint8_t k[kTiles][kPlanes][kPlaneBytes];
+  uint8_t p[2][kHeadsPerBlock * kRowBytes];  // [heads][64 keys]; one is written while the other is read
+  // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
+  uint4 packed[kProducers * kWarps][kPiecesAhead][32];
+  uint2 scales[kProducers * kWarps][2][kKeysPerWarp];  // of two groups, copied by one lane for the four of a key
+  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];     // bit i of word j: key 8 j + i of the tile is attended to
+  float factor[2][kHeadsPerBlock];  // rescales the accumulators before P is added; an item's last one normalises
+  int32_t rescale[2][kWarps];       // per warp of rows: whether `factor` holds anything but ones
+  uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
+  uint64_t p_full[2], p_free[2];
+};
+constexpr int kSharedBytes = sizeof(Shared);
+static_assert(kSharedBytes <= 227 * 1024, "what a Hopper block can have");
+static_assert(kKeysPerWarp == 8, "a row of swizzled units, and a word of `valid`");
+
+// The uses of a ring of `kSize` places in turn. A place's barriers complete a phase per use.
+template <int kSize>
+struct Turn {
+  int count = 0;
+  __device__ int place() const { return count % kSize; }
+  __device__ uint32_t filled() const { return count / kSize % 2; }     // parity to wait for before reading
+  __device__ uint32_t freed() const { return count / kSize % 2 ^ 1; }  // and before writing
+  __device__ void next() { ++count; }
+};
+
+}  // namespace jax_dsv4::cuda
+
+#endif  // JAX_DSV4_CUDA_SHARED_H_
