@@ -19,6 +19,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -343,6 +344,7 @@ def run(json_path: Path | None) -> dict[str, Any]:
         "device": jax.devices("cuda")[0].device_kind,
         "versions": {"jax": jax.__version__, **({"torch": torch.__version__} if peer else {})},
         "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmarks.decode " + " ".join(sys.argv[1:]),
         "ceilings": ceilings,
         "planner_us": planner,
         "results": results,
