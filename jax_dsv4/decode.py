@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,36 @@ from jax_dsv4.plan import DecodePlan, PlanKey, WorkPlan
 
 _OP = "sparse_mla_decode"
 MAX_HEADS = 128
+
+
+@overload
+def sparse_mla_decode(
+    q: jax.Array,
+    swa: Scope,
+    extra: Scope | None = ...,
+    *,
+    attn_sink: jax.Array | None = ...,
+    scale: float = ...,
+    plan: DecodePlan | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    fused: bool | None = ...,
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def sparse_mla_decode(
+    q: jax.Array,
+    swa: Scope,
+    extra: Scope | None = ...,
+    *,
+    attn_sink: jax.Array | None = ...,
+    scale: float = ...,
+    plan: DecodePlan | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    fused: bool | None = ...,
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def sparse_mla_decode(
