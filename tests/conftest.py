@@ -16,3 +16,12 @@ def strict_types():
     """The package must not lean on implicit promotion."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the tables of tests/gfx950: here, because pytest-xdist's first process looks no deeper for it."""
+    reports = [r for r in terminalreporter.stats.get("passed", ()) if r.when == "call"]
+    texts = [text for r in sorted(reports, key=lambda r: r.nodeid) for name, text in r.user_properties if name == "table"]
+    if texts:
+        terminalreporter.section("cost model, from the software gfx950")
+        terminalreporter.write_line("\n\n".join(texts))

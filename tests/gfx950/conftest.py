@@ -19,16 +19,8 @@ def gpu(shared_gpu):
 
 @pytest.fixture
 def table(record_property):
-    """table(title, lines) prints at the end of the run, from whichever process of pytest-xdist it comes."""
+    """table(title, lines) prints at the end of the run (tests/conftest.py), from whichever process of pytest-xdist it comes."""
     return lambda title, lines: record_property("table", "\n".join((title, *lines)))
-
-
-def pytest_terminal_summary(terminalreporter):
-    reports = [r for r in terminalreporter.stats.get("passed", ()) if r.when == "call"]
-    texts = [text for r in sorted(reports, key=lambda r: r.nodeid) for name, text in r.user_properties if name == "table"]
-    if texts:
-        terminalreporter.section("cost model, from the software gfx950")
-        terminalreporter.write_line("\n\n".join(texts))
 
 
 @pytest.fixture
