@@ -7,9 +7,9 @@ requests, heads  every device has as many as one device alone: n devices do n ti
 context          the same work on n devices, each with an n-th of every request's entries, merged over them.
 loop             the tiny model of examples/ in float32 on meshes of n devices: its tokens must be one device's.
 
-A program makes `--calls` calls, each with the call before's output as its queries, under one plan; the time of a call is the program's over
-their number, the median of `--rounds` rounds in which all contenders run in turn. Before that, the results of n devices are compared with
-those of one.
+A program makes `--calls` calls, each with the call before's output as its queries, under one plan. Several runs of it follow one another,
+so that the wait for the host before the first counts little. The time of a call is theirs over the number of calls: the median of
+`--rounds` rounds in which all contenders run in turn. Before that, the results of n devices are compared with those of one.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ SMALL = Sizes(requests=4, heads=8, extra=64, context_requests=4, context_heads=8
 # Both sides are rounded to bf16, the merged one twice.
 TOLERANCE = OUT_BF16._replace(cosine=3 * OUT_BF16.cosine)
 MOST_HEADS = 128  # of a call, on all devices together
+RUNS = 10  # of a program, between two looks at the clock
 
 
 class Problem(NamedTuple):
@@ -154,8 +155,10 @@ def measure(
         for _ in range(rounds):
             for n, program in programs.items():
                 began = time.perf_counter()
-                jax.block_until_ready(program())
-                times[n].append((time.perf_counter() - began) / calls * 1e6)
+                for _ in range(RUNS):
+                    last = program()
+                jax.block_until_ready(last)
+                times[n].append((time.perf_counter() - began) / (RUNS * calls) * 1e6)
         for result in results[-len(counts) :]:
             own, first = (statistics.median(times[n]) for n in (result["devices"], counts[0]))
             result |= {"us": own, "spread_us": [min(times[result["devices"]]), max(times[result["devices"]])]}
