@@ -1,9 +1,17 @@
 // Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items. Its warpgroups
-// have one task each, a loop over the keys of the items, and hand shared memory on through barriers:
+// have one task each, a loop over the keys of the items, and hand shared memory on through barriers. In both kernels
 //
 //   produce (2)  slots to addresses, packed rows by cp.async, e4m3 to bf16; each a group of 32 keys     -> full
+//
+// and then, in decode_kernel, for 33 heads and more:
+//
 //   score        S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P                  -> p_full
 //   value (2)    O[64 heads, 256 of 512] += P . V, V being the very tile that was K; output            -> p_free, free
+//
+// or, in narrow_kernel, for up to 8, 16 or 32 heads, which would pay for 64 in the other:
+//
+//   attend (2)   S^T[64 keys, heads] = K . Q^T, softmax, P, O^T[512, heads] += V^T . P^T, each of every other tile;
+//                at an item's end the sum of both, output                                              -> free
 //
 // So tensor cores, conversion and memory are busy with different keys at the same time. Heads beyond 64 are further
 // blocks that walk the same items at the same time and find the rows in L2. A token cut into several items leaves
@@ -16,6 +24,7 @@
 
 #include "cuda/combine.h"
 #include "cuda/launch.h"
+#include "cuda/narrow.h"
 #include "cuda/producer.h"
 #include "cuda/scores.h"
 #include "cuda/shared.h"
@@ -24,19 +33,27 @@
 namespace jax_dsv4::cuda {
 namespace {
 
+// What a thread has of the multiprocessor's registers when a block of so many is launched.
+constexpr int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
+
 // setmaxnreg takes multiples of 8; together what the block was launched with.
+constexpr int kThreads = (Shared::kProducers + 1 + 2) * kWarpgroup;
+constexpr int kLaunchRegisters = launch_registers(kThreads);
 constexpr int kProducerRegisters = 40;
 constexpr int kScoresRegisters = 80;
 constexpr int kValuesRegisters = 160;  // 128 of them accumulators
-static_assert(kProducers * kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters ==
-              65536 / kThreads / 8 * 8 * (kThreads / kWarpgroup));
+static_assert(Shared::kProducers * kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters ==
+              kLaunchRegisters * (kThreads / kWarpgroup));
+
+// So that the compiler knows warps to be of one role.
+__device__ __forceinline__ int role_of_warp() { return __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0); }
 
 template <int kAlign>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < Shared::kTiles; ++i) {
       for (int g = 0; g < kGroups; ++g) {
         barrier_init(&shared.full[i][g], kWarps);
         barrier_init(&shared.free[i][g], 2 * kWarps);  // the warps of both halves of the values
@@ -54,16 +71,62 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   // reads.
   cudaTriggerProgrammaticLaunchCompletion();
 
-  const int role = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);  // so that the compiler knows warps to be of one role
-  if (role < kProducers) {
-    registers_decrease<kProducerRegisters>();
-    produce<kAlign>(args, shared);
-  } else if (role == kProducers) {
-    registers_decrease<kScoresRegisters>();
+  const int role = role_of_warp();
+  if (role < Shared::kProducers) {
+    registers_change<kLaunchRegisters, kProducerRegisters>();
+    produce<kAlign, 0, kPieces>(args, shared, role);
+  } else if (role == Shared::kProducers) {
+    registers_change<kLaunchRegisters, kScoresRegisters>();
     score(args.params, shared);
   } else {
-    registers_increase<kValuesRegisters>();
-    value(args.params, shared, role - kProducers - 1);
+    registers_change<kLaunchRegisters, kValuesRegisters>();
+    value(args.params, shared, role - Shared::kProducers - 1);
+  }
+}
+
+template <int kHeads>
+struct NarrowRoles {
+  using Memory = NarrowShared<kHeads>;
+  static constexpr int kWarpgroups = Memory::kProducers + Memory::kAttending, kThreads = kWarpgroups * kWarpgroup;
+  static constexpr int kLaunchRegisters = launch_registers(kThreads);
+  static constexpr int kAttendingRegisters = kHeads <= 16 ? 128 : 208;  // 4 * kHeads of them accumulators
+  static constexpr int kProducerRegisters =
+      (kWarpgroups * kLaunchRegisters - Memory::kAttending * kAttendingRegisters) / Memory::kProducers / 8 * 8;
+};
+
+template <int kAlign, int kHeads>
+__global__ void __launch_bounds__(NarrowRoles<kHeads>::kThreads, 1)
+    narrow_kernel(const __grid_constant__ DecodeArgs args) {
+  using Memory = NarrowShared<kHeads>;
+  using Roles = NarrowRoles<kHeads>;
+  static_assert(sizeof(Memory) <= kMostSharedBytes);
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Memory& shared = *reinterpret_cast<Memory*>(memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Memory::kTiles; ++i) {
+      for (int g = 0; g < kGroups; ++g) {
+        barrier_init(&shared.full[i][g], Memory::kRowParts * kWarps);
+        barrier_init(&shared.free[i][g], kWarps);  // of the warpgroup that attends to the tile
+      }
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  cudaTriggerProgrammaticLaunchCompletion();
+
+  const int role = role_of_warp();
+  if (role < Memory::kProducers) {
+    registers_change<Roles::kLaunchRegisters, Roles::kProducerRegisters>();
+    if constexpr (Memory::kRowParts == 1) {
+      produce<kAlign, 0, kPieces>(args, shared, role);
+    } else if (role < kGroups) {
+      produce<kAlign, 0, kPieces / 2>(args, shared, role);
+    } else {
+      produce<kAlign, kPieces / 2, kPieces>(args, shared, role - kGroups);
+    }
+  } else {
+    registers_change<Roles::kLaunchRegisters, Roles::kAttendingRegisters>();
+    attend(args.params, shared, role - Memory::kProducers);
   }
 }
 
@@ -77,26 +140,44 @@ constexpr int kFewPartials = 4, kManyPartials = 8;
 using CombineKernel = void (*)(DecodeParams);
 using DecodeKernel = void (*)(DecodeArgs);
 
-DecodeKernel decode_for(int alignment) {
+// A kernel with what it is launched with.
+struct Decode {
+  DecodeKernel kernel;
+  int threads;
+  size_t shared_bytes;
+};
+
+template <int kAlign>
+Decode decode_for(int heads) {
+  if (heads <= 8) return {narrow_kernel<kAlign, 8>, NarrowRoles<8>::kThreads, sizeof(NarrowShared<8>)};
+  if (heads <= 16) return {narrow_kernel<kAlign, 16>, NarrowRoles<16>::kThreads, sizeof(NarrowShared<16>)};
+  if (heads <= 32) return {narrow_kernel<kAlign, 32>, NarrowRoles<32>::kThreads, sizeof(NarrowShared<32>)};
+  return {decode_kernel<kAlign>, kThreads, sizeof(Shared)};
+}
+
+Decode decode_for(int heads, int alignment) {
   switch (alignment) {
     case 16:
-      return decode_kernel<16>;
+      return decode_for<16>(heads);
     case 4:
-      return decode_kernel<4>;
+      return decode_for<4>(heads);
     default:
-      return decode_kernel<1>;
+      return decode_for<1>(heads);
   }
 }
 
 }  // namespace
 
 cudaError_t prepare_decode() {
-  for (int align : {16, 4, 1}) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(decode_for(align), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (status != cudaSuccess) return status;
+  for (int heads : {8, 16, 32, kHeadsPerBlock}) {
+    for (int align : {16, 4, 1}) {
+      const Decode decode = decode_for(heads, align);
+      const cudaError_t status = cudaFuncSetAttribute(decode.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                      static_cast<int>(decode.shared_bytes));
+      if (status != cudaSuccess) return status;
+    }
   }
-  // The same split of L1 and shared memory for both kernels: changing it takes time. Setting it loads the kernel as
+  // The same split of L1 and shared memory for all kernels: changing it takes time. Setting it loads the kernel as
   // well.
   for (CombineKernel combine : {combine_kernel<kFewPartials>, combine_kernel<kManyPartials>}) {
     const cudaError_t status =
@@ -123,7 +204,8 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   const int workers = std::max(1, std::min(params.plan.workers, processors / blocks));
   auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
   const DecodeArgs args = {params, {divisor(params.scopes[0]), divisor(params.scopes[1])}};
-  decode_for(align)<<<dim3(blocks, workers), kThreads, kSharedBytes, stream>>>(args);
+  const Decode decode = decode_for(params.heads, align);
+  decode.kernel<<<dim3(blocks, workers), decode.threads, decode.shared_bytes, stream>>>(args);
   status = cudaGetLastError();
   if (status != cudaSuccess) return status;
 

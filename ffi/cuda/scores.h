@@ -5,13 +5,10 @@
 #include <cstdint>
 
 #include "cuda/shared.h"
+#include "cuda/softmax.h"
 #include "cuda/work.h"
 
 namespace jax_dsv4::cuda {
-
-// The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range,
-// its relative rounding is the same, and the accumulators are hardly ever rescaled.
-constexpr float kRescaleThresholdLog2 = 8.f;
 
 // Q of one token: rows at and past the number of heads are zeros.
 __device__ __forceinline__ void load_q(const DecodeParams& params, Shared& shared, int token, int first_head) {
@@ -44,12 +41,6 @@ __device__ __forceinline__ void multiply_scores(const Shared& shared, int buffer
   wgmma_commit();
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -74,7 +65,7 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
 
   Work work(params);
   Item item;
-  Turn<kTiles> tile;
+  Turn<Shared::kTiles> tile;
   Turn<2> handoff;
   while (work.next(&item)) {
     load_q(params, shared, item.token, first_head);
@@ -143,26 +134,17 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
       barrier_arrive(&shared.p_full[to]);
     }
 
-    // The item's end: one more factor, that normalises. The sink enters where this item is the whole token.
+    // The item's end: one more factor, that normalises.
     const int to = handoff.place();
     barrier_wait(&shared.p_free[to], handoff.freed());
     handoff.next();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = quad_sum(sum[r]);
-      const int head = first_head + rows[r];
-      const bool empty = maximum[r] == -INFINITY;
       if (lane % 4 == 0) {
-        float denominator = total;
-        if (head < params.heads) {
-          const float lse = empty ? -INFINITY : (maximum[r] + log2f(total)) / kLog2e;
-          if (item.partial < 0) {
-            params.lse[static_cast<int64_t>(item.token) * params.heads + head] = lse;
-            if (params.sink) denominator += exp2f(params.sink[head] * kLog2e - (empty ? 0.f : maximum[r]));
-          } else {
-            params.partial_lse[static_cast<int64_t>(item.partial) * params.heads + head] = lse;
-          }
-        }
+        const int head = first_head + rows[r];
+        const bool empty = maximum[r] == -INFINITY;
+        const float denominator = head < params.heads ? finish_head(params, item, head, maximum[r], total, true) : 1.f;
         shared.factor[to][rows[r]] = empty ? 0.f : 1.f / denominator;
       }
     }

@@ -12,7 +12,6 @@ namespace jax_dsv4::cuda {
 
 using namespace sm90;
 
-constexpr int kTiles = 2;
 constexpr int kGroupKeys = 32;  // a tile is filled, and freed, in halves
 constexpr int kGroups = kKeyTile / kGroupKeys;
 constexpr int kRowBytes = 128;  // of a plane: 64 bf16, what the 128-byte swizzle spans
@@ -21,14 +20,16 @@ constexpr int kPlaneBytes = kKeyTile * kRowBytes;
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
-constexpr int kProducers = 2;  // warpgroups
-constexpr int kThreads = (kProducers + 1 + 2) * kWarpgroup;
 constexpr int kKeysPerWarp = kGroupKeys / kWarps;
-constexpr int kPiecesAhead = 4;  // copies that a producing lane has on their way
-
-constexpr float kLog2e = 1.4426950408889634f;
+static_assert(kKeysPerWarp == 8, "a row of swizzled units, and a word of `valid`");
 
 struct __align__(1024) Shared {
+  static constexpr int kTiles = 2;
+  static constexpr int kProducers = 2;    // warpgroups, one to each group of a tile
+  static constexpr int kPiecesAhead = 4;  // copies that a producing lane has on their way, in this group or the next
+  static constexpr int kGroupsAhead = 1;
+  static constexpr int kPiecesAtOnce = 1;  // that a lane waits for and converts
+
   // Planes of 64 dimensions: [rows][64] bf16, swizzled, as wgmma reads them.
   uint8_t q[kPlanes][kHeadsPerBlock * kRowBytes];
   uint8_t k[kTiles][kPlanes][kPlaneBytes];
@@ -42,9 +43,8 @@ struct __align__(1024) Shared {
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
   uint64_t p_full[2], p_free[2];
 };
-constexpr int kSharedBytes = sizeof(Shared);
-static_assert(kSharedBytes <= 227 * 1024, "what a Hopper block can have");
-static_assert(kKeysPerWarp == 8, "a row of swizzled units, and a word of `valid`");
+constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block on Hopper
+static_assert(sizeof(Shared) <= kMostSharedBytes);
 
 // The uses of a ring of `kSize` places in turn. A place's barriers complete a phase per use.
 template <int kSize>

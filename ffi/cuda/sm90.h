@@ -73,14 +73,10 @@ __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefe
 
 // --- registers: a warpgroup hands them back or takes more; one branch per role.
 
-template <int kRegisters>
-__device__ __forceinline__ void registers_decrease() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void registers_increase() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+template <int kFrom, int kTo>
+__device__ __forceinline__ void registers_change() {
+  if constexpr (kTo < kFrom) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTo));
+  if constexpr (kTo > kFrom) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTo));
 }
 
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
@@ -154,6 +150,36 @@ __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[kSize], uint64_t a, 
         "+f"(d[kFirst + 55]), "+f"(d[kFirst + 56]), "+f"(d[kFirst + 57]), "+f"(d[kFirst + 58]), "+f"(d[kFirst + 59]),
         "+f"(d[kFirst + 60]), "+f"(d[kFirst + 61]), "+f"(d[kFirst + 62]), "+f"(d[kFirst + 63])
       : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+
+// Few columns: D[64, N] for N = 2 * kSize = 8, 16 or 32. A's contraction from row to row if kTransposedA, B's along its
+// rows.
+template <int kTransposedA, int kSize>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[kSize], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kSize == 4 || kSize == 8 || kSize == 16);
+  if constexpr (kSize == 4) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, %7, 0;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposedA));
+  } else if constexpr (kSize == 8) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "%8, %9, p, 1, 1, %11, 0;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposedA));
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1, %19, 0;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposedA));
+  }
 }
 
 }  // namespace jax_dsv4::sm90

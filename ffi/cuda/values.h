@@ -32,7 +32,7 @@ __device__ __forceinline__ void value(const DecodeParams& params, Shared& shared
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   Work work(params);
   Item item;
-  Turn<kTiles> tile;
+  Turn<Shared::kTiles> tile;
   Turn<2> handoff;
   while (work.next(&item)) {
     float o[128];
