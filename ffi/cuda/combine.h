@@ -21,13 +21,17 @@ constexpr int kCombineBlocks = 4 * 132;  // about what runs at once
 template <int kPartialsAtOnce>
 __global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 3)
     combine_kernel(const __grid_constant__ DecodeParams params) {
-  cudaGridDependencySynchronize();
+  // The plan and the lengths were there before the decoding kernel: they are looked up while it works.
   const int token = blockIdx.x, lane = threadIdx.x % 32;
   const Plan& plan = params.plan;
   const int length = clamped_length(params.scopes[0], token) + clamped_length(params.scopes[1], token);
   const int begin = plan.reduce_indptr[token];
   const int end = length > 0 ? plan.reduce_indptr[token + 1] : begin;
   bool sound = plan.kv_lengths[token] == length && begin >= 0 && end <= plan.max_partials;
+  // A lane looks up one of the next 32 partials.
+  auto look_up = [&](int first) { return plan.reduce_partial_map[first + min(lane, min(32, end - first) - 1)]; };
+  const int first_rows = sound && begin < end ? look_up(begin) : 0;
+  cudaGridDependencySynchronize();
   if (sound && length > 0 && begin >= end) return;  // one item wrote the output
 
   const int units = (params.heads + kPartHeads - 1) / kPartHeads * kParts;
@@ -37,9 +41,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 
     float2 o[4] = {};
     float maximum = -INFINITY, sum = 0.f;  // `sum` and `o` are relative to exp(maximum)
     for (int first = begin; sound && first < end; first += 32) {
-      // A lane looks up one of the next 32 partials.
       const int count = min(32, end - first);
-      const int row_of_lane = plan.reduce_partial_map[first + min(lane, count - 1)];
+      const int row_of_lane = first == begin ? first_rows : look_up(first);
       sound = __all_sync(~0u, row_of_lane >= 0 && row_of_lane < plan.max_partials);
       for (int i = 0; sound && i < count; i += kPartialsAtOnce) {
         float lse[kPartialsAtOnce];

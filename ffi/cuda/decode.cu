@@ -8,7 +8,8 @@
 //   score        S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P                  -> p_full
 //   value (2)    O[64 heads, 256 of 512] += P . V, V being the very tile that was K; output            -> p_free, free
 //
-// or, in narrow_kernel, for up to 8, 16 or 32 heads, which would pay for 64 in the other:
+// or, in narrow_kernel, for up to 8, 16 or 32 heads, which would pay for 64 in the other, and where there is so little
+// to do that more heads than that fill the device only if spread over more blocks:
 //
 //   attend (2)   S^T[64 keys, heads] = K . Q^T, softmax, P, O^T[512, heads] += V^T . P^T, each of every other tile;
 //                at an item's end the sum of both, output                                              -> free
@@ -148,22 +149,39 @@ struct Decode {
 };
 
 template <int kAlign>
-Decode decode_for(int heads) {
-  if (heads <= 8) return {narrow_kernel<kAlign, 8>, NarrowRoles<8>::kThreads, sizeof(NarrowShared<8>)};
-  if (heads <= 16) return {narrow_kernel<kAlign, 16>, NarrowRoles<16>::kThreads, sizeof(NarrowShared<16>)};
-  if (heads <= 32) return {narrow_kernel<kAlign, 32>, NarrowRoles<32>::kThreads, sizeof(NarrowShared<32>)};
-  return {decode_kernel<kAlign>, kThreads, sizeof(Shared)};
+Decode decode_for(int heads_per_block) {
+  switch (heads_per_block) {
+    case 8:
+      return {narrow_kernel<kAlign, 8>, NarrowRoles<8>::kThreads, sizeof(NarrowShared<8>)};
+    case 16:
+      return {narrow_kernel<kAlign, 16>, NarrowRoles<16>::kThreads, sizeof(NarrowShared<16>)};
+    case 32:
+      return {narrow_kernel<kAlign, 32>, NarrowRoles<32>::kThreads, sizeof(NarrowShared<32>)};
+    default:
+      return {decode_kernel<kAlign>, kThreads, sizeof(Shared)};
+  }
 }
 
-Decode decode_for(int heads, int alignment) {
+Decode decode_for(int heads_per_block, int alignment) {
   switch (alignment) {
     case 16:
-      return decode_for<16>(heads);
+      return decode_for<16>(heads_per_block);
     case 4:
-      return decode_for<4>(heads);
+      return decode_for<4>(heads_per_block);
     default:
-      return decode_for<1>(heads);
+      return decode_for<1>(heads_per_block);
   }
+}
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// The fewest heads that a block may have for all blocks with work to run at once, each with one item or few: the fewer,
+// the sooner it has written them. `workers`: the most that get work.
+int heads_per_block(int heads, int workers, int processors) {
+  for (int n : {8, 16, 32}) {
+    if (heads <= n || ceil_div(heads, n) * workers <= processors) return n;
+  }
+  return kHeadsPerBlock;
 }
 
 }  // namespace
@@ -200,11 +218,15 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const int blocks = (params.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
-  const int workers = std::max(1, std::min(params.plan.workers, processors / blocks));
+  // Items are no shorter than a tile, but for a token's last.
+  const int64_t tiles =
+      params.tokens * int64_t{ceil_div(params.scopes[0].topk + int64_t{params.scopes[1].topk}, kKeyTile)};
+  int workers = static_cast<int>(std::min<int64_t>(params.plan.workers, std::max<int64_t>(1, tiles)));
+  const int heads = heads_per_block(params.heads, workers, processors), blocks = ceil_div(params.heads, heads);
+  workers = std::max(1, std::min(workers, processors / blocks));
   auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
   const DecodeArgs args = {params, {divisor(params.scopes[0]), divisor(params.scopes[1])}};
-  const Decode decode = decode_for(params.heads, align);
+  const Decode decode = decode_for(heads, align);
   decode.kernel<<<dim3(blocks, workers), decode.threads, decode.shared_bytes, stream>>>(args);
   status = cudaGetLastError();
   if (status != cudaSuccess) return status;

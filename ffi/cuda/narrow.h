@@ -1,5 +1,5 @@
-// Few heads: the attending role, its shared memory and geometry. Heads are the columns of the products rather than the
-// rows, of which wgmma has no fewer than 64:
+// Few heads to a block: the attending role, its shared memory and geometry. Heads are the columns of the products
+// rather than the rows, of which wgmma has no fewer than 64:
 //
 //   S^T[64 keys, heads] = K . Q^T,   O^T[512, heads] += V^T . P^T,   A being the very same tile of K both times
 //
@@ -18,13 +18,13 @@
 
 namespace jax_dsv4::cuda {
 
-// For up to kHeads heads: 8, 16 or 32.
+// For up to kHeads heads, 8, 16 or 32; of a token with more, block x has those from x * kHeads on.
 template <int kHeads>
 struct __align__(1024) NarrowShared {
   static constexpr int kTiles = 2;
   static constexpr int kRowParts = 1;  // producing warpgroups that share the rows of a group
   static constexpr int kProducers = kGroups * kRowParts;
-  static constexpr int kGroupsAhead = kHeads <= 16 ? 2 : 1;  // whose copies a producing lane has on their way
+  static constexpr int kGroupsAhead = 1;  // whose copies a producing lane has on their way
   static constexpr int kPiecesAhead = kGroupsAhead * ((kPieces + kRowParts - 1) / kRowParts);
   static constexpr int kPiecesAtOnce = 3;
   static constexpr int kAttending = 2;  // warpgroups
@@ -84,12 +84,13 @@ __device__ __forceinline__ void copy_narrow_q(const DecodeParams& params, Narrow
   constexpr int kThreads = NarrowShared<kHeads>::kAttending * kWarpgroup;
   constexpr int kUnits = 2 * kLatentDim / 16;  // per row
   const int thread = threadIdx.x % kThreads;   // in any order
-  const uint8_t* q =
-      static_cast<const uint8_t*>(params.q) + static_cast<int64_t>(token) * params.heads * (2 * kLatentDim);
+  const int block_head = blockIdx.x * kHeads;
+  const uint8_t* q = static_cast<const uint8_t*>(params.q) +
+                     (static_cast<int64_t>(token) * params.heads + block_head) * (2 * kLatentDim);
 #pragma unroll 4
   for (int i = thread; i < kHeads * kUnits; i += kThreads) {
     const int head = i / kUnits, unit = i % kUnits;
-    const bool real = head < params.heads;
+    const bool real = block_head + head < params.heads;
     copy_async<16>(&shared.q[unit / 8][head * kRowBytes + 16 * (unit % 8 ^ head % 8)], real ? q + 16 * i : q,
                    real ? 16 : 0);
   }
@@ -138,9 +139,10 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
   using Memory = NarrowShared<kHeads>;
   constexpr int kAttending = Memory::kAttending, kHeadGroups = kHeads / kPartHeads;
   const int lane = threadIdx.x % 32;
-  const int first_head = warp % kHeadGroups * kPartHeads, first_part = warp / kHeadGroups;
+  const int group_head = warp % kHeadGroups * kPartHeads, first_part = warp / kHeadGroups;  // of the block's heads
+  const int first_head = blockIdx.x * kHeads + group_head;
   if (first_head >= params.heads) return;
-  const int head = first_head + lane / 4;
+  const int block_head = group_head + lane / 4, head = first_head + lane / 4;
 
   // Warpgroup i has the item's tiles i, i + kAttending, ...
   float maximum = -INFINITY, total = 0.f, factor[kAttending];
@@ -149,7 +151,7 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
   for (int i = 0; i < kAttending; ++i) {
     const int last = i + (tiles - 1 - i) / kAttending * kAttending;
     from[i] = reinterpret_cast<const float*>(shared.k[(first_tile + last) % Memory::kTiles]);
-    factor[i] = i < tiles ? shared.maxima[i][head] : -INFINITY;
+    factor[i] = i < tiles ? shared.maxima[i][block_head] : -INFINITY;
     maximum = fmaxf(maximum, factor[i]);
   }
   const bool empty = maximum == -INFINITY;
@@ -158,7 +160,7 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
     factor[i] = exp2_approx(factor[i] - (empty ? 0.f : maximum));
     if (i >= tiles) continue;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total = fmaf(shared.sums[i][w][head], factor[i], total);
+    for (int w = 0; w < kWarps; ++w) total = fmaf(shared.sums[i][w][block_head], factor[i], total);
   }
   const float denominator =
       head < params.heads ? finish_head(params, item, head, maximum, total, first_part == 0 && lane % 4 == 0) : 1.f;
@@ -172,7 +174,7 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
       float2 x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int word = output_word(head, part * kPartDims + 8 * j + 2 * (lane % 4));
+        const int word = output_word(block_head, part * kPartDims + 8 * j + 2 * (lane % 4));
         const float2 y = *reinterpret_cast<const float2*>(from[0] + word);
         x[j] = {y.x * factor[0], y.y * factor[0]};
 #pragma unroll
