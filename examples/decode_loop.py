@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.dtype is None:
         args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if args.dtype == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would multiply TF32
     config, tokenizer, prompts, context, mesh = prepare(args)
     sampling = Sampling(args.temperature, args.top_p)
     programs = Programs(config, mesh, sampling, args.implementation)

@@ -7,6 +7,7 @@ from jax_dsv4.cache import append as append
 from jax_dsv4.cache import dequantize as dequantize
 from jax_dsv4.context import local_scope as local_scope
 from jax_dsv4.context import local_slots as local_slots
+from jax_dsv4.context import split_scope as split_scope
 from jax_dsv4.decode import sparse_mla_decode as sparse_mla_decode
 from jax_dsv4.implementations import implementations as implementations
 from jax_dsv4.merge import apply_attn_sink as apply_attn_sink

@@ -2,10 +2,11 @@
 
 Inside `jax.shard_map`, with the mesh axis "context":
 
+    window = dsv4.split_scope(swa, "context")  # each device has it whole
     mine = dsv4.local_scope(dsv4.Scope(my_blocks, slots, lengths), "context")
-    out, lse = dsv4.sparse_mla_decode(q, mine, return_lse=True)
+    out, lse = dsv4.sparse_mla_decode(q, window, mine, out_dtype=jnp.float32, return_lse=True)
     out, lse = dsv4.merge_over_axis(out, lse, "context")
-    out = dsv4.apply_attn_sink(out, lse, attn_sink)
+    out = dsv4.apply_attn_sink(out, lse, attn_sink).astype(q.dtype)
 
 Slots number the whole cache; which device holds one is a matter of its block's number alone. With n devices of m blocks each:
 
@@ -77,6 +78,37 @@ def local_scope(scope: Scope, axis_name: AxisName, *, placement: str = "contiguo
     packed = jnp.full(mine.shape, -1, jnp.int32).at[token, place].set(slots.reshape(mine.shape), mode="drop")
     count = jnp.sum(mine, axis=1, dtype=jnp.int32)
     return Scope(cache, packed.reshape(*batch, topk), count.reshape(batch))
+
+
+def split_scope(scope: Scope, axis_name: AxisName) -> Scope:
+    """This device's part of a scope whose cache every device has whole: with n devices each n-th entry of a token, so that all have as
+    many, but for one. Then `merge_over_axis`, as with `local_scope`.
+
+    Args:
+      scope: a cache and each token's slots in it, the same on every device of the axis.
+      axis_name: the mesh axis, or axes, over which to divide each token's entries.
+
+    Returns:
+      A Scope with indices [*batch, ceil(topk / n)]: entry i of device d is entry i * n + d of the token, -1 where there is none; and with
+      the lengths that count those before the token's length.
+
+    Raises:
+      ValueError: a wrong dtype; shapes that do not fit; no such axis here.
+    """
+    op = "split_scope"
+    cache, indices, lengths = scope
+    _checks.require_dtype(indices, op, "indices", jnp.int32)
+    _checks.require(indices.ndim >= 1, op, "indices", "have shape (*batch, topk)", tuple(indices.shape))
+    *batch, topk = indices.shape
+    if lengths is None:
+        lengths = jnp.full(batch, topk, jnp.int32)
+    _checks.require_dtype(lengths, op, "lengths", jnp.int32)
+    _checks.require_shape(lengths, op, "lengths", "(*batch,)", batch)
+    devices = _checks.require_axis(axis_name, op)
+    device, share = jax.lax.axis_index(axis_name), -(-topk // devices)
+    padded = jnp.pad(indices, [(0, 0)] * len(batch) + [(0, share * devices - topk)], constant_values=-1)
+    mine = jax.lax.dynamic_index_in_dim(padded.reshape(*batch, share, devices), device, axis=len(batch) + 1, keepdims=False)
+    return Scope(cache, mine, (jnp.clip(lengths, 0, topk) - device + devices - 1) // devices)
 
 
 def _local_slots(op: str, cache: KVCache, slots: jax.Array, axis_name: AxisName, placement: str) -> jax.Array:

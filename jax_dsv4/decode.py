@@ -33,6 +33,7 @@ def sparse_mla_decode(
     plan: DecodePlan | None = ...,
     implementation: str | Sequence[str] | None = ...,
     fused: bool | None = ...,
+    out_dtype: jax.typing.DTypeLike | None = ...,
     return_lse: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -48,6 +49,7 @@ def sparse_mla_decode(
     plan: DecodePlan | None = ...,
     implementation: str | Sequence[str] | None = ...,
     fused: bool | None = ...,
+    out_dtype: jax.typing.DTypeLike | None = ...,
     return_lse: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -62,6 +64,7 @@ def sparse_mla_decode(
     plan: DecodePlan | None = None,
     implementation: str | Sequence[str] | None = None,
     fused: bool | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """DeepSeek-V4's sparse attention for decoding: one softmax over the keys of a sliding window and of compressed entries.
@@ -87,10 +90,11 @@ def sparse_mla_decode(
         the platform that the program is lowered for.
       fused: whether one kernel call takes both scopes and the sink. False: a call per scope, merged by `merge_scopes` and
         `apply_attn_sink`. Default: as the implementation does best.
+      out_dtype: q's dtype, the default, or float32: unrounded, for what will be merged with the attention to other keys.
       return_lse: whether to return lse as well.
 
     Returns:
-      out [*batch, heads, 512] in q's dtype; with `return_lse` also lse, float32 [*batch, heads], natural log, sink excluded.
+      out [*batch, heads, 512] in `out_dtype`; with `return_lse` also lse, float32 [*batch, heads], natural log, sink excluded.
 
     Raises:
       ValueError: a wrong rank, shape, dtype or static value.
@@ -113,6 +117,9 @@ def sparse_mla_decode(
     is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
     _checks.require(is_number, _OP, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
     _checks.require(math.isfinite(scale) and scale > 0, _OP, "scale", "be positive and finite", scale)
+    dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
+    names = " or ".join(sorted({jnp.dtype(q.dtype).name, "float32"}))
+    _checks.require(dtype in (q.dtype, jnp.float32), _OP, "out_dtype", f"be {names}", dtype.name)
     topks = tuple(s.indices.shape[-1] for s in scopes)
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
@@ -121,9 +128,9 @@ def sparse_mla_decode(
     caches = [s.cache for s in scopes]
     chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches, q.dtype))
     if tokens == 0:
-        out, lse = jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32)
+        out, lse = jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:-1], jnp.float32)
     else:
-        local = partial(_attend_local, partial(_attend_tokens, chosen, float(scale), fused), plan.made_for if plan else None)
+        local = partial(_attend_local, partial(_attend_tokens, chosen, float(scale), fused, dtype), plan.made_for if plan else None)
         attend = _with_transforms(local, differentiable=not any_native(chosen))
         out, lse = attend(q, tuple(scopes), attn_sink, plan.work if plan else None)
     return (out, lse) if return_lse else out
@@ -184,6 +191,7 @@ def _attend_tokens(
     chosen: dict[str, Any],
     scale: float,
     fused: bool | None,
+    dtype: jax.typing.DTypeLike,
     q: jax.Array,
     scopes: tuple[Scope, ...],
     attn_sink: jax.Array | None,
@@ -198,15 +206,14 @@ def _attend_tokens(
             lengths, topks = [s.lengths for s in call], [s.indices.shape[1] for s in call]
             planned = implementation.plan(lengths, topks, q.shape[1]) if work is None else work[i]
             alone = len(calls) == 1
-            out_dtype = q.dtype if alone else jnp.float32
-            out, lse = implementation.decode(q, call, attn_sink if alone else None, scale, planned, out_dtype)
+            out, lse = implementation.decode(q, call, attn_sink if alone else None, scale, planned, dtype if alone else jnp.float32)
             outs.append(out)
             lses.append(lse)
         if len(calls) == 1:
             return outs[0], lses[0]
         out, lse = merge_scopes(outs, lses)
         out = out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)
-        return out.astype(q.dtype), lse
+        return out.astype(dtype), lse
 
     return dispatch(chosen, attend, q, scopes, attn_sink, work)
 

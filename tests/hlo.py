@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast|ragged-all-to-all"
-ITEM_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+ITEM_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 
 
 class Collective(NamedTuple):
@@ -21,8 +21,16 @@ def shape_bytes(shape: str) -> int:
 
 
 def collectives(compiled: Any) -> list[Collective]:
-    """The collectives of a compiled program's optimised HLO, each where it stands, sorted."""
+    """The collectives of a compiled program's optimised HLO, each where it stands, sorted. On a CPU the result of an all-to-all is a
+    tuple, of what came from each device; it is given as the array that they make together. One among groups of one device moves nothing:
+    it is left out."""
     found = []
-    for result, kind in re.findall(rf"= (.+?) ({KINDS})(?:-start)?\(", compiled.as_text()):
-        found.append(Collective(kind, tuple(re.findall(r"\w+\[[\d,]*\]", result))))
+    for result, kind, rest in re.findall(rf"= (.+?) ({KINDS})(?:-start)?(\(.*)", compiled.as_text()):
+        if re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", rest):
+            continue
+        shapes = re.findall(r"\w+\[[\d,]*\]", result)
+        if kind == "all-to-all" and len(shapes) > 1:
+            assert set(shapes) == {shapes[0]}
+            shapes = [shapes[0].replace("[1,", f"[{len(shapes)},")]
+        found.append(Collective(kind, tuple(shapes)))
     return sorted(found)

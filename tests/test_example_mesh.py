@@ -98,7 +98,7 @@ def decoded(axes: str | None, sampling: Sampling, prompts: bool) -> list[list[in
     return np.concatenate([first, programs.fetch(rest)], axis=1).tolist()
 
 
-@pytest.mark.parametrize("axes", ["model=2", "context=8", "data=2,model=2,context=2"])
+@pytest.mark.parametrize("axes", ["model=2", "context=2", "context=8", "data=2,model=2,context=2"])
 def test_tokens_are_one_device_s(axes: str) -> None:
     prompts = axes.count("=") == 3
     want = decoded(None, GREEDY, prompts)
@@ -116,7 +116,7 @@ def test_draws_are_one_device_s() -> None:
 # --- What moves
 
 
-@pytest.mark.parametrize("axes", ["model=2", "data=2,model=2,context=2"])
+@pytest.mark.parametrize("axes", ["model=2", "context=2", "data=2,model=2,context=2"])
 def test_what_moves_is_what_the_model_of_scaling_says(axes: str) -> None:
     """The collectives of a compiled decode step, by kind, number and bytes; so nothing of a cache or of the weights is among them."""
     sizes = mesh.parse_mesh(axes)

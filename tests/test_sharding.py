@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compare import OUT_FLOAT32, assert_close, assert_same_bits
+from compare import OUT_BF16, OUT_FLOAT32, Tolerance, assert_close, assert_same_bits
 from hlo import Collective, collectives
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -420,19 +420,74 @@ def test_local_scope(seed: int, sizes: tuple[int, int, int, int], placement: str
             assert counts[device, token] == len(want)
 
 
-merge_of_parts = jax.jit(jax.vmap(partial(dsv4.merge_over_axis, axis_name="context"), axis_name="context"))
+SHARED_OUT = {None: None, -2: 1, 0: 0}  # scatter_dimension, and the dimension in which the shares lie side by side
+merge_of_parts = {
+    way: jax.jit(jax.vmap(partial(dsv4.merge_over_axis, axis_name="context", scatter_dimension=way), axis_name="context"))
+    for way in SHARED_OUT
+}
+
+
+def merged_on_each(way: int | None, outs: np.ndarray, lses: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """out and lse by device; where they are shares, of all of them together."""
+    out, lse = (np.asarray(x) for x in merge_of_parts[way](jnp.asarray(outs), jnp.asarray(lses)))
+    side = SHARED_OUT[way]
+    return list(zip(out, lse)) if side is None else [(np.concatenate(list(out), side), np.concatenate(list(lse), side))]
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), parts=st.integers(1, 5), empty=st.sampled_from([0.0, 0.5, 1.0]), spread=st.sampled_from([0.0, 1.0, 1e4]))
 def test_merge_over_axis(seed: int, parts: int, empty: float, spread: float) -> None:
-    """What merge_scopes makes of the parts, whose empty ones may hold anything."""
+    """What merge_scopes makes of the parts, whose empty ones may hold anything, also where the devices do not divide the rows."""
     outs, lses = draw_parts(seed, parts, empty, spread)
-    out, lse = merge_of_parts(jnp.asarray(np.stack(outs)), jnp.asarray(np.stack(lses)))
     want_out, want_lse = expected(outs, lses)
-    for device in range(parts):
-        assert_close("out", out[device], want_out, MERGED)
-        assert_close("lse", lse[device], want_lse, MERGED)
+    first, *others = merged_on_each(None, np.stack(outs), np.stack(lses))
+    assert_close("out", first[0], want_out, MERGED)
+    assert_close("lse", first[1], want_lse, MERGED)
+    for other in others:
+        assert_same(other, first)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("way", [-2, 0])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_shares_of_a_merge(parts: int, way: int, dtype: jnp.dtype) -> None:
+    """Side by side the result that all have without scatter_dimension, to the bit, subnormals and infinities included, and NaN."""
+    without_nan = partial(jax.tree.map, lambda x: np.where(np.isnan(x), x.dtype.type(np.nan), x))
+    rng = np.random.default_rng(parts)
+    lses = rng.standard_normal((parts, 4, 8)).astype(np.float32)
+    outs = rng.standard_normal((parts, 4, 8, 6)).astype(np.float32)
+    outs[0, 0, 0] = [np.inf, -np.inf, 1e-40, -1e-40, 0, 3e38]
+    outs[-1, 1, 2], lses[-1, 1, 2] = np.nan, -np.inf
+    lses[:, 2, 3] = -np.inf
+    lses[0, 3, 3] = np.nan
+    outs = np.asarray(jnp.asarray(outs, dtype))
+    whole, *others = merged_on_each(None, outs, lses)
+    for other in (*others, *merged_on_each(way, outs, lses)):
+        assert_same(without_nan(other), without_nan(whole))
+    assert whole[0].dtype == dtype
+    np.testing.assert_array_equal(np.isneginf(whole[1]), np.isneginf(lses).all(0))
+
+
+def test_no_derivative_of_a_merge() -> None:
+    merged = jax.vmap(lambda o, n: dsv4.merge_over_axis(o, n, "x")[0], axis_name="x")
+    with pytest.raises(NotImplementedError, match=r"^merge_over_axis: it has no derivative; merge_scopes has one"):
+        jax.grad(lambda o: merged(o, jnp.zeros((2, 4))).sum())(jnp.ones((2, 4, 8)))
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), devices=st.integers(1, 5), topk=st.integers(0, 12))
+def test_split_scope(seed: int, devices: int, topk: int) -> None:
+    """Each entry on one device, and no device with two more than another."""
+    rng = np.random.default_rng(seed)
+    cache = dsv4.KVCache.create(3, 4)
+    indices = rng.integers(-1, 12, (2, 4, topk)).astype(np.int32)
+    lengths = rng.choice([-5, 0, 1, topk // 2, topk, topk + 3, 2**31 - 1], (2, 4)).astype(np.int32)
+    split = jax.vmap(lambda _: dsv4.split_scope(dsv4.Scope(cache, indices, lengths), "x")[1:], axis_name="x")
+    mine, counts = (np.asarray(x) for x in split(np.zeros(devices)))
+    for token in np.ndindex(2, 4):
+        entries = indices[token][: max(lengths[token], 0)]
+        for device in range(devices):
+            assert mine[(device, *token)][: counts[(device, *token)]].tolist() == entries[device::devices].tolist()
 
 
 def context_problem(layout: str, placement: str):
@@ -458,21 +513,25 @@ def context_problem(layout: str, placement: str):
     return q, swa, dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths)), sink
 
 
-def over_context(implementation: str, placement: str, q, swa, extra, sink):
-    """What a device does. One call takes both scopes: the first device attends to the window, too, the others to none of it."""
-    first = jax.lax.axis_index("context") == 0
-    window = swa._replace(lengths=jnp.where(first, swa.lengths, 0))
-    mine = dsv4.local_scope(extra, "context", placement=placement)
+def over_context(implementation: str, placement: str, way: int | None, q, swa, extra, sink):
+    """What a device does. One call takes both scopes: each has a part of the window, too."""
+    window, mine = dsv4.split_scope(swa, "context"), dsv4.local_scope(extra, "context", placement=placement)
     out, lse = dsv4.sparse_mla_decode(q, window, mine, implementation=implementation, return_lse=True)
-    out, lse = dsv4.merge_over_axis(out, lse, "context")
+    out, lse = dsv4.merge_over_axis(out, lse, "context", scatter_dimension=way)
+    if way == -2:
+        sink = jax.lax.dynamic_slice_in_dim(sink, jax.lax.axis_index("context") * out.shape[-2], out.shape[-2])
     return dsv4.apply_attn_sink(out, lse, sink), lse
 
 
 @every_mode
 @every_implementation
-@pytest.mark.parametrize(("placement", "layout"), [("contiguous", "float32"), ("interleaved", "fp8_ds_mla")])
-def test_context(mode: AxisType, implementation: str, placement: str, layout: str) -> None:
-    """Within 1e-6 of one device; what moves is the merge: a maximum of lse, a sum of out and weights, and nothing of a cache."""
+@pytest.mark.parametrize(
+    ("placement", "layout", "way"),
+    [("contiguous", "float32", None), ("interleaved", "fp8_ds_mla", None), ("contiguous", "fp8_ds_mla", -2), ("interleaved", "float32", 0)],
+)
+def test_context(mode: AxisType, implementation: str, placement: str, layout: str, way: int | None) -> None:
+    """Within 1e-6 of one device; what moves is the merge: the parts, with their lse, in one all-to-all, and where all devices are to have
+    all, the result in all-gathers; nothing of a cache."""
     q, swa, extra, sink = context_problem(layout, placement)
     want = jitted(implementation)(q, swa, extra, sink)
     mesh = jax.make_mesh((2, DEVICES), ("data", "context"), axis_types=(mode,) * 2)
@@ -481,22 +540,59 @@ def test_context(mode: AxisType, implementation: str, placement: str, layout: st
     rows = lambda s: (put(s.indices, "data"), put(s.lengths, "data"))  # noqa: E731
     operands = put(q, "data"), dsv4.Scope(jax.tree.map(put, swa.cache), *rows(swa)), dsv4.Scope(spread, *rows(extra)), put(sink)
     specs = jax.tree.map(lambda x: x.sharding.spec, operands)
-    over = jax.shard_map(partial(over_context, implementation, placement), mesh=mesh, in_specs=specs, out_specs=P("data"))
+    out_spec = {None: P("data"), -2: P("data", "context"), 0: P(("data", "context"))}[way]
+    over = jax.shard_map(partial(over_context, implementation, placement, way), mesh=mesh, in_specs=specs, out_specs=out_spec)
     program = jax.jit(over).lower(*operands).compile()
-    rows_of_device = len(q) // 2
-    moved = collectives(program)
-    assert {c.kind for c in moved} == {"all-reduce"}
-    assert sorted(shape for c in moved for shape in c.shapes) == [
-        f"f32[{rows_of_device},{HEADS},512]",
-        f"f32[{rows_of_device},{HEADS}]",
-        f"f32[{rows_of_device},{HEADS}]",
-    ]
+    of_device = len(q) // 2 * HEADS
+    gathers = [Collective("all-gather", (f"u32[{of_device},512]",)), Collective("all-gather", (f"u32[{of_device}]",))]
+    parts = Collective("all-to-all", (f"u32[{DEVICES},{of_device // DEVICES * (512 + 1)}]",))
+    assert collectives(program) == [*(gathers if way is None else []), parts]
     out, lse = (np.asarray(x) for x in program(*operands))
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want[1]))
     assert np.isneginf(lse[[1, 7]]).all()
     assert not out[[1, 7]].any()
     np.testing.assert_allclose(out, want[0], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(lse, want[1], rtol=1e-6, atol=1e-6)
+
+
+# What rounding parts to bf16 does: 2^-9 of each, so of the latents at most, which are below 4.
+OF_BF16_PARTS = OUT_BF16._replace(abs=2**-7, cosine=3 * OUT_BF16.cosine)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("way", "travels", "tolerance"),
+    [(None, jnp.float32, OUT_BF16), (0, jnp.float16, OUT_BF16), (0, jnp.bfloat16, OF_BF16_PARTS)],
+    ids=["f32", "f16", "bf16"],
+)
+def test_context_in_bfloat16(implementation: str, way: int | None, travels: jnp.dtype, tolerance: Tolerance) -> None:
+    """With parts in float32, or in float16, the result is one device's within FlashMLA's tolerances; it travels in bf16."""
+    q, swa, extra, sink = context_problem("fp8_ds_mla", "contiguous")
+    q = q.astype(jnp.bfloat16)
+    options = dict(implementation=implementation, out_dtype=jnp.float32, return_lse=True)
+    want, _ = dsv4.sparse_mla_decode(q, swa, extra, attn_sink=sink, **options)
+    mesh = jax.make_mesh((DEVICES,), ("context",), axis_types=(AxisType.Auto,))
+
+    def device(q, swa, extra, sink):
+        out, lse = dsv4.sparse_mla_decode(q, dsv4.split_scope(swa, "context"), dsv4.local_scope(extra, "context"), **options)
+        out, lse = dsv4.merge_over_axis(out.astype(travels), lse, "context", scatter_dimension=way, out_dtype=jnp.bfloat16)
+        return dsv4.apply_attn_sink(out, lse, sink)
+
+    specs = P(), dsv4.Scope(P(), P(), P()), dsv4.Scope(P("context"), P(), P()), P()
+    over = jax.jit(jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=P() if way is None else P("context")))
+    put = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))  # noqa: E731
+    operands = jax.tree.map(put, specs, (q, swa, extra, sink), is_leaf=is_spec)
+    program, rows = over.lower(*operands).compile(), len(q) * HEADS
+    word, numbers = ("u32", 512 + 1) if travels == jnp.float32 else ("u16", 512 + 2)
+    gathers = [Collective("all-gather", (f"u16[{rows},512]",)), Collective("all-gather", (f"u32[{rows}]",))] if way is None else []
+    assert collectives(program) == [*gathers, Collective("all-to-all", (f"{word}[{DEVICES},{rows // DEVICES * numbers}]",))]
+    out = program(*operands)
+    assert out.dtype == jnp.bfloat16
+    assert_close("out", out, np.asarray(want, np.float64), tolerance)
+
+
+def is_spec(x: object) -> bool:
+    return isinstance(x, P)
 
 
 @every_implementation
@@ -547,11 +643,27 @@ def test_append_to_a_spread_cache(implementation: str) -> None:
         ),
         (lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "y"), "merge_over_axis: axis_name must be an axis of"),
         (lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones(2), "y"), "merge_over_axis: lse must have shape"),
+        (lambda c, s: dsv4.merge_over_axis(s, s, "x"), "merge_over_axis: out must have dtype float32 or bfloat16 or float16, got int32"),
+        (
+            lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "x", scatter_dimension=-2),
+            "merge_over_axis: out.shape[-2] must be divided by the 2 devices of the axis, got 3",
+        ),
+        (
+            lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "x", scatter_dimension=-1),
+            "merge_over_axis: scatter_dimension must be a batch axis or the heads of out, got -1",
+        ),
+        (
+            lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "x", scatter_dimension=3),
+            "merge_over_axis: scatter_dimension must be from -3 to 2, got 3",
+        ),
+        (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s), "y"), "split_scope: axis_name must be an axis of the jax.shard_map around it"),
+        (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s, s), "x"), "split_scope: lengths must have shape (*batch,) = (2,), got (2, 3)"),
     ],
 )
 def test_context_errors(call, message: str) -> None:
     cache, slots = dsv4.KVCache.create(2, 4), jnp.zeros((2, 3), jnp.int32)
-    wrapped = jax.vmap(lambda _: call(cache, slots), axis_name="x") if "(2, 3)" in message else lambda _: call(cache, slots)
+    alone = "axis_name" in message or "placement" in message or "KVCache" in message or "int8" in message
+    wrapped = (lambda _: call(cache, slots)) if alone else jax.vmap(lambda _: call(cache, slots), axis_name="x")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         wrapped(jnp.arange(2))
 

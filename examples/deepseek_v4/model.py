@@ -191,17 +191,19 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         extra = next(layer.extra for kind, layer in zip(config.layers, cache.layers, strict=True) if kind == "hca")
         hca_entries = scope_here(dsv4.Scope(extra, every, extra_lengths["hca"]), axes)[1:]
 
+    swa_indices = slots_of(cache.tables["swa"], window % ring, "swa", window >= 0)
+
     def plan(kind: Kind) -> dsv4.DecodePlan | None:
-        swa, extra = swa_lengths, extra_lengths.get(kind)
+        swa, extra = dsv4.Scope(cache.layers[0].swa, swa_indices, swa_lengths), extra_lengths.get(kind)
         if lax.axis_size(axes.context) > 1 and kind != "swa":
             if kind == "csa":
                 return None  # how many of its entries are here depends on which ones each layer's indexer chooses
-            swa, extra = window_here(swa_lengths, axes), hca_entries[1]
+            swa, extra = dsv4.split_scope(swa, axes.context), hca_entries[1]
         return dsv4.plan_decode(
-            swa,
+            swa.lengths,
             extra,
             num_heads=config.num_attention_heads // lax.axis_size(axes.model),
-            swa_topk=config.sliding_window,
+            swa_topk=swa.indices.shape[-1],
             extra_topk=extra_topk(entries[kind], kind, config) if kind in entries else 0,
             implementation=implementation,
         )
@@ -213,7 +215,7 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         tables=cache.tables,
         angle={name: rope_angle(position, name, config) for name in ("main", "compress")},
         swa_slots=slots_of(cache.tables["swa"], position % ring, "swa", valid),
-        swa_indices=slots_of(cache.tables["swa"], window % ring, "swa", window >= 0),
+        swa_indices=swa_indices,
         swa_lengths=swa_lengths,
         entries=entries,
         extra_lengths=extra_lengths,
@@ -225,11 +227,6 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
 def scope_here(scope: dsv4.Scope, axes: Axes) -> dsv4.Scope:
     """The part of a compressed scope that is on this device of the context."""
     return scope if lax.axis_size(axes.context) == 1 else dsv4.local_scope(scope, axes.context, placement=PLACEMENT)
-
-
-def window_here(swa_lengths: Array, axes: Axes) -> Array:
-    """Every device of a context has the sliding window; the first one attends to it."""
-    return jnp.where(lax.axis_index(axes.context) == 0, swa_lengths, 0)
 
 
 def extra_topk(entries: Entries, kind: Kind, config: Config) -> int:
@@ -389,25 +386,53 @@ def attention(
         else:
             extra = dsv4.Scope(layer.extra, *step.hca_entries)
 
-    out = attend_over(q, swa, extra, w["sink"], step.plan[kind], implementation, axes)
+    groups = config.o_groups // lax.axis_size(axes.model)
+    shared = kind != "swa" and shares_groups(groups, lax.axis_size(axes.context))
+    out = attend_over(q, swa, extra, w["sink"], step.plan[kind], implementation, axes, shared)
     # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
     out = rotate(out, -angle[:, :, None])
-    out = out.reshape(b, t, config.o_groups // lax.axis_size(axes.model), -1)  # [b, t, g, heads of the group · k]
-    out = jnp.einsum("btgx,grx->btgr", out, w["wo_a"].reshape(out.shape[2], config.o_lora_rank, -1))
-    return lax.psum(jnp.einsum("btx,dx->btd", out.reshape(b, t, -1), w["wo_b"]), axes.model), layer
+    wo_a, wo_b = w["wo_a"].reshape(groups, config.o_lora_rank, -1), w["wo_b"].reshape(-1, groups, config.o_lora_rank)
+    if shared:
+        wo_a, wo_b = share(wo_a, 0, axes), share(wo_b, 1, axes)
+    out = out.reshape(b, t, len(wo_a), -1)  # [b, t, g, heads of the group · k]
+    out = jnp.einsum("btgr,dgr->btd", jnp.einsum("btgx,grx->btgr", out, wo_a), wo_b)
+    return lax.psum(out, (*axes.model, *axes.context) if shared else axes.model), layer
+
+
+def shares_groups(groups: int, context: int) -> bool:
+    """Whether the devices of a context share out the groups of the output projection that are on each: if they divide them."""
+    return context > 1 and groups % context == 0
+
+
+def share(x: Array, axis: int, axes: Axes) -> Array:
+    """This device's n-th of an axis, among the n of the context."""
+    size = x.shape[axis] // lax.axis_size(axes.context)
+    return lax.dynamic_slice_in_dim(x, size * lax.axis_index(axes.context), size, axis)
 
 
 def attend_over(
-    q: Array, swa: dsv4.Scope, extra: dsv4.Scope | None, sink: Array | None, plan: dsv4.DecodePlan | None, implementation: Any, axes: Axes
+    q: Array,
+    swa: dsv4.Scope,
+    extra: dsv4.Scope | None,
+    sink: Array | None,
+    plan: dsv4.DecodePlan | None,
+    implementation: Any,
+    axes: Axes,
+    shared: bool = False,
 ) -> Array:
-    """Attention to both scopes, of which `extra` is the part on this device of the context."""
+    """Attention to both scopes, of which `extra` is the part on this device of the context. If `shared`, of this device's share of the
+    heads alone, else the same on all devices of the context."""
     attend = partial(dsv4.sparse_mla_decode, q, plan=plan, implementation=implementation)
     if extra is None or lax.axis_size(axes.context) == 1:
         return attend(swa, extra, attn_sink=sink)
-    # A kernel call takes both scopes, so the window is one device's instead of one more part to merge.
-    out, lse = attend(swa._replace(lengths=window_here(swa.lengths, axes)), extra, return_lse=True)
-    out, lse = dsv4.merge_over_axis(out, lse, axes.context)
-    return out if sink is None else dsv4.apply_attn_sink(out, lse, sink)
+    # All of them have the window. Parts are in float32: rounded to bf16 they would show it where they cancel.
+    out, lse = attend(dsv4.split_scope(swa, axes.context), extra, out_dtype=jnp.float32, return_lse=True)
+    if shared:
+        out, lse = dsv4.merge_over_axis(out, lse, axes.context, scatter_dimension=-2)
+        sink = sink if sink is None else share(sink, 0, axes)
+    else:
+        out, lse = dsv4.merge_over_axis(out, lse, axes.context, out_dtype=q.dtype)
+    return (out if sink is None else dsv4.apply_attn_sink(out, lse, sink)).astype(q.dtype)
 
 
 def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Config) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ import numpy as np
 from deepseek_v4.config import PRESETS, Config, Kind
 from deepseek_v4.memory import CONTEXTS, human, nbytes, stored_bytes
 from deepseek_v4.mesh import NAMES
-from deepseek_v4.model import BLOCK_SIZE, create_cache
+from deepseek_v4.model import BLOCK_SIZE, create_cache, shares_groups
 from deepseek_v4.weights import Tensor, schema
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "hopper-h200.json"
@@ -45,13 +45,17 @@ class Device(NamedTuple):
 class Collective(NamedTuple):
     """One collective of a decode step, as one device sees it."""
 
-    axis: str
+    devices: int
     kind: str
     nbytes: int  # of its result
     times: int  # a step
 
-    def wire_bytes(self, devices: int) -> float:
-        return self.nbytes * (2 if self.kind == "all-reduce" else 1) * (devices - 1) / devices
+    @property
+    def wire_bytes(self) -> float:
+        return self.nbytes * (2 if self.kind == "all-reduce" else 1) * (self.devices - 1) / self.devices
+
+    def us(self, link_gbps: float) -> float:
+        return self.times * (LATENCY_US + self.wire_bytes / link_gbps / 1e3)
 
 
 @cache
@@ -68,6 +72,14 @@ def measured() -> tuple[Device, float, float]:
 # From AMD's data sheet, nothing measured: 288 GB, 8 TB/s, 2.5 PFLOP/s, 7 links of 76.8 GB/s each way.
 MI355X = Device("MI355X", 288e9, 8000, 2500, 537)
 
+# Of a merge over a context.
+WAYS = {
+    "shares": "parts in float32, in an all-to-all: each device has its share of the heads, or of the requests",
+    "shares of half the bytes": "the same, of parts in float16 or bf16",
+    "everywhere": "parts in float32 in an all-to-all, the result in bf16 and lse in all-gathers: each device has all",
+    "all-reduce": "a maximum of lse, a sum of the weights, a sum of float32 out: as it was done before",
+}
+
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (1, 1, 8))
 
 
@@ -76,18 +88,32 @@ def collectives(config: Config, sizes: dict[str, int], requests: int, max_tokens
     here = requests // sizes["data"]
     heads = config.num_attention_heads // sizes["model"]
     compressed = sum(kind != "swa" for kind in config.layers)
+    # Of the layers with a compressed cache, the context's devices have a share of the groups of the output projection each, if they can.
+    shared = compressed if shares_groups(config.o_groups // sizes["model"], sizes["context"]) else 0
+    hidden = here * config.hidden_size * activation_bytes
     moved = []
+    if shared:
+        moved.append(Collective(sizes["model"] * sizes["context"], "all-reduce", hidden, shared))
     if sizes["model"] > 1:
-        sublayers = 2 * config.num_hidden_layers  # the output projection's sum, and the experts'
-        moved.append(Collective("model", "all-reduce", here * config.hidden_size * activation_bytes, sublayers))
-        moved.append(Collective("model", "all-gather", here * config.vocab_size * 4, 1))  # logits
+        sublayers = 2 * config.num_hidden_layers - shared  # the output projection's sum, and the experts'
+        moved.append(Collective(sizes["model"], "all-reduce", hidden, sublayers))
+        moved.append(Collective(sizes["model"], "all-gather", here * config.vocab_size * 4, 1))  # logits
     if sizes["context"] > 1:
-        moved.append(Collective("context", "all-reduce", here * heads * 4, 2 * compressed))  # the greatest lse; the weights' sum
-        moved.append(Collective("context", "all-reduce", here * heads * config.head_dim * 4, compressed))
-        share = sizes["context"] * BLOCK_SIZE["csa"]
+        n = sizes["context"]
+        moved += merge(here * heads, config.head_dim, n, compressed, gathered_bytes=0 if shared else activation_bytes)
+        share = n * BLOCK_SIZE["csa"]
         entries = -(-max(max_tokens // config.csa_ratio, 1) // share) * share
-        best = min(config.index_topk, entries // sizes["context"]) * sizes["context"]
-        moved.append(Collective("context", "all-gather", here * best * 4, 2 * config.layers.count("csa")))  # scores and entries
+        best = min(config.index_topk, entries // n) * n
+        moved.append(Collective(n, "all-gather", here * best * 4, 2 * config.layers.count("csa")))  # scores and entries
+    return moved
+
+
+def merge(rows: int, dim: int, devices: int, times: int, part_bytes: int = 4, gathered_bytes: int = 0) -> list[Collective]:
+    """What `merge_over_axis` moves: parts, to the devices that merge them; with `gathered_bytes` a number, the result to all of them."""
+    rows = -(-rows // devices) * devices
+    moved = [Collective(devices, "all-to-all", rows * (dim * part_bytes + 4), times)]
+    if gathered_bytes:
+        moved += [Collective(devices, "all-gather", rows * size, times) for size in (dim * gathered_bytes, 4)]
     return moved
 
 
@@ -115,12 +141,18 @@ def attention_us(device: Device, requests: int, heads: int, keys: float) -> floa
     return base + slope * max(2 * requests * heads * keys * 2 * LATENT_DIM / device.tflops / 1e6, moved / device.gbps / 1e3)
 
 
-def spread_call(requests: int, heads: int, keys: int, devices: int) -> tuple[float, float, float]:
-    """Microseconds of one call on an H200; on each of several, with its share of the keys; and of the merge over them."""
+def spread_call(requests: int, heads: int, keys: int, devices: int) -> tuple[float, float, dict[str, float]]:
+    """Microseconds of one call on an H200; on each of several, with its share of the keys; and of each way to merge over them, by name."""
     device = measured()[0]
-    merge = [Collective("context", "all-reduce", requests * heads * size, 1) for size in (4, 4, 4 * LATENT_DIM)]
-    merge_us = sum(LATENCY_US + c.wire_bytes(devices) / device.link_gbps / 1e3 for c in merge)
-    return attention_us(device, requests, heads, keys), attention_us(device, requests, heads, keys / devices), merge_us
+    moved = partial(merge, requests * heads, LATENT_DIM, devices, 1)
+    ways = {
+        "shares": moved(),
+        "shares of half the bytes": moved(part_bytes=2),
+        "everywhere": moved(gathered_bytes=2),
+        "all-reduce": [Collective(devices, "all-reduce", requests * heads * size, 1) for size in (4, 4, 4 * LATENT_DIM)],
+    }
+    merging = {name: sum(c.us(device.link_gbps) for c in way) for name, way in ways.items()}
+    return attention_us(device, requests, heads, keys), attention_us(device, requests, heads, keys / devices), merging
 
 
 def layer_us(config: Config, sizes: dict[str, int], device: Device, requests: int, context: int) -> tuple[float, float, float]:
@@ -137,7 +169,7 @@ def layer_us(config: Config, sizes: dict[str, int], device: Device, requests: in
         return attention_us(device, here, heads, config.sliding_window + compressed / sizes["context"])
 
     step = collectives(config, sizes, requests, context, 2)
-    moved = sum(c.times * (LATENCY_US + c.wire_bytes(sizes[c.axis]) / device.link_gbps / 1e3) for c in step)
+    moved = sum(c.us(device.link_gbps) for c in step)
     return (weights + keys) / device.gbps / 1e3 / layers, sum(map(attention, config.layers)) / layers, moved / layers
 
 
@@ -151,13 +183,17 @@ def tables() -> str:
     ]
     for name in ("v4-flash", "v4-pro"):
         c = PRESETS[name]
-        merge = f"(2 · {c.num_attention_heads * 4:,} + {c.num_attention_heads * c.head_dim * 4:,}) / m"
+        merge = f"{c.num_attention_heads * (c.head_dim * 4 + 4):,} / m; {2 * c.hidden_size:,}"
         lines.append(f"| {name} | 2 · {2 * c.hidden_size:,} | {merge} | 2 · {4 * c.index_topk:,} · n | {4 * c.vocab_size:,} |")
     lines += [
         "",
         f"Attention on an H200: {base:.1f} µs + {slope:.2f} · roofline. A collective's latency is taken to be {LATENCY_US:.0f} µs. "
-        f"One call of 128 requests, 128 heads and 8192 entries: {alone:.0f} µs; over 4 devices of a context {quarter:.0f} + {merging:.0f} "
-        f"µs for the merge, {alone / (quarter + merging):.1f} times as fast.",
+        f"One call of 128 requests, 128 heads and 8192 entries: {alone:.0f} µs; over 4 devices of a context {quarter:.0f} "
+        "µs and the merge:",
+        "",
+        "| merge | what moves | µs | times as fast as one device |",
+        "|---|---|---:|---:|",
+        *(f"| {name} | {WAYS[name]} | {us:.0f} | {alone / (quarter + us):.2f} |" for name, us in merging.items()),
         "",
         "| model, device | data, model, context | weights a device | cache of a request a device: 8k | 128k | 1M "
         "| requests that fit: 8k | 128k | 1M | µs a layer at 128k | read + attention + move |",

@@ -43,7 +43,7 @@ class Implementation(Protocol):
         work: WorkPlan | None,
         out_dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, jax.Array]:
-        """out [tokens, heads, 512] of `out_dtype` (q's, or float32 when it will be merged with another scope's) and lse [tokens,
+        """out [tokens, heads, 512] of `out_dtype` (q's, or float32 when it will be merged) and lse [tokens,
         heads] of one kernel call; `work` is None where `plan` gives none."""
 
     def append(self, cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
