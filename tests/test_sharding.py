@@ -683,13 +683,9 @@ def test_benchmark(monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
     from benchmarks import scaling
 
-    results = scaling.measure(jax.devices()[:2], [1, 2], scaling.SMALL, calls=2, rounds=1, axes=("heads", "context"))
-    assert [(r["axis"], r["devices"], r["work"]) for r in results] == [
-        ("heads", 1, 1),
-        ("heads", 2, 2),
-        ("context", 1, 1),
-        ("context", 2, 1),
-    ]
-    for one, two in zip(results[::2], results[1::2]):
-        assert one["of_linear"] == 1
-        assert two["of_linear"] == pytest.approx(one["us"] / two["us"] * two["work"] / 2)
+    for axis, merges in (("heads", [""]), ("context", list(scaling.MERGES))):
+        one, *two = scaling.measure(axis, jax.devices()[:2], [1, 2], scaling.SMALL, calls=2, rounds=1)
+        assert (one["devices"], one["work"], one["of_linear"]) == (1, 1, 1)
+        assert [(r["devices"], r["merge"], r["error"]) for r in two] == [(2, merge, "") for merge in merges]
+        for r in two:
+            assert r["of_linear"] == pytest.approx(one["us"] / r["us"] * r["work"] / 2)
