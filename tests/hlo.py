@@ -26,7 +26,7 @@ def collectives(compiled: Any) -> list[Collective]:
     it is left out."""
     found = []
     for result, kind, rest in re.findall(rf"= (.+?) ({KINDS})(?:-start)?(\(.*)", compiled.as_text()):
-        if re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", rest):
+        if _of_single_devices(rest):
             continue
         shapes = re.findall(r"\w+\[[\d,]*\]", result)
         if kind == "all-to-all" and len(shapes) > 1:
@@ -34,3 +34,11 @@ def collectives(compiled: Any) -> list[Collective]:
             shapes = [shapes[0].replace("[1,", f"[{len(shapes)},")]
         found.append(Collective(kind, tuple(shapes)))
     return sorted(found)
+
+
+def _of_single_devices(attributes: str) -> bool:
+    """Whether each of replica_groups, in any of the three ways in which XLA writes them, is one device."""
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return all(sizes[axis] == "1" for axis in named[2].split(",") if axis)
+    return re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", attributes) is not None

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   const int role = role_of_warp();
   if (role < Shared::kProducers) {
     registers_change<kLaunchRegisters, kProducerRegisters>();
-    produce<kAlign, 0, kPieces>(args, shared, role);
+    produce<kAlign>(args, shared, role);
   } else if (role == Shared::kProducers) {
     registers_change<kLaunchRegisters, kScoresRegisters>();
     score(args.params, shared);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(NarrowRoles<kHeads>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Memory::kTiles; ++i) {
       for (int g = 0; g < kGroups; ++g) {
-        barrier_init(&shared.full[i][g], Memory::kRowParts * kWarps);
+        barrier_init(&shared.full[i][g], kWarps);
         barrier_init(&shared.free[i][g], kWarps);  // of the warpgroup that attends to the tile
       }
     }
@@ -118,13 +118,7 @@ __global__ void __launch_bounds__(NarrowRoles<kHeads>::kThreads, 1)
   const int role = role_of_warp();
   if (role < Memory::kProducers) {
     registers_change<Roles::kLaunchRegisters, Roles::kProducerRegisters>();
-    if constexpr (Memory::kRowParts == 1) {
-      produce<kAlign, 0, kPieces>(args, shared, role);
-    } else if (role < kGroups) {
-      produce<kAlign, 0, kPieces / 2>(args, shared, role);
-    } else {
-      produce<kAlign, kPieces / 2, kPieces>(args, shared, role - kGroups);
-    }
+    produce<kAlign>(args, shared, role);
   } else {
     registers_change<Roles::kLaunchRegisters, Roles::kAttendingRegisters>();
     attend(args.params, shared, role - Memory::kProducers);

@@ -22,10 +22,8 @@ namespace jax_dsv4::cuda {
 template <int kHeads>
 struct __align__(1024) NarrowShared {
   static constexpr int kTiles = 2;
-  static constexpr int kRowParts = 1;  // producing warpgroups that share the rows of a group
-  static constexpr int kProducers = kGroups * kRowParts;
-  static constexpr int kGroupsAhead = 1;  // whose copies a producing lane has on their way
-  static constexpr int kPiecesAhead = kGroupsAhead * ((kPieces + kRowParts - 1) / kRowParts);
+  static constexpr int kProducers = 2;          // warpgroups, one to each group of a tile
+  static constexpr int kPiecesAhead = kPieces;  // copies that a producing lane has on their way
   static constexpr int kPiecesAtOnce = 3;
   static constexpr int kAttending = 2;  // warpgroups
   // Products that add to the same registers wait for each other.
@@ -39,7 +37,7 @@ struct __align__(1024) NarrowShared {
   uint8_t p[kAttending][kHeads * kRowBytes];  // [heads][64 keys]
   // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
   uint4 packed[kProducers * kWarps][kPiecesAhead][32];
-  uint2 scales[kProducers * kWarps][2 * kGroupsAhead][kKeysPerWarp];
+  uint2 scales[kProducers * kWarps][2][kKeysPerWarp];
   uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // bit i of word j: key 8 j + i of the tile is attended to
   float tops[kAttending][kWarps][kHeads];           // the largest scores of a tile, per warp of keys
   float sums[kAttending][kWarps][kHeads];           // of P over an item

@@ -152,18 +152,14 @@ __device__ __forceinline__ bool needs_any_scale(uint2 scales) {
 }
 
 // A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
-// the store: no other thread has to know when the bytes arrive. It fills the pieces [kFirst, kEnd) of `group` of every
-// tile. Copies run some pieces ahead, from rows that were asked into L2 half a group before, or whole groups ahead.
-template <int kAlign, int kFirst, int kEnd, typename Memory>
+// the store: no other thread has to know when the bytes arrive. It fills `group` of every tile. Copies run some pieces
+// ahead, from rows that were asked into L2 half a group before, or a whole group ahead.
+template <int kAlign, typename Memory>
 __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, int group) {
-  constexpr int kTiles = Memory::kTiles, kGroupsAhead = Memory::kGroupsAhead, kAtOnce = Memory::kPiecesAtOnce;
-  constexpr int kCount = kEnd - kFirst, kBatches = (kCount + kAtOnce - 1) / kAtOnce;
-  constexpr bool kWholeGroups = Memory::kPiecesAhead >= kCount;
-  constexpr int kAhead = kWholeGroups ? kGroupsAhead * kCount : Memory::kPiecesAhead;
-  constexpr int kBatchesAhead = kWholeGroups ? kGroupsAhead * kBatches : kAhead;
-  constexpr uint32_t kScaleSets = 2 * kGroupsAhead;
-  static_assert(kWholeGroups ? kAhead <= Memory::kPiecesAhead : kAtOnce == 1 && kGroupsAhead == 1);
-  static_assert((kGroupsAhead & (kGroupsAhead - 1)) == 0);
+  constexpr int kTiles = Memory::kTiles, kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
+  constexpr int kBatches = (kPieces + kAtOnce - 1) / kAtOnce, kBatchesAhead = (kAhead + kAtOnce - 1) / kAtOnce;
+  constexpr bool kWholeGroup = kAhead == kPieces;
+  static_assert(kWholeGroup || kAhead < kPieces && kAtOnce == 1);
 
   const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
   const int key = lane / kLanesPerKey, quarter = lane % kLanesPerKey;
@@ -175,54 +171,50 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
   Groups groups(args.params, word * kKeysPerWarp + key);
   KeySlot slot{-1, false, false};  // of the group after the one that copies are at, or will be next
   const uint8_t* row;              // that copies are at, from this lane's quarter of the first piece on
-  uint32_t real = 0, more = 0;     // bit i: group n + kGroupsAhead - i has this lane's key; there is such a group
+  uint32_t real = 0, more = 0;     // bit i: group n + 1 - i has this lane's key; there is such a group
   uint32_t turn;                   // of the ring: where group n's first piece lies
-  auto start_row = [&](const uint8_t* start) {
-    row = (start ? start : nowhere) + 16 * (kFirst * kLanesPerKey + quarter);
-  };
-  auto place = [&](int j) { return kWholeGroups ? turn + j % kCount : (turn + j) % kAhead; };
+  auto start_row = [&](const uint8_t* start) { row = (start ? start : nowhere) + 16 * quarter; };
+  auto place = [&](int j) { return kWholeGroup ? turn + j % kPieces : (turn + j) % kAhead; };
   auto copy_piece = [&](int j) {  // those past a group's last are the next one's
-    copy<16, kAlign>(&ring[place(j)][lane], row + 16 * kLanesPerKey * (j % kCount),
-                     real >> (kGroupsAhead - j / kCount) & 1);
+    copy<16, kAlign>(&ring[place(j)][lane], row + 16 * kLanesPerKey * (j % kPieces), real >> (1 - j / kPieces) & 1);
   };
 
   // The first turns only fill the pipeline.
-  for (int n = -kGroupsAhead - 1; n < 0 || more >> (kGroupsAhead - 1) & 1; ++n) {
+  for (int n = -2; n < 0 || more & 1; ++n) {
     // One more group, and the slots of the one after it.
     const KeySlot next_slot = slot;
     slot = groups.fetch();
-    if (n == -kGroupsAhead - 1) continue;
+    if (n == -2) continue;
     const KeyRow next = locate(args, next_slot);
     const bool next_real = next.row != nullptr;
     real = real << 1 | next_real;
     more = more << 1 | next_slot.group;
     if (quarter == 0) {
-      copy<kPackedScaleBytes, kAlign>(&ring_scales[(n + kGroupsAhead) % kScaleSets][key],
-                                      next_real ? next.scales : nowhere, next_real);
+      copy<kPackedScaleBytes, kAlign>(&ring_scales[(n + 1) & 1][key], next_real ? next.scales : nowhere, next_real);
     }
-    if (!kWholeGroups && next_real) {
+    if (!kWholeGroup && next_real) {
       prefetch_l2(next.row + 128 * quarter);
       if (quarter == 0) prefetch_l2(next.row + 512);
     }
-    turn = (kWholeGroups ? n % static_cast<uint32_t>(kGroupsAhead) : n) * kCount;
+    turn = kWholeGroup ? 0 : n * kPieces;
     if (n < 0) {
       start_row(next.row);
 #pragma unroll
-      for (int j = 0; j < kCount && j < kAhead; ++j) {
-        copy_piece(kGroupsAhead * kCount + j);
-        if (j % kAtOnce == kAtOnce - 1 || j == kCount - 1) copy_async_commit();
+      for (int j = 0; j < kAhead; ++j) {
+        copy_piece(kPieces + j);
+        if (j % kAtOnce == kAtOnce - 1 || j == kPieces - 1) copy_async_commit();
       }
       continue;
     }
 
     const int buffer = n % kTiles;
     uint8_t* const rows = shared.k[buffer][0] + word * (kKeysPerWarp * kRowBytes);
-    const uint32_t lanes = __ballot_sync(~0u, real >> kGroupsAhead & 1);
+    const uint32_t lanes = __ballot_sync(~0u, real >> 1 & 1);
     copy_async_wait<kBatchesAhead - 1>();
     __syncwarp();  // the scales came through another lane
-    const uint2 scales = ring_scales[n % kScaleSets][key];
+    const uint2 scales = ring_scales[n & 1][key];
     barrier_wait(&shared.free[buffer][group], n / kTiles % 2 ^ 1);
-    if (kFirst == 0 && lane == 0) {
+    if (lane == 0) {
       uint32_t keys = 0;
 #pragma unroll
       for (int i = 0; i < kKeysPerWarp; ++i) keys |= (lanes >> (kLanesPerKey * i) & 1) << i;
@@ -233,31 +225,29 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
       constexpr bool kAnyScale = decltype(any_scale)::value;
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
-        const int first = batch * kAtOnce, end = first + kAtOnce < kCount ? first + kAtOnce : kCount;
+        const int first = batch * kAtOnce, end = first + kAtOnce < kPieces ? first + kAtOnce : kPieces;
         copy_async_wait<kBatchesAhead - 1>();
         uint4 packed[kAtOnce];
 #pragma unroll
         for (int j = first; j < end; ++j) packed[j - first] = ring[place(j)][lane];
 #pragma unroll
         for (int j = first; j < end; ++j) {
-          if (j + kAhead == kGroupsAhead * kCount) start_row(next.row);
+          if (j + kAhead == kPieces) start_row(next.row);
           copy_piece(j + kAhead);
         }
         copy_async_commit();
 #pragma unroll
         for (int j = first; j < end; ++j) {
-          const int plane = kFirst + j;  // and scale tile
-          if (plane < kScaleTiles) {
+          if (j < kScaleTiles) {
             uint4 wide[2];
-            expand_scaled<kAnyScale>(packed[j - first], (plane < 4 ? scales.x : scales.y) >> (8 * (plane % 4)) & 0xff,
-                                     wide);
+            expand_scaled<kAnyScale>(packed[j - first], (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
             // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and
             // the odd units: no conflicts.
-            uint8_t* const dst = rows + plane * kPlaneBytes + key * kRowBytes;
+            uint8_t* const dst = rows + j * kPlaneBytes + key * kRowBytes;
 #pragma unroll
             for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + 16 * ((2 * quarter + u) ^ key)) = wide[u];
           } else {
-            const int unit = quarter + kLanesPerKey * (plane - kScaleTiles);
+            const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
             *reinterpret_cast<uint4*>(rows + (kPlanes - 1) * kPlaneBytes + key * kRowBytes + 16 * (unit ^ key)) =
                 packed[j - first];
           }

@@ -25,9 +25,8 @@ static_assert(kKeysPerWarp == 8, "a row of swizzled units, and a word of `valid`
 
 struct __align__(1024) Shared {
   static constexpr int kTiles = 2;
-  static constexpr int kProducers = 2;    // warpgroups, one to each group of a tile
-  static constexpr int kPiecesAhead = 4;  // copies that a producing lane has on their way, in this group or the next
-  static constexpr int kGroupsAhead = 1;
+  static constexpr int kProducers = 2;     // warpgroups, one to each group of a tile
+  static constexpr int kPiecesAhead = 4;   // copies that a producing lane has on their way, in this group or the next
   static constexpr int kPiecesAtOnce = 1;  // that a lane waits for and converts
 
   // Planes of 64 dimensions: [rows][64] bf16, swizzled, as wgmma reads them.
