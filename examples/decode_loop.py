@@ -340,4 +340,4 @@ def progress(transient: bool = False) -> Iterator[Progress]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.leave(main())

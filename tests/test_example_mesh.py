@@ -285,6 +285,7 @@ class Processes:
         finally:
             for process in self.started:
                 process.kill()
+                process.wait()
 
     def said(self, process: int) -> str:
         return (self.folder / f"{process}.err").read_text()
