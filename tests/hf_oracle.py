@@ -101,12 +101,12 @@ def save(model: DeepseekV4ForCausalLM, folder: str | Path, **options) -> None:
 @torch.no_grad()
 def answers(model: DeepseekV4ForCausalLM, prompt: np.ndarray, cache=None) -> dict[str, np.ndarray]:
     """Logits of every prompt token, then DECODED greedy tokens, one step each, and the logits they came from."""
-    out = model(torch.tensor(prompt[None]), past_key_values=cache, use_cache=True)
+    out = model(torch.tensor(prompt[None]), cache=cache, use_cache=True)
     prefill = out.logits[0].numpy()
     tokens, logits = [], [out.logits[0, -1]]
     for _ in range(DECODED):
         tokens.append(int(logits[-1].argmax()))
-        out = model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        out = model(torch.tensor([[tokens[-1]]]), cache=out.cache, use_cache=True)
         logits.append(out.logits[0, -1])
     return {
         "prompt": prompt.astype(np.int32),
