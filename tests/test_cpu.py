@@ -18,6 +18,7 @@ from conformance import Conformance, check, run
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
+from jax_dsv4.implementations import native
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
@@ -64,6 +65,37 @@ def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
         out, lse = run(case, "cpu")
         assert_same_bits("out", np.asarray(out).view(np.uint16), alone["out"])
         assert_same_bits("lse", lse, alone["lse"])
+
+
+@pytest.mark.parametrize("topk", [64, 576, 1700])
+@pytest.mark.parametrize("isa", _ffi.CPU_ISAS, indirect=True)
+def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
+    """Wherever it cuts, and however often; also where more tokens are cut than there is room for partials of, and for a token alone."""
+    if _ffi.cpu_isa(LIBRARY) != isa:
+        pytest.skip(f"this processor has no {isa}")
+    rng, tokens, heads = np.random.default_rng(0), 30, 5
+    cache = dsv4.append(dsv4.KVCache.create(4, 64), jnp.asarray(rng.standard_normal((256, 512)), jnp.float32), jnp.arange(256))
+
+    def scope(topk: int) -> dsv4.Scope:
+        indices, lengths = rng.integers(-20, 256, (tokens, topk)), rng.integers(0, topk + 1, tokens)
+        return dsv4.Scope(cache, jnp.asarray(indices, jnp.int32), jnp.asarray(lengths, jnp.int32))
+
+    def attend(q, scopes, work):
+        return native.CPU.decode(q, scopes, sink, 0.05, work, q.dtype)
+
+    scopes = scope(128), scope(topk)
+    q, sink = jnp.asarray(rng.standard_normal((tokens, heads, 512)), jnp.bfloat16), jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    call, lengths = jax.jit(attend), [s.lengths for s in scopes]
+    want = call(q, scopes, native.CPU.plan(lengths, (128, topk), heads))
+    for geometry in [(1, 64, 2), (5, 64, 2), (16, 64, 0), (320, 64, 2), (97, 1, 0), (40, 100, 3)]:
+        got = call(q, scopes, native.plan_call(lengths, (128, topk), native.Geometry(*geometry)))
+        for name, one, expected in zip(("out", "lse"), got, want):
+            assert_same_bits(f"{name}, {geometry}", one, expected)
+    for t in range(0, tokens, 7):
+        alone = tuple(dsv4.Scope(cache, s.indices[t : t + 1], s.lengths[t : t + 1]) for s in scopes)
+        got = call(q[t : t + 1], alone, native.CPU.plan([s.lengths for s in alone], (128, topk), heads))
+        for name, one, expected in zip(("out", "lse"), got, want):
+            assert_same_bits(f"{name} of token {t}", one, expected[t : t + 1])
 
 
 @pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens == 16], ids=str)
@@ -133,7 +165,7 @@ def test_plan_that_contradicts_itself() -> None:
     case = next(c for c in tagged("ci") if c.name == "many_tokens")
     p = make(case)
     plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=case.heads, swa_topk=128, extra_topk=64)
-    work = plan.work[0]
+    work = native.plan_call((p.swa.lengths, p.extra.lengths), (128, 64), native.Geometry(16, 64, 2))
     items, rows = np.array(work.work_info_set), np.array(work.reduce_partial_map)
     split = np.flatnonzero(np.diff(work.reduce_indptr))
     a, b, c = split[:3]

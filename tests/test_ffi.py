@@ -59,7 +59,7 @@ TARGETS: dict[str, tuple[dict, dict, dict]] = {
             "out": (bf16, TOKENS, HEADS, 512),
             "lse": (f32, TOKENS, HEADS),
             "partial_out": (f32, 2, HEADS, 512),
-            "partial_lse": (f32, 2, HEADS),
+            "partial_lse": (f32, 2, HEADS * native.CPU.partial_numbers),
             "counters": (i32, TOKENS, native.CPU.counters_per_token),
             "workspace": (u8, 2, LANE),
         },
@@ -153,8 +153,12 @@ BAD_CALLS = [
         {"partial_out": (f32, 2, 3, 512)},
         f"{DECODE}: partial_out must have shape (max_partials, heads, 512) = (*, 4, 512), got (2, 3, 512)",
     ),
-    ("dsv4_decode", {"partial_lse": (f32, 1, 4)}, f"{DECODE}: partial_lse must have shape (max_partials, heads) = (2, 4), got (1, 4)"),
-    ("dsv4_decode", {"counters": (i32, 3, 1)}, f"{DECODE}: counters must have shape (tokens, counters) = (3, 8), got (3, 1)"),
+    (
+        "dsv4_decode",
+        {"partial_lse": (f32, 1, 4)},
+        f"{DECODE}: partial_lse must have shape (max_partials, heads * numbers) = (2, 8), got (1, 4)",
+    ),
+    ("dsv4_decode", {"counters": (i32, 3, 1)}, f"{DECODE}: counters must have shape (tokens, counters) = (3, 10), got (3, 1)"),
     ("dsv4_decode", {"workspace": (f32, 2, LANE)}, f"{DECODE}: workspace must have dtype uint8, got float32"),
     ("dsv4_decode", {"workspace": (u8, LANE)}, f"{DECODE}: workspace must have shape (lanes, lane_bytes) = (*, *), got ({LANE},)"),
     ("dsv4_decode", {"workspace": (u8, 1, LANE - 1)}, f"{DECODE}: workspace must have lanes of at least {LANE} bytes, got {LANE - 1}"),
@@ -273,10 +277,12 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedRowBytes": kv.PACKED_ROW_BYTES,
         "kPackedScaleBytes": kv.PACKED_SCALE_BYTES,
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
-        "kTileKeys": cpu.geometry.granularity,
+        "kTileKeys": cpu.geometry(1).granularity,
         "kLaneBytesFixed": cpu.lane_bytes_fixed - 64,  # Python's has room to align
-        "kLaneBytesPerHead": cpu.lane_bytes_per_head,
-        "kMaxHeadGroups": cpu.counters_per_token,
+        "kLaneBytesPerHead": cpu.lane_bytes_per_head - cpp["kFoldBytesPerHead"],
+        "kTokenCounters": cpu.counters_per_token,
+        "kMaxSegments": cpu.max_segments,
+        "kPartialNumbers": cpu.partial_numbers,
     }
     assert {name: cpp[name] for name in expected} == expected
     assert (kv.NOPE_DIM, kv.PACKED_ROW_BYTES, kv.PACKED_TOKEN_BYTES) == (448, 576, 584)

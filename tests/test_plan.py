@@ -164,7 +164,7 @@ def test_plan_decode_is_the_planner_at_full_size() -> None:
     assert work.work_indptr.shape == (native.MAX_WORKERS + 1,)
     lengths = np.array([640, 192, 0, 7, 640, 0])
     np.testing.assert_array_equal(work.kv_lengths, lengths)
-    geometry = native.CPU.geometry
+    geometry = native.CPU.geometry(6)
     want = reference.plan(lengths.tolist(), 640, native.MAX_WORKERS, geometry.granularity, geometry.overhead, geometry.workers)
     used = len(want["work_info_set"])
     np.testing.assert_array_equal(work.work_info_set[:used], want["work_info_set"])
@@ -190,7 +190,7 @@ def test_no_tokens() -> None:
 def test_fewer_items_than_aiter_on_small_batches(tokens: int, length: int) -> None:
     """Each item reads whole tiles of 64 keys and each partial is merged: AITER's cuts at 16 keys for 256 workers cost both."""
     lengths = np.full(tokens, length)
-    ours, theirs = native.CPU.geometry, Geometry(256, 16, aiter_plans.OVERHEAD)
+    ours, theirs = native.CPU.geometry(tokens), Geometry(256, 16, aiter_plans.OVERHEAD)
     mine = make_plan([lengths], (length,), ours, ours.workers)
     aiter = make_plan([lengths], (length,), theirs, theirs.workers)
     assert len(mine["work_info_set"]) < len(aiter["work_info_set"])

@@ -27,7 +27,9 @@ struct DecodeOperands {
   int32_t swa_block_size, swa_layout, extra_block_size, extra_layout;
 };
 
-inline ffi::Error bind_decode(const DecodeOperands& o, int64_t counters_per_token, DecodeParams* p) {
+// `partial_numbers`: floats that a platform keeps of a partial besides its output. One: its lse.
+inline ffi::Error bind_decode(const DecodeOperands& o, int64_t counters_per_token, DecodeParams* p,
+                              int64_t partial_numbers = 1) {
   Checker check("sparse_mla_decode");
   check.shape(o.q, "q", "(tokens, heads, 512)", {-1, -1, kLatentDim});
   if (!check.ok() || !bind_float_dtype(check, o.q, "q", &p->q_dtype)) return check.error();
@@ -51,7 +53,9 @@ inline ffi::Error bind_decode(const DecodeOperands& o, int64_t counters_per_toke
   check.buffer(o.partial_out, "partial_out", ffi::DataType::F32, "(max_partials, heads, 512)", {-1, heads, kLatentDim});
   if (!check.ok()) return check.error();
   const int64_t partials = o.partial_out.dimensions()[0];
-  check.buffer(o.partial_lse, "partial_lse", ffi::DataType::F32, "(max_partials, heads)", {partials, heads});
+  check.buffer(o.partial_lse, "partial_lse", ffi::DataType::F32,
+               partial_numbers == 1 ? "(max_partials, heads)" : "(max_partials, heads * numbers)",
+               {partials, heads * partial_numbers});
   check.buffer(o.counters, "counters", ffi::DataType::S32, "(tokens, counters)", {tokens, counters_per_token});
   p->q = o.q.untyped_data();
   p->sink = o.has_sink ? static_cast<const float*>(o.sink.untyped_data()) : nullptr;

@@ -3,11 +3,13 @@
 // so nothing here may call an inline function of the standard library (the linker would keep one copy for all, in
 // whichever instruction set).
 //
-// Per tile of up to 64 valid keys, all heads of the task:
+// Per tile of up to 64 valid keys, all heads of the task (a segment's first tile starts anew):
 //   rows[k, d]   = the tile's latents                                 (load_tile)
 //   s[h, k]      = sum_d q[h, d] * rows[k, d]                         (scores)
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
 //   o[h, d]      = o[h, d] * alpha[h] + sum_k p[h, k] * rows[k, d]    (accumulate)
+// and after a segment's last tile, of what came before and of it:
+//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (fold_numbers, accumulate)
 // Scores, softmax and sums are fp32 throughout.
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
@@ -40,43 +42,159 @@ inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bo
   }
 }
 
+// Attention to some keys of one head, not yet divided by its sum. Without a valid key: -inf, 0, and anything in o.
+struct State {
+  float max;  // of s, log2 units
+  float sum;  // of p
+  float* o;   // [512]
+
+  bool empty() const { return sum == 0 && max == -__builtin_inff(); }
+};
+
+// Folds the numbers of what comes after, and says how its o is to be. Never inlined, as finish: whoever calls them, the
+// bits are the same.
+__attribute__((noinline)) void fold_numbers(float* max, float* sum, float next_max, float next_sum, float* keep,
+                                            float* take) {
+  const bool grows = next_max > *max;
+  const float m = grows ? next_max : *max, less = grows ? *max : next_max;
+  const float other = Simd::first(Simd::exp2(Simd::set1(less - m)));
+  *keep = grows ? other : 1;
+  *take = grows ? 1 : other;
+  *sum = Simd::first(Simd::fold(Simd::set1(*sum), Simd::set1(*keep), Simd::set1(next_sum), Simd::set1(*take)));
+  *max = m;
+}
+
+// Writes out and lse of a head.
+__attribute__((noinline)) void finish(const DecodeParams& p, int32_t token, int32_t head, const State& state) {
+  const bool empty = state.empty();
+  float total = state.sum;  // of the denominator
+  if (p.sink != nullptr && !empty) total += exp2f(p.sink[head] * kLog2e - state.max);
+  const V inverse = Simd::set1(1 / total);
+  for (int d = 0; d < kLatentDim; d += kL) {
+    Simd::store(state.o + d, empty ? Simd::set1(0) : Simd::mul(Simd::load(state.o + d), inverse));
+  }
+  const int64_t row = static_cast<int64_t>(token) * p.heads + head;
+  write_out(p, row, state.o);
+  p.lse[row] = empty ? -__builtin_inff() : kLn2 * (state.max + log2f(state.sum));
+}
+
+// Where the partial buffers keep a head's.
+inline float* partial_numbers(const DecodeParams& p, int32_t row, int32_t head) {
+  return p.partial_lse + (static_cast<int64_t>(row) * p.heads + head) * kPartialNumbers;
+}
+inline float* partial_out(const DecodeParams& p, int32_t row, int32_t head) {
+  return p.partial_out + (static_cast<int64_t>(row) * p.heads + head) * kLatentDim;
+}
+
+inline void store_partial(const DecodeParams& p, int32_t row, int32_t head, const State& state) {
+  float* numbers = partial_numbers(p, row, head);
+  numbers[0] = state.max;
+  numbers[1] = state.sum;
+  if (state.empty()) return;
+  float* out = partial_out(p, row, head);
+  for (int d = 0; d < kLatentDim; d += kL) Simd::storeu(out + d, Simd::load(state.o + d));
+}
+
+// The valid keys of a tile, all of one segment.
+struct Tile {
+  Row rows[kTileKeys];
+  int n;  // 0: there is none left
+  int32_t segment;
+};
+
+inline void next_tile(const DecodeParams& p, const Task& task, KeyCursor* cursor, Tile* tile) {
+  tile->n = 0;
+  while (tile->n == 0 && cursor->at < task.kv_end) {
+    tile->segment = cursor->at / task.segment_keys;
+    const int32_t end = (tile->segment + 1) * task.segment_keys;
+    tile->n = next_rows(p, task.token, end < task.kv_end ? end : task.kv_end, cursor, tile->rows);
+  }
+}
+
 void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   const int32_t heads = task.head_end - task.head_begin;
   Scratch s = carve(bytes, heads);
-  const int64_t first_head = static_cast<int64_t>(task.token) * p.heads + task.head_begin;
-  Row lists[2][kTileKeys];
-  KeyCursor cursor = first_key(p, task.token, task.kv_begin);
-  int n = next_rows(p, task.token, task.kv_end, &cursor, lists[0]);
-  for (int k = 0; k < n; ++k) prefetch_row(lists[0][k]);
-  load_queries(p, first_head, heads, s);
-  bool first = true;
-  for (int turn = 0; n > 0; turn ^= 1) {
-    const int next_n = next_rows(p, task.token, task.kv_end, &cursor, lists[turn ^ 1]);
-    load_tile(lists[turn], n, s);
-    scores(s, heads, n);
-    softmax(s, heads, n, p.scale * kLog2e, first);
-    accumulate(s, heads, n, first, lists[turn ^ 1], next_n);
-    first = false;
-    n = next_n;
+  // Segments are folded if they are the token's first ones. The first is summed up in place.
+  const bool folds = task.kv_begin == 0;
+  float* total = reinterpret_cast<float*>(bytes + kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads));
+  float *max = total + heads * kLatentDim, *sum = max + heads, *keep = sum + heads, *take = keep + heads;
+  static_assert(sizeof(float) * (kLatentDim + 4) <= kFoldBytesPerHead, "per head");
+  if (!folds) {
+    const State none{-__builtin_inff(), 0, nullptr};
+    const int32_t segments = segments_before(task.kv_end - task.kv_begin, task.segment_keys);
+    for (int32_t i = 0; i < segments; ++i) {
+      for (int32_t h = task.head_begin; h < task.head_end; ++h) store_partial(p, task.row + i, h, none);
+    }
   }
 
+  Tile tiles[2];
+  KeyCursor cursor = first_key(p, task.token, task.kv_begin);
+  next_tile(p, task, &cursor, &tiles[0]);
+  for (int k = 0; k < tiles[0].n; ++k) prefetch_row(tiles[0].rows[k]);
+  load_queries(p, static_cast<int64_t>(task.token) * p.heads + task.head_begin, heads, s);
+  bool empty = true, first = true;  // nothing is folded yet; the segment's first tile
+  float* const own = s.o;
+  if (folds) s.o = total;
+  for (int turn = 0; tiles[turn].n > 0; turn ^= 1) {
+    const Tile& tile = tiles[turn];
+    Tile& next = tiles[turn ^ 1];
+    next_tile(p, task, &cursor, &next);
+    load_tile(tile.rows, tile.n, s);
+    scores(s, heads, tile.n);
+    softmax(s, heads, tile.n, p.scale * kLog2e, first);
+    const bool last = next.n == 0 || next.segment != tile.segment;
+    Fold fold;
+    if (folds && last && !empty) {
+      for (int32_t h = 0; h < heads; ++h) fold_numbers(max + h, sum + h, s.max[h], s.sum[h], keep + h, take + h);
+      fold = {total, keep, take};
+    }
+    accumulate(s, heads, tile.n, first, fold, next.rows, next.n);
+    first = last;
+    if (!last) continue;
+    if (!folds) {
+      const int32_t row = task.row + tile.segment - task.kv_begin / task.segment_keys;
+      for (int32_t h = 0; h < heads; ++h) {
+        store_partial(p, row, task.head_begin + h, {s.max[h], s.sum[h], s.o + h * kLatentDim});
+      }
+    } else if (empty) {
+      for (int32_t h = 0; h < heads; ++h) max[h] = s.max[h], sum[h] = s.sum[h];
+      s.o = own;
+      empty = false;
+    }
+  }
+  if (!folds) return;
   for (int32_t h = 0; h < heads; ++h) {
-    const float sum = first ? 0 : s.sum[h], max = first ? 0 : s.max[h];
-    const float lse = first ? -__builtin_inff() : kLn2 * (max + log2f(sum));
-    float total = sum;  // of the denominator
-    if (task.partial < 0 && p.sink != nullptr && !first) total += exp2f(p.sink[task.head_begin + h] * kLog2e - max);
-    const V inverse = Simd::set1(first ? 0 : 1 / total);
-    float* o = s.o + h * kLatentDim;
-    for (int d = 0; d < kLatentDim; d += kL) {
-      Simd::store(o + d, first ? Simd::set1(0) : Simd::mul(Simd::load(o + d), inverse));
-    }
-    if (task.partial < 0) {
-      write_out(p, first_head + h, o);
-      p.lse[first_head + h] = lse;
+    State state{-__builtin_inff(), 0, total + h * kLatentDim};
+    if (!empty) state.max = max[h], state.sum = sum[h];
+    if (task.row < 0) {
+      finish(p, task.token, task.head_begin + h, state);
     } else {
-      const int64_t at = static_cast<int64_t>(task.partial) * p.heads + task.head_begin + h;
-      for (int d = 0; d < kLatentDim; d += kL) Simd::storeu(p.partial_out + at * kLatentDim + d, Simd::load(o + d));
-      p.partial_lse[at] = lse;
+      store_partial(p, task.row, task.head_begin + h, state);
     }
+  }
+}
+
+void combine(const DecodeParams& p, int32_t token, int32_t row, int32_t count, int32_t head_begin, int32_t head_end) {
+  for (int32_t h = head_begin; h < head_end; ++h) {
+    alignas(64) float o[kLatentDim];
+    State state{-__builtin_inff(), 0, o};
+    for (int32_t i = row; i < row + count; ++i) {
+      const float *numbers = partial_numbers(p, i, h), *out = partial_out(p, i, h);
+      const State part{numbers[0], numbers[1], nullptr};
+      if (part.empty()) continue;
+      if (state.empty()) {
+        for (int d = 0; d < kLatentDim; d += kL) Simd::store(o + d, Simd::loadu(out + d));
+        state.max = part.max;
+        state.sum = part.sum;
+        continue;
+      }
+      float keep, take;
+      fold_numbers(&state.max, &state.sum, part.max, part.sum, &keep, &take);
+      const V k = Simd::set1(keep), t = Simd::set1(take);
+      for (int d = 0; d < kLatentDim; d += kL) {
+        Simd::store(o + d, Simd::fold(Simd::load(o + d), k, Simd::loadu(out + d), t));
+      }
+    }
+    finish(p, token, h, state);
   }
 }

@@ -49,19 +49,19 @@ const Kernels& select_kernels(const DecodeParams& p) {
   return *generic_kernels(p);
 }
 
-int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
+int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head_groups) {
   const Plan& plan = p.plan;
   const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;
   const int32_t claimed = plan.work_indptr[plan.workers];
   const int32_t items = claimed < 0 ? 0 : claimed > plan.max_items ? plan.max_items : claimed;
-  int32_t* state =
-      p.counters;  // [tokens, kMaxHeadGroups]; for now: 0 keys seen, 1 items seen, 2 whether an item is wrong
-  std::memset(state, 0, sizeof(int32_t) * kMaxHeadGroups * static_cast<size_t>(p.tokens));
+  int32_t* state = p.counters;  // [tokens, kTokenCounters]; for now: 0 keys seen, 1 items seen, 2 is an item wrong, 3
+                                // the first's end
+  std::memset(state, 0, sizeof(int32_t) * kTokenCounters * static_cast<size_t>(p.tokens));
   for (int32_t i = 0; i < items; ++i) {
     WorkInfo info;
     std::memcpy(&info, plan.work_info_set + 8 * static_cast<int64_t>(i), sizeof info);
     if (info.batch_idx < 0 || info.batch_idx >= p.tokens) continue;
-    int32_t* seen = state + static_cast<int64_t>(info.batch_idx) * kMaxHeadGroups;
+    int32_t* seen = state + static_cast<int64_t>(info.batch_idx) * kTokenCounters;
     const int64_t first = static_cast<int64_t>(info.batch_idx) * stride;
     // A token's items come in the order of its keys, each with the next of its rows of the partial buffers.
     const int32_t begin = plan.reduce_indptr[info.batch_idx], end = plan.reduce_indptr[info.batch_idx + 1];
@@ -80,9 +80,11 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
     }
     seen[0] += keys;
     seen[1] += 1;
+    if (seen[1] == 1) seen[3] = keys;
   }
+  int32_t rows = 0;
   for (int32_t t = 0; t < p.tokens; ++t) {
-    int32_t* seen = state + static_cast<int64_t>(t) * kMaxHeadGroups;
+    int32_t* seen = state + static_cast<int64_t>(t) * kTokenCounters;
     const int32_t length = clamped_length(p.scopes[0], t) + clamped_length(p.scopes[1], t);
     const int32_t begin = plan.reduce_indptr[t], end = plan.reduce_indptr[t + 1];
     bool valid = plan.kv_lengths[t] == length && seen[0] == length && seen[2] == 0;
@@ -90,6 +92,12 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups) {
     if (valid && end != begin) {
       partials = seen[1];
       valid = static_cast<int64_t>(end) - begin == partials;
+      const int32_t segment = segment_keys(length), folded = segments_before(seen[3], segment);
+      const int32_t wanted = 1 + segments_before(length, segment) - folded;
+      const bool fits = wanted <= partial_rows - rows;
+      const PartialRows mine{fits ? rows : -1, folded};
+      std::memcpy(seen + kMaxHeadGroups, &mine, sizeof mine);
+      if (valid && fits) rows += wanted;
     }
     if (!valid || length == 0) {
       const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -108,20 +116,35 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   WorkInfo info;
   std::memcpy(&info, p.plan.work_info_set + 8 * item, sizeof info);
   if (info.batch_idx < 0 || info.batch_idx >= p.tokens) return;
-  int32_t* waiting = p.counters + static_cast<int64_t>(info.batch_idx) * kMaxHeadGroups + group;
+  int32_t* counters = p.counters + static_cast<int64_t>(info.batch_idx) * kTokenCounters;
+  int32_t* waiting = counters + group;
   if (__atomic_load_n(waiting, __ATOMIC_RELAXED) < 0) return;  // prepare_tokens has answered it
   const int32_t first = info.batch_idx * (p.scopes[0].topk + p.scopes[1].topk);
+  const int32_t length = p.plan.kv_lengths[info.batch_idx], keys = segment_keys(length);
+  const int32_t begin = segments_before(info.kv_start - first, keys);
+  int32_t end = segments_before(info.kv_end - first, keys);
+  bool cut = info.partial_qo_loc >= 0;
+  PartialRows rows;
+  std::memcpy(&rows, counters + kMaxHeadGroups, sizeof rows);
+  if (cut && rows.first < 0) {
+    if (begin > 0) return;
+    cut = false;
+    end = segments_before(length, keys);
+  }
   Task task;
   task.token = info.batch_idx;
-  task.kv_begin = info.kv_start - first;
-  task.kv_end = info.kv_end - first;
-  task.partial = info.partial_qo_loc;
+  task.kv_begin = begin * keys;
+  task.kv_end = end * keys < length ? end * keys : length;
+  task.segment_keys = keys;
+  task.row = !cut ? -1 : begin == 0 ? rows.first : rows.first + 1 + begin - rows.folded;
   task.head_begin = static_cast<int32_t>(static_cast<int64_t>(p.heads) * group / head_groups);
   task.head_end = static_cast<int32_t>(static_cast<int64_t>(p.heads) * (group + 1) / head_groups);
-  kernels.attend(p, task, scratch);
-  // The last of a token's partials merges them all, in plan order: the result does not depend on who was last.
-  if (task.partial >= 0 && __atomic_fetch_sub(waiting, 1, __ATOMIC_ACQ_REL) == 1) {
-    kernels.combine(p, task.token, task.head_begin, task.head_end);
+  if (begin < end) kernels.attend(p, task, scratch);
+  // The last of a token's items folds all partials, in the order of their keys: the result does not depend on who was
+  // last.
+  if (cut && __atomic_fetch_sub(waiting, 1, __ATOMIC_ACQ_REL) == 1) {
+    const int32_t count = 1 + segments_before(length, keys) - rows.folded;
+    kernels.combine(p, task.token, rows.first, count, task.head_begin, task.head_end);
   }
 }
 

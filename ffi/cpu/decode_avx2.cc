@@ -24,6 +24,8 @@ struct Simd {
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  // One way to fold, so that all who do round alike.
+  static V fold(V total, V keep, V part, V take) { return fma(part, take, mul(total, keep)); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }  // b if either is NaN
   static float first(V v) { return _mm256_cvtss_f32(v); }
 

@@ -33,6 +33,13 @@ struct Simd {
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
   static V fma(V a, V b, V c) { return a * b + c; }
+  // One way to fold, so that all who do round alike: the compiler may make one of a product and a sum, of this product
+  // it may not.
+  static V fold(V total, V keep, V part, V take) {
+    V kept = total * keep;
+    __asm__("" : "+m"(kept));
+    return part * take + kept;
+  }
   static V max(V a, V b) { return a > b ? a : b; }  // b if either is NaN
   static float first(V v) { return v[0]; }
   static float hsum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }

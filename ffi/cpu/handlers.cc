@@ -117,8 +117,11 @@ ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache
                                   swa_layout,
                                   extra_block_size,
                                   extra_layout},
-                                 kMaxHeadGroups, &p);
+                                 kTokenCounters, &p, kPartialNumbers);
   if (!error.success()) return done(error);
+  // Rows are given to a token by its segments: those that the plan names are only looked at.
+  const int32_t partial_rows = static_cast<int32_t>(partial_out->dimensions()[0]);
+  p.plan.max_partials = static_cast<int32_t>(reduce_partial_map.dimensions()[0]);
   Checker check("sparse_mla_decode");
   check.dtype(*workspace, "workspace", ffi::DataType::U8);
   check.shape(*workspace, "workspace", "(lanes, lane_bytes)", {-1, -1});
@@ -133,7 +136,7 @@ ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache
   const Kernels& kernels = select_kernels(p);
   const int32_t count = p.plan.work_indptr[p.plan.workers];
   const int32_t groups = choose_head_groups(count < 0 ? 0 : count, p.heads, pool.num_threads());
-  const int32_t items = prepare_tokens(p, groups);
+  const int32_t items = prepare_tokens(p, partial_rows, groups);
   return parallel(pool, static_cast<int64_t>(items) * groups, lanes,
                   [p, &kernels, groups, scratch, stride](int64_t task, int64_t lane) {
                     const uintptr_t at = reinterpret_cast<uintptr_t>(scratch + lane * stride);

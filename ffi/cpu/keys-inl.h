@@ -8,6 +8,17 @@ struct Row {
   Layout layout;
 };
 
+// What is to become of a segment's sum: total = total * keep + sum * take. Without a total: it is stored as it is.
+struct Fold {
+  float* total = nullptr;       // [heads, 512]
+  const float* keep = nullptr;  // [heads]
+  const float* take = nullptr;  // [heads]
+
+  Fold at(int32_t h, int d) const {
+    return total == nullptr ? *this : Fold{total + h * kLatentDim + d, keep + h, take + h};
+  }
+};
+
 struct KeyCursor {
   int32_t at;          // the next key number within the token
   int32_t swa_length;  // key numbers below it are the swa scope's
@@ -76,41 +87,5 @@ inline void write_out(const DecodeParams& p, int64_t row, const float* values) {
   } else {
     float* out = static_cast<float*>(p.out) + row * kLatentDim;
     for (int d = 0; d < kLatentDim; d += Simd::kLanes) Simd::storeu(out + d, Simd::load(values + d));
-  }
-}
-
-// Merges a token's partials: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) * out_i, in the order of
-// reduce_partial_map.
-inline void combine(const DecodeParams& p, int32_t token, int32_t head_begin, int32_t head_end) {
-  using V = Simd::V;
-  const int32_t* rows = p.plan.reduce_partial_map;
-  const int32_t begin = p.plan.reduce_indptr[token], end = p.plan.reduce_indptr[token + 1];
-  for (int32_t h = head_begin; h < head_end; ++h) {
-    float max = -__builtin_inff();
-    for (int32_t i = begin; i < end; ++i) {
-      const float lse = p.partial_lse[static_cast<int64_t>(rows[i]) * p.heads + h];
-      if (!(lse <= max)) max = lse;  // a NaN is kept
-    }
-    const int64_t row = static_cast<int64_t>(token) * p.heads + h;
-    alignas(64) float out[kLatentDim];
-    for (int d = 0; d < kLatentDim; ++d) out[d] = 0;
-    float sum = 0, lse = max;
-    if (max != -__builtin_inff()) {
-      for (int32_t i = begin; i < end; ++i) {
-        const int64_t at = static_cast<int64_t>(rows[i]) * p.heads + h;
-        const float weight = expf(p.partial_lse[at] - max);
-        sum += weight;
-        const V w = Simd::set1(weight);
-        for (int d = 0; d < kLatentDim; d += Simd::kLanes) {
-          Simd::store(out + d, Simd::fma(w, Simd::loadu(p.partial_out + at * kLatentDim + d), Simd::load(out + d)));
-        }
-      }
-      lse = max + logf(sum);
-      const float total = p.sink == nullptr ? sum : sum + expf(p.sink[h] - max);
-      const V inverse = Simd::set1(1 / total);
-      for (int d = 0; d < kLatentDim; d += Simd::kLanes) Simd::store(out + d, Simd::mul(Simd::load(out + d), inverse));
-    }
-    write_out(p, row, out);
-    p.lse[row] = lse;
   }
 }

@@ -14,16 +14,45 @@ constexpr int kTileKeys = 64;
 // Scratch of one lane (one thread's work in progress); native.py sizes the workspace by the same two numbers.
 constexpr size_t kLaneBytesFixed = 160 * 1024;
 constexpr size_t kLaneBytesPerHead = 5 * 1024;
-// A token's counters: one per head group.
+// And of what has been folded so far.
+constexpr size_t kFoldBytesPerHead = 2 * 1024 + 64;
 constexpr int kMaxHeadGroups = 8;
+// A token's counters: one per head group, then its PartialRows.
+constexpr int kTokenCounters = kMaxHeadGroups + 2;
+// Floats of a partial besides its output: the maximum and the sum.
+constexpr int kPartialNumbers = 2;
 
-constexpr size_t lane_bytes(int32_t heads) { return kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads); }
+constexpr size_t lane_bytes(int32_t heads) {
+  return kLaneBytesFixed + (kLaneBytesPerHead + kFoldBytesPerHead) * static_cast<size_t>(heads);
+}
+
+// A token's keys are attended to in segments, each by itself, and the segments folded in order: (((0, 1), 2), ...).
+// Where they begin depends on the token's length alone, so a result has the same bits wherever a plan cuts the token: a
+// cut moves to the next segment. At most kMaxSegments of them, of whole tiles.
+constexpr int kMaxSegments = 10;
+
+constexpr int32_t segment_keys(int32_t length) {
+  const int32_t tiles = (length + kTileKeys - 1) / kTileKeys;
+  return kTileKeys * (tiles <= kMaxSegments ? 1 : (tiles + kMaxSegments - 1) / kMaxSegments);
+}
+
+// Segments that begin before a key; before a token's length: all of its segments.
+constexpr int32_t segments_before(int32_t key, int32_t segment_keys) { return (key + segment_keys - 1) / segment_keys; }
+
+// A partial is what attend knows of some keys: the maximum (log2 units) and the sum of the probabilities, and the sum
+// of the latents weighed by them. A token that is cut has one row of the partial buffers for all segments of its first
+// item, and one for each segment after them.
+struct PartialRows {
+  int32_t first;   // -1: there are none left, and its first item does all
+  int32_t folded;  // segments of the first item
+};
 
 // One unit of work: some heads of one work item.
 struct Task {
   int32_t token;
-  int32_t kv_begin, kv_end;  // within the token's keys
-  int32_t partial;           // row of the partial buffers; -1: write the output
+  int32_t kv_begin, kv_end;  // within the token's keys, whole segments
+  int32_t segment_keys;
+  int32_t row;  // of the partial buffers; -1: write the output
   int32_t head_begin, head_end;
 };
 
@@ -32,8 +61,9 @@ struct Kernels {
   const char* name;
   // Attends; `scratch` is one lane's, 64-byte aligned.
   void (*attend)(const DecodeParams& p, const Task& task, uint8_t* scratch);
-  // Writes out and lse of one token's heads from its partials.
-  void (*combine)(const DecodeParams& p, int32_t token, int32_t head_begin, int32_t head_end);
+  // Writes out and lse of one token's heads from its partials, `count` rows from `row` on.
+  void (*combine)(const DecodeParams& p, int32_t token, int32_t row, int32_t count, int32_t head_begin,
+                  int32_t head_end);
 };
 
 // The instruction sets compiled in; null where this machine or this call cannot use one.
@@ -49,9 +79,10 @@ const Kernels& select_kernels(const DecodeParams& p);
 void limit_isa(int highest);
 
 // Writes the tokens that no kernel will touch: zeros and -inf for a token without keys; NaN for one whose plan is not
-// for its lengths, does not cover it, or names what is out of bounds. Sets counters[token][g] to the number of partials
-// that g must wait for, and -1 for a token that is done. Returns how many rows of work_info_set hold items.
-int32_t prepare_tokens(const DecodeParams& p, int32_t head_groups);
+// for its lengths, does not cover it, or names what is out of bounds. Sets counters[token][g] to the number of items
+// that g must wait for, and -1 for a token that is done; and gives the tokens that are cut their rows of the partial
+// buffers, of which there are `partial_rows`. Returns how many rows of work_info_set hold items.
+int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head_groups);
 
 // Runs tasks on behalf of one lane until `next_task()` is exhausted.
 void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups, int64_t task_index, uint8_t* scratch);

@@ -15,6 +15,8 @@ struct Simd {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  // One way to fold, so that all who do round alike.
+  static V fold(V total, V keep, V part, V take) { return fma(part, take, mul(total, keep)); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b if either is NaN
   static float hmax(V v) { return _mm512_reduce_max_ps(v); }
   static float hsum(V v) { return _mm512_reduce_add_ps(v); }

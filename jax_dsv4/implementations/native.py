@@ -112,16 +112,18 @@ class _CPU:
     name = "cpu"
     platforms: tuple[str, ...] = ("cpu",)
     fuses = True
-    # The plan must not depend on how many threads there are, or results would. 16 workers cut a single token into enough items for
-    # a few threads; more threads than items share an item's heads.
-    geometry = Geometry(workers=16, granularity=64, overhead=2)
-    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead, kMaxHeadGroups; 64 bytes more to align.
+    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kFoldBytesPerHead, kTokenCounters, kMaxSegments, kPartialNumbers; 64 bytes
+    # more to align.
     # One lane a thread; threads beyond the lanes stay idle. No more than this machine has cores: fresh pages cost more than the kernel's
     # work on a small call.
     lanes = min(32, os.cpu_count() or 1)
     lane_bytes_fixed = 160 * 1024 + 64
-    lane_bytes_per_head = 5 * 1024
-    counters_per_token = 8
+    lane_bytes_per_head = 7 * 1024 + 64
+    counters_per_token = 10
+    max_segments = 10
+    partial_numbers = 2
+    # Of all partials, if one token's take no more: the allocator gives larger blocks back, and fresh pages cost time in every call.
+    partial_bytes = 16 * 2**20
 
     def availability(self) -> Availability:
         library, detail = _ffi.load("libdsv4_cpu", "cpu")
@@ -137,8 +139,13 @@ class _CPU:
             return "it does not read layout 'aiter_fp8'"
         return None
 
+    def geometry(self, tokens: int) -> Geometry:
+        # Enough items for all threads to end at about the same time. Results do not depend on it: a token's keys are summed in segments of
+        # its own, wherever the plan cuts it. But partials cost time. More threads than items share an item's heads.
+        return Geometry(workers=min(16, max(4 * self.lanes, -(-16 // max(tokens, 1)))), granularity=64, overhead=2)
+
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
-        return plan_call(lengths, topks, self.geometry)
+        return plan_call(lengths, topks, self.geometry(lengths[0].shape[0]))
 
     def decode(
         self,
@@ -151,12 +158,17 @@ class _CPU:
     ) -> tuple[jax.Array, jax.Array]:
         assert work is not None
         tokens, heads, _ = q.shape
-        partials = partial_rows(tokens, scopes, self.geometry)
+        # A plan for so many workers cuts less tokens than that, and a token that is cut has a row for each of its segments at most. One
+        # that gets no rows is not cut.
+        geometry = self.geometry(tokens)
+        cut = min(tokens, geometry.workers - 1)
+        segments = min(self.max_segments, -(-sum(s.indices.shape[1] for s in scopes) // geometry.granularity))
+        partials = max(1, min(cut * segments, max(segments, self.partial_bytes // (4 * kv.LATENT_DIM * heads))))
         f32, i32 = jnp.float32, jnp.int32
         workspaces = (
             jax.ShapeDtypeStruct((partials, heads, kv.LATENT_DIM), f32),  # partial outputs
-            jax.ShapeDtypeStruct((partials, heads), f32),  # partial lse
-            jax.ShapeDtypeStruct((tokens, self.counters_per_token), i32),  # partials not yet done
+            jax.ShapeDtypeStruct((partials, heads * self.partial_numbers), f32),  # partial maxima and sums
+            jax.ShapeDtypeStruct((tokens, self.counters_per_token), i32),  # items not yet done, and rows
             jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
         )
         return decode_call(q, scopes, attn_sink, scale, work, out_dtype, workspaces)
