@@ -4,8 +4,12 @@
 
 #include "common/fp8.h"
 #include "cuda/launch.h"
+#include "cuda/sm90.h"
 
 namespace jax_dsv4::cuda {
+
+using namespace sm90;
+
 namespace {
 
 constexpr int kRows = 8;  // of a block, a warp for each
@@ -40,13 +44,6 @@ __device__ float2 load_pair(const AppendParams& p, int64_t row, int dim) {
   }
   return __bfloat1622float2(
       *reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(p.latents) + row * kLatentDim + dim));
-}
-
-// Two of common/fp8.h's float_to_e4m3.
-__device__ uint16_t to_e4m3x2(float low, float high) {
-  uint16_t bytes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
-  return bytes;
 }
 
 // The largest magnitude in a warp, NaN passed over: it stays one below.

@@ -50,19 +50,6 @@ __device__ __forceinline__ int output_word(int head, int dim) {
   return head * kLatentDim + (dim ^ 8 * ((head / 2 ^ head * 2) & 3));
 }
 
-// Stores 8 x 8 matrices transposed: lane l has row l / 4, columns 2 * (l % 4) and the next; `address` is that of a row
-// of what is stored, row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-               "r"(c), "r"(d)
-               : "memory");
-}
-
 // Over the lanes that hold the same columns.
 __device__ __forceinline__ float column_max(float x) {
 #pragma unroll

@@ -101,19 +101,6 @@ __device__ __forceinline__ void copy(void* dst, const uint8_t* src, bool real) {
   }
 }
 
-__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
-template <uint32_t kSelect>
-__device__ __forceinline__ uint32_t permute(uint32_t a) {
-  uint32_t d;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(a), "n"(kSelect));
-  return d;
-}
-
 // Two e4m3 of `word` as bf16 times 2^-120, exactly: exponent and mantissa moved to bf16's place, the sign to bit 15.
 // kSelect spreads the bytes over the halves and replicates their signs above them.
 template <uint32_t kSelect>

@@ -51,12 +51,6 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-               "r"(c), "r"(d)
-               : "memory");
-}
-
 __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int first_head = blockIdx.x * kHeadsPerBlock;

@@ -1,5 +1,4 @@
-// The few Hopper instructions that CUDA C++ has no spelling for: barriers in shared memory, asynchronous copies and the
-// warpgroup matrix multiply.
+// All PTX of this directory: the instructions that CUDA C++ has no spelling for.
 #ifndef JAX_DSV4_CUDA_SM90_H_
 #define JAX_DSV4_CUDA_SM90_H_
 
@@ -79,10 +78,59 @@ __device__ __forceinline__ void registers_change() {
   if constexpr (kTo > kFrom) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTo));
 }
 
+// --- arithmetic
+
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   uint32_t d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
+}
+
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+template <uint32_t kSelect>
+__device__ __forceinline__ uint32_t permute(uint32_t a) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(a), "n"(kSelect));
+  return d;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two of common/fp8.h's float_to_e4m3.
+__device__ __forceinline__ uint16_t to_e4m3x2(float low, float high) {
+  uint16_t bytes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
+  return bytes;
+}
+
+// --- stmatrix: stores 8 x 8 matrices of 16 bits. Of each a lane has two numbers of row l / 4, from column 2 * (l % 4)
+// on; `address` is that of a row of what is stored, row l % 8 of matrix l / 8.
+
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+// Transposed on the way.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }
 
 // --- wgmma: D[64, N] (+)= A[64, 16] . B[16, N], bf16 in, fp32 out. Thread t of the warpgroup holds of D, for every

@@ -5,21 +5,18 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "cuda/sm90.h"
 #include "cuda/work.h"
 
 namespace jax_dsv4::cuda {
+
+using namespace sm90;
 
 constexpr float kLog2e = 1.4426950408889634f;
 
 // The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range,
 // its relative rounding is the same, and the accumulators are hardly ever rescaled.
 constexpr float kRescaleThresholdLog2 = 8.f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // One head at an item's end, `total` being the sum of 2^(score - maximum) over the item's keys: stores its lse if
 // `stores`. -> what divides the sum of P . V. The sink enters where the item is the whole token.

@@ -1,0 +1,124 @@
+"""The CUDA kernels, from the source that nvcc compiles, on a software Hopper: without a GPU. What needs one is in test_cuda.py."""
+
+from __future__ import annotations
+
+import functools
+
+import ml_dtypes
+import numpy as np
+import pytest
+import software_hopper
+from cases import Case
+from compare import LSE, OUT_BF16, assert_close, assert_same_bits
+from operands import CASES, case_named, operands
+from software_hopper import Cache, Plan, Scope, SoftwareHopper
+from test_cache import KINDS, draw_tile, written
+
+from jax_dsv4 import reference
+
+pytestmark = pytest.mark.skipif(bool(software_hopper.missing()), reason=software_hopper.missing())
+
+PROCESSORS = 16  # blocks have several items, and tokens several blocks
+
+
+@functools.lru_cache(maxsize=1)
+def planned(case: Case, seed: int = 0):
+    q, scopes, *rest = operands(case, seed)
+    return q, scopes, *rest, SoftwareHopper(PROCESSORS).plan(scopes, case.heads)
+
+
+def hold(case: Case, *, processors: int = PROCESSORS, schedule: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    q, scopes, sink, scale, want, want_lse = operands(case, seed)
+    gpu = SoftwareHopper(processors, schedule)
+    out, lse = gpu.decode(q, scopes, sink, scale, gpu.plan(scopes, case.heads))
+    assert_close(f"{case} lse", lse, want_lse, LSE)
+    assert_close(f"{case} out", software_hopper.from_bf16(out), want, OUT_BF16)
+    return out, lse
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conformance(case: Case) -> None:
+    hold(case)
+
+
+@pytest.mark.parametrize("name", ["heads5", "heads32", "heads96"])
+def test_bits_do_not_depend_on_the_schedule(name: str) -> None:
+    """In whatever order threads run, as far as barriers let them."""
+    first = hold(case_named(name), processors=3)
+    for schedule in (1, 2, 3):
+        for got, want in zip(hold(case_named(name), processors=3, schedule=schedule), first):
+            assert_same_bits(f"schedule {schedule}", got, want)
+
+
+@pytest.mark.parametrize("name", ["heads8", "heads64"])
+@pytest.mark.parametrize("offset", [1, 4, 8])
+def test_caches_at_odd_addresses(name: str, offset: int) -> None:
+    q, scopes, sink, scale, want, want_lse = operands(case_named(name))
+
+    def moved(cache: Cache) -> Cache:
+        whole = np.full(cache.data.size + offset, 0xFF, np.uint8)
+        whole[offset:] = cache.data.reshape(-1)
+        return cache._replace(data=whole[offset:].reshape(cache.data.shape))
+
+    scopes = [s._replace(cache=moved(s.cache)) for s in scopes]
+    gpu = SoftwareHopper(PROCESSORS)
+    out, lse = gpu.decode(q, scopes, sink, scale, gpu.plan(scopes, q.shape[1]))
+    assert_close("lse", lse, want_lse, LSE)
+    assert_close("out", software_hopper.from_bf16(out), want, OUT_BF16)
+
+
+def test_float32_output() -> None:
+    q, scopes, sink, scale, want, _, plan = planned(case_named("heads17"))
+    out, _ = SoftwareHopper(PROCESSORS).decode(q, scopes, sink, scale, plan, float32_out=True)
+    assert_close("out", out, want, OUT_BF16)
+
+
+@pytest.mark.parametrize("name", ["heads16", "heads96"])
+@pytest.mark.parametrize("seed", range(12))
+def test_garbage_plan(seed: int, name: str) -> None:
+    """As in test_cuda.py: the call ends, and is right or NaN where lengths are garbage."""
+    q, scopes, sink, scale, want, want_lse, plan = planned(case_named(name))
+    rng, field = np.random.default_rng(seed), seed % len(plan.arrays)
+    values = np.array([-(2**31), -1, 0, 1, 2, 3, 64, 319, 320, 1000, 2**31 - 1])
+    arrays = list(plan.arrays)
+    hit = rng.random(arrays[field].shape) < (0.5 if seed // len(arrays) % 2 else 0.02)
+    arrays[field] = np.where(hit, rng.choice(values, hit.shape), arrays[field]).astype(np.int32)
+    out, lse = SoftwareHopper(PROCESSORS).decode(q, scopes, sink, scale, Plan(tuple(arrays), plan.workers))
+    if software_hopper.PLAN_ARRAYS[field] in ("kv_lengths", "reduce_final_map"):
+        out, nan = software_hopper.from_bf16(out), np.isnan(lse).any(-1)
+        assert np.isnan(out[nan]).all()
+        assert_close("out", out[~nan], want[~nan], OUT_BF16)
+        assert_close("lse", lse[~nan], want_lse[~nan], LSE)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 9, 132, 300, 513, 1025])
+def test_plan(tokens: int) -> None:
+    rng, topks, overhead, granularity = np.random.default_rng(tokens), (128, 1024), 2, 64
+    cache = Cache(np.zeros((1, 584), np.uint8), 1)
+    for high in (1, 70, 1100):
+        lengths = [rng.integers(-3, high, tokens).astype(np.int32) for _ in topks]
+        scopes = [Scope(cache, np.zeros((tokens, topk), np.int32), n) for topk, n in zip(topks, lengths)]
+        arrays = SoftwareHopper(PROCESSORS).plan(scopes, 64, granularity, overhead).arrays
+        got = dict(zip(software_hopper.PLAN_ARRAYS, arrays))
+        clamped = sum(np.clip(n, 0, topk) for n, topk in zip(lengths, topks))
+        want = reference.plan(clamped.tolist(), sum(topks), PROCESSORS, granularity, overhead)
+        np.testing.assert_array_equal(got["kv_lengths"], clamped)
+        for name in ("work_indptr", "reduce_indptr"):
+            np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+        for name in ("work_info_set", "reduce_partial_map"):
+            used = len(want[name])
+            np.testing.assert_array_equal(got[name][:used], want[name], err_msg=name)
+            assert not got[name][used:].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("block_size", "stride"), [(1, 584), (5, 2921), (64, 37440)])
+def test_append(block_size: int, stride: int, dtype: str) -> None:
+    rng, rows = np.random.default_rng(block_size), 256
+    latents = np.stack([np.concatenate([draw_tile(KINDS[(row + t) % len(KINDS)], rng) for t in range(8)]) for row in range(rows)])
+    latents = latents.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    before = rng.integers(0, 256, (-(-2 * rows // block_size), stride), dtype=np.uint8)
+    slots = rng.integers(-2, 2 * rows + block_size, rows).astype(np.int32)
+    bits = latents.view(np.uint16) if dtype == "bfloat16" else latents
+    after = SoftwareHopper().append(Cache(before, block_size), bits, slots).data
+    np.testing.assert_array_equal(after, written(before, latents, slots, block_size, "fp8_ds_mla"))
