@@ -388,7 +388,10 @@ bool launch(Index grid, Index size, size_t shared_bytes, const std::function<voi
         now.shared = memory.get();
         now.shared_bytes = shared_bytes;
         block = &now;
-        if (!run_block()) return false;
+        if (!run_block()) {
+          memory.release();  // its threads have not ended: leaked
+          return false;
+        }
       }
     }
   }
