@@ -12,8 +12,9 @@ context          the same work on n devices, each with an n-th of every request'
 
 A program makes `--calls` calls under one plan, each with the call before's output as its queries; where a device keeps a share of that,
 with its share in its place. Several runs of it follow one another, so that the wait for the host before the first counts little. The time
-of a call is theirs over the number of calls: the median of `--rounds` rounds in which all contenders run in turn. Before that, the results
-of n devices are compared with those of one. After `--timeout` seconds it says where it is, and ends.
+of a call is theirs over the number of calls: the median of `--rounds` rounds in which all contenders run in turn. `host_us` is the part
+of it until the host had launched them all: where it is nearly the whole, the host is what is timed, and more `--calls` help. Before that,
+the results of n devices are compared with those of one. After `--timeout` seconds it says where it is, and ends.
 """
 
 from __future__ import annotations
@@ -211,17 +212,19 @@ def measure(axis: str, devices: list[jax.Device], counts: list[int], sizes: Size
                 if n == 1:
                     raise
                 result["error"] = " ".join(str(error).split())[:300]
-    times: dict[tuple[int, str], list[float]] = {key: [] for key in contenders}
+    times: dict[tuple[int, str], list[tuple[float, float]]] = {key: [] for key in contenders}
     for _ in range(rounds):
         for key, (program, _) in contenders.items():
             began = time.perf_counter()
             for _ in range(RUNS):
                 last = program()
+            launched = time.perf_counter() - began
             jax.block_until_ready(last)
-            times[key].append((time.perf_counter() - began) / (RUNS * calls) * 1e6)
-    alone = statistics.median(times[1, ""])
+            times[key].append(tuple(t / (RUNS * calls) * 1e6 for t in (time.perf_counter() - began, launched)))
+    alone = statistics.median(us for us, _ in times[1, ""])
     for key, (_, result) in contenders.items():
-        result |= {"us": statistics.median(times[key]), "spread_us": [min(times[key]), max(times[key])]}
+        us, host_us = zip(*times[key])
+        result |= {"us": statistics.median(us), "spread_us": [min(us), max(us)], "host_us": statistics.median(host_us)}
         result["speedup"] = alone / result["us"] * result["work"]
         result["of_linear"] = result["speedup"] / result["devices"]
     return results

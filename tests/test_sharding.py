@@ -694,5 +694,6 @@ def test_benchmark(monkeypatch) -> None:
         assert [(r["devices"], r["merge"], r["error"]) for r in two] == [(2, merge, "") for merge in merges]
         for r in two:
             assert r["of_linear"] == pytest.approx(one["us"] / r["us"] * r["work"] / 2)
+            assert 0 < r["host_us"] <= r["us"]
     for found in scaling.bits(jax.devices()[:2], [1, 2]):
         assert (found["same"], found["moved"]) == (True, [])
