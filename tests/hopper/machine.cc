@@ -178,11 +178,10 @@ void wake(std::vector<Thread*>& list) {
   list.clear();
 }
 
-void meet(Barrier& barrier, unsigned threads) {
-  if (barrier.arrived > 0 && barrier.expected != threads) fail("threads that meet do not agree on how many they are");
-  barrier.expected = threads;
-  const unsigned use = barrier.generation;
-  barrier.order.release(use);
+// Until so many threads have come, for the same purpose.
+void rendezvous(Barrier& barrier, unsigned threads, unsigned purpose) {
+  if (barrier.arrived > 0 && barrier.expected != purpose) fail("threads that meet do not do the same");
+  barrier.expected = purpose;
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -190,28 +189,25 @@ void meet(Barrier& barrier, unsigned threads) {
   } else {
     wait_in(barrier.waiting);
   }
+}
+
+void meet(Barrier& barrier, unsigned threads) {
+  const unsigned use = barrier.generation;
+  barrier.order.release(use);
+  rendezvous(barrier, threads, threads);
   barrier.order.acquire(use);
 }
 
 Warp& warp_of(const Thread& thread) { return *block->warps[thread.number / 32]; }
 
 // All lanes' values; orders nothing.
-constexpr unsigned kExchange = 0;
 const uint64_t* exchange(uint64_t value) {
+  constexpr unsigned kExchange = 0;
   Warp& warp = warp_of(*self);
-  Barrier& barrier = warp.barrier;
-  if (barrier.arrived > 0 && barrier.expected != kExchange) fail("lanes of a warp do not meet in the same place");
-  barrier.expected = kExchange;
-  const unsigned use = barrier.generation;
-  warp.values[use % 2][self->number % 32] = value;
-  if (++barrier.arrived == 32) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    wake(barrier.waiting);
-  } else {
-    wait_in(barrier.waiting);
-  }
-  return warp.values[use % 2];
+  uint64_t* const values = warp.values[warp.barrier.generation % 2];
+  values[self->number % 32] = value;
+  rendezvous(warp.barrier, 32, kExchange);
+  return values;
 }
 
 void run_thread() {
