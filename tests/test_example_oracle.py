@@ -12,6 +12,9 @@ pytest.importorskip("transformers", reason="needs the oracle extra: pip install 
 pytest.importorskip("torch", reason="needs the oracle extra: pip install -e '.[oracle]'")
 import hf_oracle
 
+# What transformers announces of its next releases is shown, and no failure of ours.
+pytestmark = [pytest.mark.filterwarnings(f"default::{kind}") for kind in ("FutureWarning", "DeprecationWarning")]
+
 
 @pytest.fixture(scope="module", params=sorted(hf_oracle.CONFIGS))
 def case(request, tmp_path_factory):
