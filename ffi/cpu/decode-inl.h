@@ -106,8 +106,8 @@ inline void next_tile(const DecodeParams& p, const Task& task, KeyCursor* cursor
   tile->n = 0;
   while (tile->n == 0 && cursor->at < task.kv_end) {
     tile->segment = cursor->at / task.segment_keys;
-    const int32_t end = (tile->segment + 1) * task.segment_keys;
-    tile->n = next_rows(p, task.token, end < task.kv_end ? end : task.kv_end, cursor, tile->rows);
+    tile->n =
+        next_rows(p, task.token, segments_end(tile->segment + 1, task.segment_keys, task.kv_end), cursor, tile->rows);
   }
 }
 

@@ -133,8 +133,8 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   }
   Task task;
   task.token = info.batch_idx;
-  task.kv_begin = begin * keys;
-  task.kv_end = end * keys < length ? end * keys : length;
+  task.kv_begin = segments_end(begin, keys, length);
+  task.kv_end = segments_end(end, keys, length);
   task.segment_keys = keys;
   task.row = !cut ? -1 : begin == 0 ? rows.first : rows.first + 1 + begin - rows.folded;
   task.head_begin = static_cast<int32_t>(static_cast<int64_t>(p.heads) * group / head_groups);

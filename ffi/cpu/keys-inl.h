@@ -19,6 +19,29 @@ struct Fold {
   }
 };
 
+// Stores a block's sums, or folds them into the total.
+template <int H, int N>
+__attribute__((always_inline)) inline void store_sums(const Simd::V (&acc)[H][N], float* o, const Fold& fold) {
+  constexpr int kL = Simd::kLanes;
+  if (fold.total == nullptr) {
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) Simd::store(o + h * kLatentDim + i * kL, acc[h][i]);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < H; ++h) {
+    const Simd::V keep = Simd::set1(fold.keep[h]), take = Simd::set1(fold.take[h]);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      float* total = fold.total + h * kLatentDim + i * kL;
+      Simd::store(total, Simd::fold(Simd::load(total), keep, acc[h][i], take));
+    }
+  }
+}
+
 struct KeyCursor {
   int32_t at;          // the next key number within the token
   int32_t swa_length;  // key numbers below it are the swa scope's

@@ -11,7 +11,7 @@ namespace jax_dsv4::cpu {
 
 // Keys that are dequantised and multiplied together. Also the plan's granularity (jax_dsv4/implementations/native.py).
 constexpr int kTileKeys = 64;
-// Scratch of one lane (one thread's work in progress); native.py sizes the workspace by the same two numbers.
+// Scratch of one lane (one thread's work in progress); native.py sizes the workspace by the same numbers.
 constexpr size_t kLaneBytesFixed = 160 * 1024;
 constexpr size_t kLaneBytesPerHead = 5 * 1024;
 // And of what has been folded so far.
@@ -32,12 +32,24 @@ constexpr size_t lane_bytes(int32_t heads) {
 constexpr int kMaxSegments = 10;
 
 constexpr int32_t segment_keys(int32_t length) {
-  const int32_t tiles = (length + kTileKeys - 1) / kTileKeys;
-  return kTileKeys * (tiles <= kMaxSegments ? 1 : (tiles + kMaxSegments - 1) / kMaxSegments);
+  constexpr int64_t kMost = int64_t{kMaxSegments} * kTileKeys;
+  return length <= kMost ? kTileKeys : static_cast<int32_t>(kTileKeys * ((length + kMost - 1) / kMost));
 }
 
 // Segments that begin before a key; before a token's length: all of its segments.
-constexpr int32_t segments_before(int32_t key, int32_t segment_keys) { return (key + segment_keys - 1) / segment_keys; }
+constexpr int32_t segments_before(int32_t key, int32_t segment_keys) {
+  return key / segment_keys + (key % segment_keys != 0);
+}
+
+// The key after a number of segments of a token. 64 bits: lengths may come close to what 32 hold.
+constexpr int32_t segments_end(int32_t segments, int32_t segment_keys, int32_t length) {
+  const int64_t end = int64_t{segments} * segment_keys;
+  return end < length ? static_cast<int32_t>(end) : length;
+}
+
+// Nothing overflows.
+static_assert(segments_before(0x7fffffff, segment_keys(0x7fffffff)) == kMaxSegments);
+static_assert(segments_end(kMaxSegments, segment_keys(0x7fffffff), 0x7fffffff) == 0x7fffffff);
 
 // A partial is what attend knows of some keys: the maximum (log2 units) and the sum of the probabilities, and the sum
 // of the latents weighed by them. A token that is cut has one row of the partial buffers for all segments of its first

@@ -183,23 +183,7 @@ inline void accumulate_block(const uint16_t* weights, const uint16_t* pairs, con
       }
     }
   }
-  if (fold.total == nullptr) {
-#pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) Simd::store(o + h * kLatentDim + i * kL, acc[h][i]);
-    }
-    return;
-  }
-#pragma GCC unroll 8
-  for (int h = 0; h < H; ++h) {
-    const V keep = Simd::set1(fold.keep[h]), take = Simd::set1(fold.take[h]);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      float* total = fold.total + h * kLatentDim + i * kL;
-      Simd::store(total, Simd::fold(Simd::load(total), keep, acc[h][i], take));
-    }
-  }
+  store_sums(acc, o, fold);
 }
 
 struct AccumulateHeads {
