@@ -1,5 +1,5 @@
 // Sparse MLA decode on Hopper. One persistent block per multiprocessor follows the plan's work items. Its warpgroups
-// have one task each, a loop over the keys of the items, and hand shared memory on through barriers. In both kernels
+// have one task each, a loop over the keys of the items, and hand shared memory on through barriers. In all kernels
 //
 //   produce (2)  slots to addresses, packed rows by cp.async, e4m3 to bf16; each a group of 32 keys     -> full
 //
@@ -17,12 +17,19 @@
 // So tensor cores, conversion and memory are busy with different keys at the same time. Heads beyond 64 are further
 // blocks that walk the same items at the same time and find the rows in L2. A token cut into several items leaves
 // partials that a second, small kernel combines in key order; that kernel also answers tokens that have no item.
+//
+// Where all blocks run at once even if each token (and each 8 or 16 of its heads) has several, narrow_kernel does
+// without the plan, the partials and the second kernel: the blocks of a token are a cluster, share its keys evenly, and
+// add up what they have of O through each other's shared memory (cluster.h). There every instruction counts: most run
+// once, and cost what fetching them costs.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/attend.h"
+#include "cuda/cluster.h"
 #include "cuda/combine.h"
 #include "cuda/launch.h"
 #include "cuda/narrow.h"
@@ -75,19 +82,19 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   const int role = role_of_warp();
   if (role < Shared::kProducers) {
     registers_change<kLaunchRegisters, kProducerRegisters>();
-    produce<kAlign>(args, shared, role);
+    produce<PlannedWork, kAlign>(args, shared, role);
   } else if (role == Shared::kProducers) {
     registers_change<kLaunchRegisters, kScoresRegisters>();
-    score(args.params, shared);
+    score(args, shared);
   } else {
     registers_change<kLaunchRegisters, kValuesRegisters>();
-    value(args.params, shared, role - Shared::kProducers - 1);
+    value(args, shared, role - Shared::kProducers - 1);
   }
 }
 
-template <int kHeads>
+template <typename Work, int kHeads>
 struct NarrowRoles {
-  using Memory = NarrowShared<kHeads>;
+  using Memory = AttendShared<Work, kHeads>;
   static constexpr int kWarpgroups = Memory::kProducers + Memory::kAttending, kThreads = kWarpgroups * kWarpgroup;
   static constexpr int kLaunchRegisters = launch_registers(kThreads);
   static constexpr int kAttendingRegisters = kHeads <= 16 ? 128 : 208;  // 4 * kHeads of them accumulators
@@ -95,11 +102,11 @@ struct NarrowRoles {
       (kWarpgroups * kLaunchRegisters - Memory::kAttending * kAttendingRegisters) / Memory::kProducers / 8 * 8;
 };
 
-template <int kAlign, int kHeads>
-__global__ void __launch_bounds__(NarrowRoles<kHeads>::kThreads, 1)
+template <typename Work, int kAlign, int kHeads>
+__global__ void __launch_bounds__(NarrowRoles<Work, kHeads>::kThreads, 1)
     narrow_kernel(const __grid_constant__ DecodeArgs args) {
-  using Memory = NarrowShared<kHeads>;
-  using Roles = NarrowRoles<kHeads>;
+  using Roles = NarrowRoles<Work, kHeads>;
+  using Memory = typename Roles::Memory;
   static_assert(sizeof(Memory) <= kMostSharedBytes);
   extern __shared__ __align__(1024) uint8_t memory[];
   Memory& shared = *reinterpret_cast<Memory*>(memory);
@@ -110,18 +117,28 @@ __global__ void __launch_bounds__(NarrowRoles<kHeads>::kThreads, 1)
         barrier_init(&shared.free[i][g], kWarps);  // of the warpgroup that attends to the tile
       }
     }
+    barrier_init(&shared.together, Memory::kAttending * kWarpgroup);
+    if constexpr (Work::kCluster) {
+      barrier_init(&shared.added, kWarpgroup);
+      barrier_init(&shared.slabs_sent, 1);
+      barrier_init(&shared.softmax_sent, 1);
+    }
     barrier_init_fence();
   }
   __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();
+  if constexpr (Work::kCluster) {
+    cluster_arrive();
+  } else {
+    cudaTriggerProgrammaticLaunchCompletion();
+  }
 
   const int role = role_of_warp();
   if (role < Memory::kProducers) {
     registers_change<Roles::kLaunchRegisters, Roles::kProducerRegisters>();
-    produce<kAlign>(args, shared, role);
+    produce<Work, kAlign>(args, shared, role);
   } else {
     registers_change<Roles::kLaunchRegisters, Roles::kAttendingRegisters>();
-    attend(args.params, shared, role - Memory::kProducers);
+    attend<Work, kHeads>(args, shared, role - Memory::kProducers);
   }
 }
 
@@ -142,32 +159,98 @@ struct Decode {
   size_t shared_bytes;
 };
 
+template <typename Work, int kAlign, int kHeads>
+Decode narrow() {
+  using Roles = NarrowRoles<Work, kHeads>;
+  return {narrow_kernel<Work, kAlign, kHeads>, Roles::kThreads, sizeof(typename Roles::Memory)};
+}
+
 template <int kAlign>
-Decode decode_for(int heads_per_block) {
+Decode decode_for(int heads_per_block, bool cluster) {
   switch (heads_per_block) {
     case 8:
-      return {narrow_kernel<kAlign, 8>, NarrowRoles<8>::kThreads, sizeof(NarrowShared<8>)};
+      return cluster ? narrow<ClusterWork, kAlign, 8>() : narrow<PlannedWork, kAlign, 8>();
     case 16:
-      return {narrow_kernel<kAlign, 16>, NarrowRoles<16>::kThreads, sizeof(NarrowShared<16>)};
+      return cluster ? narrow<ClusterWork, kAlign, 16>() : narrow<PlannedWork, kAlign, 16>();
     case 32:
-      return {narrow_kernel<kAlign, 32>, NarrowRoles<32>::kThreads, sizeof(NarrowShared<32>)};
+      return narrow<PlannedWork, kAlign, 32>();
     default:
       return {decode_kernel<kAlign>, kThreads, sizeof(Shared)};
   }
 }
 
-Decode decode_for(int heads_per_block, int alignment) {
+Decode decode_for(int heads_per_block, int alignment, bool cluster) {
   switch (alignment) {
     case 16:
-      return decode_for<16>(heads_per_block);
+      return decode_for<16>(heads_per_block, cluster);
     case 4:
-      return decode_for<4>(heads_per_block);
+      return decode_for<4>(heads_per_block, cluster);
     default:
-      return decode_for<1>(heads_per_block);
+      return decode_for<1>(heads_per_block, cluster);
   }
 }
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// How many clusters of so many blocks run at once, per device; of 8 and of 16 heads to a block. Asked by
+// prepare_decode(): multiprocessors that share a cluster are neighbours, of which chips have uneven numbers.
+struct Clusters {
+  int at_once[2][kMostClusterBlocks + 1];
+};
+Clusters& clusters_of(int device) {
+  static Clusters all[64];
+  return all[device % 64];
+}
+
+// A cluster per token and group of heads, or no blocks at all: then the plan is followed.
+struct Spread {
+  int heads, blocks;
+};
+
+// What takes least, in microseconds on an H100, measured: with clusters a start and an end, the tiles that a block has
+// to attend to in turn, and the pairs of slabs that it adds up; with a plan the tiles that there are per
+// multiprocessor.
+Spread best_spread(int64_t tokens, int heads, int64_t keys, int device, int processors) {
+  const double planned_tiles =
+      static_cast<double>(tokens) * ceil_div(keys, kKeyTile) * ceil_div(heads, kHeadsPerBlock) / processors;
+  double least = heads <= 16   ? 8.9 + 2.2 * planned_tiles
+                 : heads <= 32 ? 11.5 + 2.4 * planned_tiles
+                               : 12.3 + 4.2 * planned_tiles;
+  Spread best = {0, 0};
+  for (int n : {8, 16}) {
+    const int slabs = kLatentDim / 64 * n / 8;
+    const int64_t clusters = tokens * ceil_div(heads, n);
+    for (int blocks = 2; blocks <= kMostClusterBlocks && clusters * blocks <= processors; ++blocks) {
+      const int tiles = ceil_div(ceil_div(keys, blocks), kKeyTile);
+      int own = slabs;  // of a block that has any; `blocks` halved until one is left
+      for (int b = blocks; b > 1 && own > 1; b /= 2) own /= 2;
+      if (own * blocks > kMostClusterBlocks) continue;
+      const double time =
+          (n == 8 ? 5.6 + 1.8 * (tiles - 1) : 6.5 + 2.1 * (tiles - 1)) + 0.5 * (ceil_div(own, 2) - 1) + 0.04 * blocks;
+      if (time < least && clusters <= clusters_of(device).at_once[n / 16][blocks]) {
+        least = time;
+        best = {n, blocks};
+      }
+    }
+  }
+  return best;
+}
+
+// A cluster has block x of the grid's x, all of y, and token z.
+cudaLaunchConfig_t cluster_config(const Decode& decode, dim3 grid, cudaStream_t stream, cudaLaunchAttribute* cluster) {
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim.x = 1;
+  cluster->val.clusterDim.y = grid.y;
+  cluster->val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(decode.threads);
+  config.dynamicSmemBytes = decode.shared_bytes;
+  config.stream = stream;
+  config.attrs = cluster;
+  config.numAttrs = 1;
+  return config;
+}
 
 // The fewest heads that a block may have for all blocks with work to run at once, each with one item or few: the fewer,
 // the sooner it has written them. `workers`: the most that get work.
@@ -183,16 +266,36 @@ int heads_per_block(int heads, int workers, int processors) {
 cudaError_t prepare_decode() {
   for (int heads : {8, 16, 32, kHeadsPerBlock}) {
     for (int align : {16, 4, 1}) {
-      const Decode decode = decode_for(heads, align);
-      const cudaError_t status = cudaFuncSetAttribute(decode.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                      static_cast<int>(decode.shared_bytes));
-      if (status != cudaSuccess) return status;
+      for (bool cluster : {false, true}) {
+        const Decode decode = decode_for(heads, align, cluster);
+        cudaError_t status = cudaFuncSetAttribute(decode.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  static_cast<int>(decode.shared_bytes));
+        if (status == cudaSuccess && cluster) {
+          status = cudaFuncSetAttribute(decode.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        }
+        if (status != cudaSuccess) return status;
+      }
+    }
+  }
+  int device;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  for (int heads : {8, 16}) {
+    for (int blocks = 2; blocks <= kMostClusterBlocks; ++blocks) {
+      const Decode decode = decode_for(heads, 16, true);
+      cudaLaunchAttribute cluster;
+      const cudaLaunchConfig_t config = cluster_config(decode, dim3(1, blocks), nullptr, &cluster);
+      int* const at_once = &clusters_of(device).at_once[heads / 16][blocks];
+      if (cudaOccupancyMaxActiveClusters(at_once, decode.kernel, &config) != cudaSuccess) {
+        *at_once = 0;
+        cudaGetLastError();  // a size that this device does not have is no error
+      }
     }
   }
   // The same split of L1 and shared memory for all kernels: changing it takes time. Setting it loads the kernel as
   // well.
   for (CombineKernel combine : {combine_kernel<kFewPartials>, combine_kernel<kManyPartials>}) {
-    const cudaError_t status =
+    status =
         cudaFuncSetAttribute(combine, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (status != cudaSuccess) return status;
   }
@@ -212,15 +315,25 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
+  const int64_t keys = params.scopes[0].topk + int64_t{params.scopes[1].topk};
+  const Spread spread = best_spread(params.tokens, params.heads, keys, device, processors);
+  auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
+  const DecodeArgs args = {
+      params, {divisor(params.scopes[0]), divisor(params.scopes[1])}, Divisor(std::max(1, spread.blocks))};
+  if (spread.blocks > 0) {
+    const Decode decode = decode_for(spread.heads, align, true);
+    cudaLaunchAttribute cluster;
+    const dim3 grid(ceil_div(params.heads, spread.heads), spread.blocks, params.tokens);
+    const cudaLaunchConfig_t config = cluster_config(decode, grid, stream, &cluster);
+    return cudaLaunchKernelEx(&config, decode.kernel, args);
+  }
+
   // Items are no shorter than a tile, but for a token's last.
-  const int64_t tiles =
-      params.tokens * int64_t{ceil_div(params.scopes[0].topk + int64_t{params.scopes[1].topk}, kKeyTile)};
+  const int64_t tiles = params.tokens * int64_t{ceil_div(keys, kKeyTile)};
   int workers = static_cast<int>(std::min<int64_t>(params.plan.workers, std::max<int64_t>(1, tiles)));
   const int heads = heads_per_block(params.heads, workers, processors), blocks = ceil_div(params.heads, heads);
   workers = std::max(1, std::min(workers, processors / blocks));
-  auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
-  const DecodeArgs args = {params, {divisor(params.scopes[0]), divisor(params.scopes[1])}};
-  const Decode decode = decode_for(heads, align);
+  const Decode decode = decode_for(heads, align, false);
   decode.kernel<<<dim3(blocks, workers), decode.threads, decode.shared_bytes, stream>>>(args);
   status = cudaGetLastError();
   if (status != cudaSuccess) return status;
@@ -231,8 +344,8 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   // Enough blocks to fill the device when few tokens are split many times, not so many that leaving costs time.
   const int units = (params.heads + kPartHeads - 1) / kPartHeads * kParts;
-  const int spread = std::min(units / kCombineWarps, std::max(1, kCombineBlocks / params.tokens));
-  config.gridDim = dim3(params.tokens, spread);
+  const int blocks_of_token = std::min(units / kCombineWarps, std::max(1, kCombineBlocks / params.tokens));
+  config.gridDim = dim3(params.tokens, blocks_of_token);
   config.blockDim = dim3(32 * kCombineWarps);
   config.stream = stream;
   config.attrs = &overlap;

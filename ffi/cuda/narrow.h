@@ -1,10 +1,9 @@
-// Few heads to a block: the attending role, its shared memory and geometry. Heads are the columns of the products
-// rather than the rows, of which wgmma has no fewer than 64:
+// Few heads to a block: shared memory, products, output. Heads are the columns of the products rather than the rows, of
+// which wgmma has no fewer than 64:
 //
 //   S^T[64 keys, heads] = K . Q^T,   O^T[512, heads] += V^T . P^T,   A being the very same tile of K both times
 //
 // So a tile costs what reading it costs, and one warpgroup attends to it all the way: the softmax runs over its rows.
-// Warpgroups take an item's tiles in turn, each with a running maximum, sum and O^T of its own, and add up at its end.
 #ifndef JAX_DSV4_CUDA_NARROW_H_
 #define JAX_DSV4_CUDA_NARROW_H_
 
@@ -28,11 +27,10 @@ struct __align__(1024) NarrowShared {
   static constexpr int kAttending = 2;  // warpgroups
   // Products that add to the same registers wait for each other.
   static constexpr int kScoreSums = kHeads <= 16 ? 2 : 1;
-  static_assert(kAttending <= kTiles, "an item's last tiles are all held until its end");
 
   // Planes of 64 dimensions: [rows][64] bf16, swizzled, as wgmma reads them.
   uint8_t q[kPlanes][kHeads * kRowBytes];
-  // Also, at an item's end, where a warpgroup puts its O^T: float32, [heads][dimensions], see output_word().
+  // Also, at an item's end, where a warpgroup puts its O^T.
   uint8_t k[kTiles][kPlanes][kPlaneBytes];
   uint8_t p[kAttending][kHeads * kRowBytes];  // [heads][64 keys]
   // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
@@ -42,7 +40,9 @@ struct __align__(1024) NarrowShared {
   float tops[kAttending][kWarps][kHeads];           // the largest scores of a tile, per warp of keys
   float sums[kAttending][kWarps][kHeads];           // of P over an item
   float maxima[kAttending][kHeads];                 // that P and O^T are relative to
+  float sink[kHeads];                               // see load_sink()
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
+  uint64_t together;  // all attending threads
 };
 
 // Where O[head, dim] lies. Four heads of equal parity, or four neighbours, fall into different banks.
@@ -117,6 +117,26 @@ __device__ __forceinline__ void accumulate_narrow_values(const NarrowShared<kHea
   wgmma_commit();
 }
 
+// A warpgroup's O^T to where its last tile was, turned over on the way.
+template <int kValues>
+__device__ __forceinline__ void put_output(const float (&o)[kPlanes][kValues], float* to) {
+  const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float* const column = to + output_word(2 * (lane % 4) + c, 16 * warp + 8 * r + lane / 4);
+#pragma unroll
+      for (int j = 0; j < kValues / 4; ++j) {
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          column[8 * j * kLatentDim + 64 * plane] = o[plane][4 * j + 2 * r + c];
+        }
+      }
+    }
+  }
+}
+
 // Adds up the warpgroups' O^T of an item of so many tiles, normalises and stores: a warp has 8 heads of some parts.
 template <int kHeads>
 __device__ __forceinline__ void store_narrow(const DecodeParams& params, const NarrowShared<kHeads>& shared,
@@ -139,18 +159,17 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
     factor[i] = i < tiles ? shared.maxima[i][block_head] : -INFINITY;
     maximum = fmaxf(maximum, factor[i]);
   }
-  const bool empty = maximum == -INFINITY;
 #pragma unroll
   for (int i = 0; i < kAttending; ++i) {
-    factor[i] = exp2_approx(factor[i] - (empty ? 0.f : maximum));
+    factor[i] = exp2_approx(factor[i] - (maximum == -INFINITY ? 0.f : maximum));
     if (i >= tiles) continue;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total = fmaf(shared.sums[i][w][block_head], factor[i], total);
   }
-  const float denominator =
-      head < params.heads ? finish_head(params, item, head, maximum, total, first_part == 0 && lane % 4 == 0) : 1.f;
+  const bool stores = first_part == 0 && lane % 4 == 0 && head < params.heads;
+  const float all = finish_head(params, item, head, shared.sink[block_head], maximum, total, stores);
 #pragma unroll
-  for (int i = 0; i < kAttending; ++i) factor[i] = empty ? 0.f : factor[i] / denominator;
+  for (int i = 0; i < kAttending; ++i) factor[i] *= all;
 
   // Without a valid key P = 0, and V has no NaN from keys nobody attends to: the sums are zeros.
   auto for_each_part = [&](auto store) {
@@ -182,174 +201,6 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
     for_each_part([&](int part, const float2(&x)[4]) { store_bf16(params, item.token, first_head, part, lane, x); });
   } else {
     for_each_part([&](int part, const float2(&x)[4]) { store_float32(params, item.token, first_head, part, lane, x); });
-  }
-}
-
-// The attending warpgroup number `attending`.
-template <int kHeads>
-__device__ __forceinline__ void attend(const DecodeParams& params, NarrowShared<kHeads>& shared, int attending) {
-  using Memory = NarrowShared<kHeads>;
-  constexpr int kTiles = Memory::kTiles, kAttending = Memory::kAttending;
-  constexpr int kColumns = kHeads / 4;  // a thread's: 8 * (i / 2) + 2 * (lane % 4) + i % 2
-  const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
-  const int barrier = 1 + attending, barrier_of_all = 1 + kAttending;
-  const float scale_log2 = params.scale * kLog2e;
-
-  Work work(params);
-  Item item;
-  bool more = work.next(&item);
-  if (more) copy_narrow_q(params, shared, item.token);
-  int before = 0;  // tiles of the items before
-  int held = -1;   // the tile that has this warpgroup's O^T
-  while (more) {
-    copy_async_wait_all();
-    fence_proxy_async();
-    named_barrier_sync(barrier_of_all, kAttending * kWarpgroup);  // Q has come, and the item before is stored
-    if (held >= 0 && lane < kGroups) barrier_arrive(&shared.free[held][lane]);
-    held = -1;
-    const Item now = item;
-    more = work.next(&item);
-    const int tiles = (now.end - now.begin + kKeyTile - 1) / kKeyTile;
-
-    // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's rows.
-    float maximum[kColumns], sum[kColumns], o[kPlanes][kHeads / 2];
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      maximum[i] = -INFINITY;
-      sum[i] = 0.f;
-    }
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-#pragma unroll
-      for (int i = 0; i < kHeads / 2; ++i) o[plane][i] = 0.f;
-    }
-    for (int tile = attending; tile < tiles; tile += kAttending) {
-      const int buffer = (before + tile) % kTiles;
-      for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], (before + tile) / kTiles % 2);
-      float s[Memory::kScoreSums][kHeads / 2];
-      multiply_narrow_scores(shared, buffer, s);
-      bool valid[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) valid[r] = shared.valid[buffer][2 * warp + r] >> (lane / 4) & 1;
-      wgmma_wait<0>();
-
-      // Before anything else the keys nobody attends to: what they have in store may be NaN.
-      float top[kColumns];
-#pragma unroll
-      for (int i = 0; i < kHeads / 2; ++i) {
-#pragma unroll
-        for (int j = 1; j < Memory::kScoreSums; ++j) s[0][i] += s[j][i];
-        if (!valid[i / 2 % 2]) s[0][i] = -INFINITY;
-      }
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int at = i / 2 * 4 + i % 2;
-        top[i] = column_max(fmaxf(s[0][at], s[0][at + 2]));
-      }
-      if (lane < 4) {
-#pragma unroll
-        for (int i = 0; i < kColumns; i += 2) {
-          *reinterpret_cast<float2*>(&shared.tops[attending][warp][4 * i + 2 * lane]) = {top[i], top[i + 1]};
-        }
-      }
-      named_barrier_sync(barrier, kWarpgroup);  // also: no warp's products still read the P before
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 2) {
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float2 other = *reinterpret_cast<const float2*>(&shared.tops[attending][w][4 * i + 2 * (lane % 4)]);
-          top[i] = fmaxf(top[i], other.x);
-          top[i + 1] = fmaxf(top[i + 1], other.y);
-        }
-      }
-
-      // All threads of a column decide alike.
-      float factor[kColumns];
-      bool rescale = false;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        top[i] *= scale_log2;
-        const float old = maximum[i];
-        if (top[i] > old + kRescaleThresholdLog2 || old == -INFINITY) maximum[i] = top[i];
-        factor[i] = old == maximum[i] ? 1.f : exp2_approx(old - maximum[i]);
-        rescale |= factor[i] != 1.f;
-        const float base = maximum[i] == -INFINITY ? 0.f : maximum[i];
-        float added = 0.f;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float& x = s[0][i / 2 * 4 + i % 2 + 2 * r];
-          x = exp2_approx(fmaf(x, scale_log2, -base));
-          added += x;
-        }
-        sum[i] = fmaf(sum[i], factor[i], added);
-      }
-
-      // Rows of P are heads; this warp has the 16-byte units 2 * warp and the next.
-      uint32_t pairs[kHeads / 4];
-#pragma unroll
-      for (int i = 0; i < kHeads / 4; ++i) pairs[i] = pack_bf16x2(s[0][2 * i], s[0][2 * i + 1]);
-      const uint32_t p =
-          smem_address(shared.p[attending]) + lane % 8 * kRowBytes + 16 * ((2 * warp + lane / 8 % 2) ^ lane % 8);
-      if constexpr (kHeads == 8) {
-        store_transposed(p, pairs[0], pairs[1]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kHeads / 4; i += 4) {
-          store_transposed(p + (4 * i + lane / 16 * 8) * kRowBytes, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
-        }
-      }
-      fence_proxy_async();
-      const bool first = tile == attending, last = tile + kAttending >= tiles;
-      if (!first && __any_sync(~0u, rescale)) {
-#pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) {
-#pragma unroll
-          for (int i = 0; i < kHeads / 2; ++i) o[plane][i] *= factor[i / 4 * 2 + i % 2];
-        }
-      }
-      named_barrier_sync(barrier, kWarpgroup);
-      accumulate_narrow_values(shared, attending, buffer, o);
-      wgmma_wait<0>();
-      if (last) {
-        held = buffer;
-      } else if (lane < kGroups) {
-        barrier_arrive(&shared.free[buffer][lane]);
-      }
-    }
-
-    // O^T to where the warpgroup's last tile was, turned over on the way.
-    if (held >= 0) {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) sum[i] = column_sum(sum[i]);
-      if (lane < 4) {
-#pragma unroll
-        for (int i = 0; i < kColumns; i += 2) {
-          const int column = 4 * i + 2 * lane;
-          *reinterpret_cast<float2*>(&shared.sums[attending][warp][column]) = {sum[i], sum[i + 1]};
-          if (warp == 0) *reinterpret_cast<float2*>(&shared.maxima[attending][column]) = {maximum[i], maximum[i + 1]};
-        }
-      }
-      float* const to = reinterpret_cast<float*>(shared.k[held]);
-      named_barrier_sync(barrier, kWarpgroup);  // no warp's products still read the tile
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float* const column = to + output_word(2 * (lane % 4) + c, 16 * warp + 8 * r + lane / 4);
-#pragma unroll
-          for (int j = 0; j < kHeads / 8; ++j) {
-#pragma unroll
-            for (int plane = 0; plane < kPlanes; ++plane) {
-              column[8 * j * kLatentDim + 64 * plane] = o[plane][4 * j + 2 * r + c];
-            }
-          }
-        }
-      }
-    }
-    named_barrier_sync(barrier_of_all, kAttending * kWarpgroup);  // also: nobody reads this item's Q any more
-    if (more) copy_narrow_q(params, shared, item.token);
-    store_narrow(params, shared, now, attending * kWarps + warp, before, tiles);
-    before += tiles;
   }
 }
 

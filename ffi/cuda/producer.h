@@ -15,21 +15,6 @@ constexpr int kLanesPerKey = 32 / kKeysPerWarp;
 constexpr int kPieces = kPackedRowBytes / 16 / kLanesPerKey;
 static_assert(kLanesPerKey == 4 && kPieces == kScaleTiles + 2);
 
-// n / d for 0 <= n < 2^31 as (n + high word of n * multiplier) >> shift.
-struct Divisor {
-  uint32_t multiplier, shift;
-  explicit Divisor(uint32_t d) : multiplier(0), shift(0) {
-    while (uint64_t{1} << shift < d) ++shift;
-    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
-  }
-  __device__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
-};
-
-struct DecodeArgs {
-  DecodeParams params;
-  Divisor block_size[2];
-};
-
 // A lane's key of a group, before it is needed.
 struct KeySlot {
   int slot;
@@ -45,26 +30,40 @@ struct KeyRow {
 
 // Of every tile the group that one producing warpgroup fills, over all items as one sequence, so that fetching runs
 // ahead across items.
+template <typename Work>
 class Groups {
  public:
   // `key`: this thread's, of a tile.
-  __device__ Groups(const DecodeParams& params, int key) : params_(params), work_(params), key_(key) { open(); }
+  __device__ Groups(const DecodeArgs& args, int key) : params_(args.params), work_(args), key_(key) {
+    // The first slots need not wait for all that tells the first item, if it turns out to be what it mostly is.
+    const Item guess = work_.guess();
+    guess_ = load(guess, guess.begin);
+    open();
+    guessed_ = item_.token == guess.token && item_.begin == guess.begin && item_.end == guess.end &&
+               item_.swa_length == guess.swa_length;
+  }
 
   __device__ KeySlot fetch() {
     if (begin_ >= item_.end) return {-1, false, false};
-    KeySlot f{-1, false, true};
-    const int key = begin_ + key_;
-    if (key < item_.end) {
-      f.extra = key >= item_.swa_length;
-      const Scope& scope = params_.scopes[f.extra];
-      f.slot = scope.indices[static_cast<int64_t>(item_.token) * scope.topk + key - (f.extra ? item_.swa_length : 0)];
-    }
+    const KeySlot f = guessed_ ? guess_ : load(item_, begin_);
+    guessed_ = false;
     begin_ += kKeyTile;
     if (begin_ >= item_.end) open();
     return f;
   }
 
  private:
+  __device__ KeySlot load(const Item& item, int begin) const {
+    KeySlot f{-1, false, begin < item.end};
+    const int key = begin + key_;
+    if (key < item.end) {
+      f.extra = key >= item.swa_length;
+      const Scope& scope = params_.scopes[f.extra];
+      f.slot = scope.indices[static_cast<int64_t>(item.token) * scope.topk + key - (f.extra ? item.swa_length : 0)];
+    }
+    return f;
+  }
+
   __device__ void open() {
     if (!work_.next(&item_)) item_.begin = item_.end = 0;
     begin_ = item_.begin;
@@ -75,6 +74,8 @@ class Groups {
   Item item_;
   int begin_;  // of the next tile
   const int key_;
+  KeySlot guess_;
+  bool guessed_ = false;
 };
 
 __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeySlot key) {
@@ -141,7 +142,7 @@ __device__ __forceinline__ bool needs_any_scale(uint2 scales) {
 // A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
 // the store: no other thread has to know when the bytes arrive. It fills `group` of every tile. Copies run some pieces
 // ahead, from rows that were asked into L2 half a group before, or a whole group ahead.
-template <int kAlign, typename Memory>
+template <typename Work, int kAlign, typename Memory>
 __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, int group) {
   constexpr int kTiles = Memory::kTiles, kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
   constexpr int kBatches = (kPieces + kAtOnce - 1) / kAtOnce, kBatchesAhead = (kAhead + kAtOnce - 1) / kAtOnce;
@@ -155,7 +156,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
   uint2(*const ring_scales)[kKeysPerWarp] = shared.scales[threadIdx.x / 32];
   const auto nowhere = static_cast<const uint8_t*>(args.params.q);  // an address for copies of no bytes
 
-  Groups groups(args.params, word * kKeysPerWarp + key);
+  Groups<Work> groups(args, word * kKeysPerWarp + key);
   KeySlot slot{-1, false, false};  // of the group after the one that copies are at, or will be next
   const uint8_t* row;              // that copies are at, from this lane's quarter of the first piece on
   uint32_t real = 0, more = 0;     // bit i: group n + 1 - i has this lane's key; there is such a group

@@ -51,14 +51,16 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-__device__ __forceinline__ void score(const DecodeParams& params, Shared& shared) {
+__device__ __forceinline__ void score(const DecodeArgs& args, Shared& shared) {
+  const DecodeParams& params = args.params;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int first_head = blockIdx.x * kHeadsPerBlock;
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   const float scale_log2 = params.scale * kLog2e;
 
-  Work work(params);
+  PlannedWork work(args);
   Item item;
+  const float sink[2] = {load_sink(params, first_head + rows[0]), load_sink(params, first_head + rows[1])};
   Turn<Shared::kTiles> tile;
   Turn<2> handoff;
   while (work.next(&item)) {
@@ -137,9 +139,7 @@ __device__ __forceinline__ void score(const DecodeParams& params, Shared& shared
       const float total = quad_sum(sum[r]);
       if (lane % 4 == 0) {
         const int head = first_head + rows[r];
-        const bool empty = maximum[r] == -INFINITY;
-        const float denominator = head < params.heads ? finish_head(params, item, head, maximum[r], total, true) : 1.f;
-        shared.factor[to][rows[r]] = empty ? 0.f : 1.f / denominator;
+        shared.factor[to][rows[r]] = finish_head(params, item, head, sink[r], maximum[r], total, head < params.heads);
       }
     }
     __syncwarp();

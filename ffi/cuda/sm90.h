@@ -43,6 +43,55 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 // Makes this thread's ordinary stores to shared memory visible to the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- clusters: blocks that run at the same time and write into each other's shared memory
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+__device__ __forceinline__ int cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+
+// All threads of a cluster's blocks arrive. Orders what barrier_init_fence() orders, and nothing else: a fence for all
+// stores costs more than what is done with clusters here.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Arrives at an mbarrier whose phase also needs so many bytes from store_cluster(), come already or to come.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_address(const void* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(p)), "r"(rank));
+  return address;
+}
+
+// Stores in block `rank` what there lies at `to` and reports the bytes to its `barrier`, both being addresses in this
+// block's shared memory. Who has waited at that barrier sees them.
+__device__ __forceinline__ void store_cluster(float4* to, uint64_t* barrier, int rank, float4 value) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   cluster_address(to, rank)),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(float2* to, uint64_t* barrier, int rank, float2 value) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   cluster_address(to, rank)),
+               "f"(value.x), "f"(value.y), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+
 // --- cp.async
 
 // Copies `kBytes` (4, 8 or 16) of which the first `bytes` come from `src` and the rest are zeros.
@@ -102,6 +151,18 @@ __device__ __forceinline__ uint32_t permute(uint32_t a) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

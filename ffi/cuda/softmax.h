@@ -12,24 +12,30 @@ namespace jax_dsv4::cuda {
 
 using namespace sm90;
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range,
 // its relative rounding is the same, and the accumulators are hardly ever rescaled.
 constexpr float kRescaleThresholdLog2 = 8.f;
 
+// Of a head: loaded long before an item's end, which would wait for it, and not looked at before.
+__device__ __forceinline__ float load_sink(const DecodeParams& params, int head) {
+  return params.sink && head < params.heads ? params.sink[head] : -INFINITY;
+}
+
 // One head at an item's end, `total` being the sum of 2^(score - maximum) over the item's keys: stores its lse if
-// `stores`. -> what divides the sum of P . V. The sink enters where the item is the whole token.
-__device__ __forceinline__ float finish_head(const DecodeParams& params, const Item& item, int head, float maximum,
-                                             float total, bool stores) {
+// `stores`. -> what the sum of P . V is multiplied by. The sink enters where the item is the whole token. All of it is
+// approximate to a unit in the last place or two, and few instructions: code that runs once costs what fetching it
+// costs.
+__device__ __forceinline__ float finish_head(const DecodeParams& params, const Item& item, int head, float sink,
+                                             float maximum, float total, bool stores) {
   const bool empty = maximum == -INFINITY, whole = item.partial < 0;
   if (stores) {
-    const float lse = empty ? -INFINITY : (maximum + log2f(total)) / kLog2e;
+    const float lse = empty ? -INFINITY : (maximum + log2_approx(total)) * kLn2;
     float* const to = whole ? params.lse : params.partial_lse;
     to[static_cast<int64_t>(whole ? item.token : item.partial) * params.heads + head] = lse;
   }
-  if (!whole || !params.sink) return total;
-  return total + exp2f(params.sink[head] * kLog2e - (empty ? 0.f : maximum));
+  return empty ? 0.f : reciprocal_approx(whole ? total + exp2_approx(fmaf(sink, kLog2e, -maximum)) : total);
 }
 
 }  // namespace jax_dsv4::cuda

@@ -26,11 +26,12 @@ __device__ __forceinline__ void accumulate_values(const Shared& shared, int p_bu
 }
 
 // `half` of the dimensions.
-__device__ __forceinline__ void value(const DecodeParams& params, Shared& shared, int half) {
+__device__ __forceinline__ void value(const DecodeArgs& args, Shared& shared, int half) {
+  const DecodeParams& params = args.params;
   const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
   const int first_head = blockIdx.x * kHeadsPerBlock;
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
-  Work work(params);
+  PlannedWork work(args);
   Item item;
   Turn<Shared::kTiles> tile;
   Turn<2> handoff;

@@ -1,32 +1,68 @@
-// Which keys of which tokens a block attends to: the plan's work items, in the order in which every role walks them.
+// Which keys of which tokens a block attends to: the plan's work items, in the order in which every role walks them, or
+// its share of a token that a cluster of blocks has.
 #ifndef JAX_DSV4_CUDA_WORK_H_
 #define JAX_DSV4_CUDA_WORK_H_
 
 #include <cstdint>
 
 #include "common/params.h"
+#include "cuda/launch.h"
+#include "cuda/sm90.h"
 
 namespace jax_dsv4::cuda {
+
+using namespace sm90;
+
+// n / d for 0 <= n < 2^31 as (n + high word of n * multiplier) >> shift.
+struct Divisor {
+  uint32_t multiplier, shift;
+  explicit Divisor(uint32_t d) : multiplier(0), shift(0) {
+    while (uint64_t{1} << shift < d) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
+  }
+  __device__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
+};
+
+struct DecodeArgs {
+  DecodeParams params;
+  Divisor block_size[2];
+  Divisor cluster_blocks;
+};
 
 __device__ __forceinline__ int clamped_length(const Scope& scope, int token) {
   return scope.topk > 0 ? max(0, min(scope.lengths[token], scope.topk)) : 0;
 }
 
-// A work item with its keys counted from the token's first, or none.
+// A work item: keys begin <= k < end of the token's, of which the first swa_length are the first scope's.
 struct Item {
   int token, partial, begin, end, swa_length;
 };
 
-// The items of this block's worker, in order, without those that make no sense: a plan made for other lengths, or for
-// another call, must not lead anywhere outside the buffers.
-class Work {
+// The plan's items of this block's worker, in order, without those that make no sense: a plan made for other lengths,
+// or for another call, must not lead anywhere outside the buffers.
+class PlannedWork {
  public:
-  __device__ explicit Work(const DecodeParams& params) : params_(params) {
-    const Plan& plan = params.plan;
+  static constexpr bool kCluster = false;
+
+  __device__ explicit PlannedWork(const DecodeArgs& args) : params_(args.params) {
+    const Plan& plan = params_.plan;
     // The last block takes the workers for which there is none: a plan for this device has given them nothing.
     const int end = blockIdx.y + 1 < gridDim.y ? blockIdx.y + 1 : plan.workers;
     next_ = max(0, plan.work_indptr[blockIdx.y]);
     end_ = min(plan.max_items, plan.work_indptr[end]);
+  }
+
+  // What the first item mostly is: the worker's number, and full lengths. Known before either is.
+  __device__ Item guess() const {
+    const int topk = params_.scopes[0].topk;
+    if (static_cast<int>(blockIdx.y) >= params_.plan.max_items) return {};
+    const int4* row = reinterpret_cast<const int4*>(params_.plan.work_info_set) + 2 * blockIdx.y;
+    const int token = row[0].x;
+    const int64_t first = static_cast<int64_t>(token) * (topk + params_.scopes[1].topk);
+    const int64_t begin = row[1].x - first, end = row[1].y - first;
+    if (token < 0 || token >= params_.tokens || begin < 0 || begin >= end || end > topk + params_.scopes[1].topk)
+      return {};
+    return {token, -1, static_cast<int>(begin), static_cast<int>(end), topk};
   }
 
   __device__ bool next(Item* item) {
@@ -50,6 +86,41 @@ class Work {
  private:
   const DecodeParams& params_;
   int next_, end_;
+};
+
+// One item: this block's even share of the keys of a token that a cluster has, block z of the grid. Maybe none.
+class ClusterWork {
+ public:
+  static constexpr bool kCluster = true;
+
+  __device__ explicit ClusterWork(const DecodeArgs& args) : args_(args) {}
+
+  __device__ bool next(Item* item) {
+    if (done_) return false;
+    done_ = true;
+    const int token = blockIdx.z;
+    const int swa = clamped_length(args_.params.scopes[0], token),
+              extra = clamped_length(args_.params.scopes[1], token);
+    sound_ = args_.params.plan.kv_lengths[token] == swa + extra;
+    *item = share(swa, extra);
+    return true;
+  }
+
+  // What the item is if the token has as many keys as fit: known before its lengths are.
+  __device__ Item guess() const { return share(args_.params.scopes[0].topk, args_.params.scopes[1].topk); }
+  // Whether the plan, which is not followed, is of these lengths.
+  __device__ bool sound() const { return sound_; }
+
+ private:
+  __device__ Item share(int swa, int extra) const {
+    const int keys = swa + extra, blocks = cluster_size(), rank = cluster_rank();
+    const int each = args_.cluster_blocks.divide(keys), more = keys - each * blocks;
+    const int begin = rank * each + min(rank, more);
+    return {static_cast<int>(blockIdx.z), -1, begin, begin + each + (rank < more), swa};
+  }
+
+  const DecodeArgs& args_;
+  bool done_ = false, sound_ = false;
 };
 
 }  // namespace jax_dsv4::cuda

@@ -16,7 +16,9 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-#define __shared__ static  // blocks run one after another
+// Blocks run one after another, except those of a cluster: a kernel that is launched in clusters must not have any,
+// only dynamic shared memory, which every block has its own of.
+#define __shared__ static
 
 // --- vectors
 
@@ -129,8 +131,8 @@ namespace hopper {
 inline cudaError_t last_error = cudaSuccess;
 
 template <typename Kernel>
-void launch_kernel(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Kernel& kernel) {
-  last_error = launch(grid, block, shared_bytes, kernel) ? cudaSuccess : cudaErrorLaunchFailure;
+void launch_kernel(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Kernel& kernel, dim3 cluster = {}) {
+  last_error = launch(grid, block, cluster, shared_bytes, kernel) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 }  // namespace hopper
 
@@ -139,11 +141,14 @@ inline cudaError_t cudaGetLastError() { return ::hopper::last_error; }
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void cudaGridDependencySynchronize() {}
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct {
+  union {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -154,14 +159,31 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+namespace hopper {
+inline dim3 cluster_of(const cudaLaunchConfig_t& config) {
+  dim3 cluster;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    cluster = {attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z};
+  }
+  return cluster;
+}
+}  // namespace hopper
+
 template <typename Kernel, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel* kernel, const Arguments&... arguments) {
-  ::hopper::launch_kernel(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
-                          [&] { kernel(arguments...); });
+  ::hopper::launch_kernel(
+      config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream, [&] { kernel(arguments...); },
+      ::hopper::cluster_of(*config));
   return cudaGetLastError();
 }
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 struct cudaFuncAttributes {};
 template <typename Kernel>
@@ -180,6 +202,16 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = ::hopper::options().processors;
+  return cudaSuccess;
+}
+
+// As if any processors could form a cluster, each held one block, and there were enough for one.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  const dim3 cluster = ::hopper::cluster_of(*config);
+  const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks == 0 || blocks > ::hopper::kMostClusterBlocks) return cudaErrorInvalidValue;
+  *clusters = max(1, ::hopper::options().processors / static_cast<int>(blocks));
   return cudaSuccess;
 }
 

@@ -1,5 +1,6 @@
 #include "machine.h"
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -30,7 +31,7 @@ namespace hopper {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kSharedAlign = 1024, kMostSharedBytes = 227 * 1024;
-constexpr int kNamedBarriers = 16;
+constexpr int kNamedBarriers = 16, kMostBytes = (1 << 20) - 1;  // of an mbarrier
 
 bool watched() { return __tsan_create_fiber != nullptr; }
 void switch_clock(void* to) {
@@ -38,6 +39,7 @@ void switch_clock(void* to) {
 }
 
 struct Thread;
+struct Block;
 extern Thread* self;
 // The machine's own work has a clock of its own.
 void* machine_clock;
@@ -77,10 +79,14 @@ struct Accumulator {
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<uint8_t[]> stack;
+  void* stack = nullptr;  // as long as the process
   void *clock = nullptr, *async_clock = nullptr;
-  int number;
+  Block* block;
+  int number;  // in its block
   bool waits;
+  bool arrived;  // at the cluster's barrier, for its `use`, and has not waited since
+  bool joined;   // has waited there
+  unsigned use;
   std::vector<Copy> copies;  // not committed yet
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<Product> products;
@@ -91,6 +97,8 @@ struct Thread {
 
 struct Barrier {
   unsigned expected = 0, arrived = 0, generation = 0;
+  int64_t bytes = 0;    // an mbarrier's: expected, less what has landed
+  bool fenced = false;  // an mbarrier's initialisation
   std::vector<Thread*> waiting;
   Order order;
 };
@@ -102,21 +110,43 @@ struct Warp {
 };
 
 struct Block {
+  Index index;
+  unsigned rank;  // in its cluster
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier named[kNamedBarriers];
   std::map<const uint64_t*, std::unique_ptr<Barrier>> barriers;
-  uint8_t* shared;
+  std::unique_ptr<uint8_t, decltype(&std::free)> shared{nullptr, &std::free};
   size_t shared_bytes;
   unsigned running;
+  char end;  // an address
+};
+
+// To a block's shared memory, on its way.
+struct Store {
+  Block* block;
+  uint8_t* to;
+  Barrier* barrier;
+  void* clock;
+  int bytes;
+  uint8_t value[16];
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  unsigned running;  // threads
+  Barrier barrier;
+  std::deque<Store> stores;
 };
 
 std::vector<std::unique_ptr<Thread>> pool;
+void* store_clocks[kMostClusterBlocks];  // of what the block of that rank sends
 std::deque<Thread*> ready;
 Thread* self = nullptr;
-Block* block;
+Block* block;  // of self
+Cluster* cluster;
 ucontext_t scheduler;
 const std::function<void()>* body;
-char start_of_block, end_of_block;  // addresses
+char start_of_cluster, end_of_cluster;  // addresses
 std::string message;
 uint32_t random_state;
 
@@ -147,18 +177,87 @@ void copy_unseen(T* to, const T* from, int count) {
   for (int i = 0; i < count; ++i) const_cast<volatile T&>(to[i]) = from[i];
 }
 
+std::string name_of(const Block& of) {
+  return "block (" + std::to_string(of.index.x) + ", " + std::to_string(of.index.y) + ", " +
+         std::to_string(of.index.z) + ")";
+}
+
+// Said in words when no fiber's stack is used any more, which ThreadSanitizer would see.
+struct Failure {
+  const char* why = nullptr;
+  const Block* block;
+  int thread = -1;
+};
+Failure failure;
+
+[[noreturn]] void stop(const Failure& now) {
+  switch_clock(machine_clock);
+  failure = now;
+  setcontext(&scheduler);
+  std::abort();
+}
+
+// One of so many, of which 0 is next in turn.
+size_t pick(size_t count) {
+  if (options().schedule == 0) return 0;
+  random_state = random_state * 1664525u + 1013904223u;
+  return (random_state >> 8) % count;
+}
+
+void wake(std::vector<Thread*>& list) {
+  for (Thread* thread : list) {
+    thread->waits = false;
+    ready.push_back(thread);
+  }
+  list.clear();
+}
+
+// If all arrivals and bytes have come.
+void complete_phase(Barrier& barrier) {
+  if (barrier.arrived < barrier.expected || barrier.bytes != 0) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  wake(barrier.waiting);
+}
+
+void land(const Store& store) {
+  if (store.block->running == 0) stop({"a store lands in a block whose threads have all ended", store.block});
+  copy_unseen(store.to, store.value, store.bytes);
+  Barrier& barrier = *store.barrier;
+  if (watched()) {
+    as(store.clock, [&] {
+      __tsan_write_range(store.to, store.bytes);
+      __tsan_release(&barrier.order.at[barrier.generation % 2][0]);  // not for the async proxy
+      __tsan_release(&end_of_cluster);
+    });
+  }
+  barrier.bytes -= store.bytes;
+  complete_phase(barrier);
+}
+
+// As late as can be, or, of a schedule, some, in any order.
+void land_stores() {
+  std::deque<Store>& stores = cluster->stores;
+  while (!stores.empty() && (ready.empty() || pick(8) != 0)) {
+    std::swap(stores.front(), stores[pick(stores.size())]);
+    const Store store = stores.front();
+    stores.pop_front();
+    land(store);
+  }
+}
+
 // Leaves this fiber for one that can run, or for the scheduler if there is none.
 void leave(ucontext_t* from) {
+  land_stores();
   if (ready.empty()) {
     swapcontext(from, &scheduler);
     return;
   }
-  if (options().schedule != 0) {
-    random_state = random_state * 1664525u + 1013904223u;
-    std::swap(ready.front(), ready[(random_state >> 8) % ready.size()]);
-  }
+  std::swap(ready.front(), ready[pick(ready.size())]);
   self = ready.front();
   ready.pop_front();
+  block = self->block;
+  blockIdx = block->index;
   threadIdx = {static_cast<unsigned>(self->number), 0, 0};
   swapcontext(from, &self->context);
 }
@@ -168,14 +267,6 @@ void wait_in(std::vector<Thread*>& list) {
   list.push_back(thread);
   thread->waits = true;
   while (thread->waits) leave(&thread->context);
-}
-
-void wake(std::vector<Thread*>& list) {
-  for (Thread* thread : list) {
-    thread->waits = false;
-    ready.push_back(thread);
-  }
-  list.clear();
 }
 
 // Until so many threads have come, for the same purpose.
@@ -198,6 +289,12 @@ void meet(Barrier& barrier, unsigned threads) {
   barrier.order.acquire(use);
 }
 
+Barrier& barrier_at(Block& of, const uint64_t* at) {
+  const auto found = of.barriers.find(at);
+  if (found == of.barriers.end()) fail("a barrier was not initialised");
+  return *found->second;
+}
+
 Warp& warp_of(const Thread& thread) { return *block->warps[thread.number / 32]; }
 
 // All lanes' values; orders nothing.
@@ -210,56 +307,113 @@ const uint64_t* exchange(uint64_t value) {
   return values;
 }
 
+// If all threads that still run have arrived.
+void complete_cluster_barrier() {
+  Barrier& barrier = cluster->barrier;
+  if (barrier.arrived == 0 || barrier.arrived < cluster->running) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  wake(barrier.waiting);
+}
+
+// A block's shared memory goes with its last thread: a write, by the clocks, which what other blocks store comes
+// before.
+void end_thread() {
+  if (watched() && cluster->blocks.size() > 1) {
+    release(&block->end, &block->end);
+    if (block->running == 1 && block->shared_bytes > 0) {
+      acquire(&block->end, &block->end);
+      as(self->clock, [] { __tsan_write_range(block->shared.get(), block->shared_bytes); });
+    }
+  }
+  release(&end_of_cluster, &end_of_cluster);
+  --block->running;
+  --cluster->running;
+  // No longer awaited, so not counted either.
+  if (self->arrived && self->use == cluster->barrier.generation) --cluster->barrier.arrived;
+  complete_cluster_barrier();
+}
+
 void run_thread() {
-  acquire(&start_of_block, &start_of_block);
+  acquire(&start_of_cluster, &start_of_cluster);
   switch_clock(self->clock);
   (*body)();
   switch_clock(machine_clock);
-  release(&end_of_block, &end_of_block);
   if (!self->products.empty() || !self->product_groups.empty()) fail("a thread ended without waiting for its products");
-  --block->running;
+  end_thread();
   leave(&self->context);
 }
 
-void start_thread(unsigned number) {
-  if (pool.size() <= number) {
+void start_thread(Block& of, unsigned number) {
+  const size_t place = of.rank * blockDim.x + number;
+  if (pool.size() <= place) {
     pool.push_back(std::make_unique<Thread>());
-    pool.back()->stack.reset(new uint8_t[kStackBytes]);
+    // A thread touches little of it.
+    void* const stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (stack == MAP_FAILED) std::abort();
+    pool.back()->stack = stack;
     if (watched()) {
       pool.back()->clock = __tsan_create_fiber(0);
       pool.back()->async_clock = __tsan_create_fiber(0);
     }
   }
-  Thread& thread = *pool[number];
+  Thread& thread = *pool[place];
+  thread.block = &of;
   thread.number = static_cast<int>(number);
-  thread.waits = false;
+  thread.waits = thread.arrived = thread.joined = false;
   thread.copies.clear();
   thread.copy_groups.clear();
   thread.products.clear();
   thread.product_groups.clear();
   thread.accumulators.clear();
   getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_sp = thread.stack;
   thread.context.uc_stack.ss_size = kStackBytes;
   thread.context.uc_link = nullptr;
   makecontext(&thread.context, run_thread, 0);
   ready.push_back(&thread);
 }
 
-bool run_block() {
-  const unsigned threads = blockDim.x;
-  for (unsigned i = 0; i < threads; i += 32) block->warps.push_back(std::make_unique<Warp>());
-  block->running = threads;
-  ready.clear();
-  for (unsigned i = 0; i < threads; ++i) start_thread(i);
-  if (watched()) __tsan_release(&start_of_block);
-  leave(&scheduler);
-  if (watched()) __tsan_acquire(&end_of_block);
-  if (message.empty() && block->running > 0) {
-    message = std::to_string(block->running) + " of " + std::to_string(threads) + " threads of block (" +
-              std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ") wait for ever";
+void start_block(Block& of) {
+  for (unsigned i = 0; i < blockDim.x; i += 32) of.warps.push_back(std::make_unique<Warp>());
+  of.running = blockDim.x;
+  cluster->running += of.running;
+  if (of.shared_bytes > 0) {
+    // Kernels ask for multiples of the alignment, so AddressSanitizer sees what is past the end.
+    of.shared.reset(static_cast<uint8_t*>(
+        std::aligned_alloc(kSharedAlign, (of.shared_bytes + kSharedAlign - 1) / kSharedAlign * kSharedAlign)));
+    std::memset(of.shared.get(), 0xff, of.shared_bytes);  // NaN
   }
-  return message.empty();
+  for (unsigned i = 0; i < blockDim.x; ++i) start_thread(of, i);
+}
+
+bool run_cluster() {
+  ready.clear();
+  failure = {};
+  for (auto& each : cluster->blocks) start_block(*each);
+  if (watched()) __tsan_release(&start_of_cluster);
+  leave(&scheduler);
+  if (failure.why) {
+    const std::string thread = failure.thread < 0 ? "" : "thread " + std::to_string(failure.thread) + " of ";
+    message = failure.why + (", " + thread) + name_of(*failure.block);
+  } else if (cluster->running > 0) {
+    for (const auto& each : cluster->blocks) {
+      if (each->running == 0) continue;
+      message += (message.empty() ? "" : ", ") + std::to_string(each->running) + " of " + std::to_string(blockDim.x) +
+                 " threads of " + name_of(*each);
+    }
+    message += " wait for ever";
+  }
+  const bool ended = message.empty();
+  if (watched()) {
+    // Nor do those that have not ended go on.
+    for (size_t i = 0; !ended && i < cluster->blocks.size() * blockDim.x; ++i) {
+      as(pool[i]->clock, [] { __tsan_release(&end_of_cluster); });
+    }
+    __tsan_acquire(&end_of_cluster);
+  }
+  return ended;
 }
 
 // --- wgmma's operands: rows of 128 bytes in groups of 8, 16-byte units of a row exchanged by the row's number.
@@ -331,7 +485,7 @@ void compute(const Product& product, float* d) {
 
 }  // namespace
 
-uint8_t* block_memory() { return block->shared; }
+uint8_t* block_memory() { return block->shared.get(); }
 const char* error() { return message.c_str(); }
 
 Options& options() {
@@ -339,53 +493,48 @@ Options& options() {
   return all;
 }
 
-void fail(const char* why) {
-  message = std::string(why) + ", thread " + std::to_string(self->number) + " of block (" + std::to_string(blockIdx.x) +
-            ", " + std::to_string(blockIdx.y) + ")";
-  switch_clock(machine_clock);
-  setcontext(&scheduler);
-  std::abort();
-}
+void fail(const char* why) { stop({why, block, self->number}); }
 
 uint32_t shared_address(const void* at) {
-  const auto offset = static_cast<const uint8_t*>(at) - block->shared;
+  const auto offset = static_cast<const uint8_t*>(at) - block->shared.get();
   if (offset < 0 || offset >= static_cast<ptrdiff_t>(block->shared_bytes)) fail("an address is not in shared memory");
   return static_cast<uint32_t>(offset);
 }
 
 uint8_t* at_shared_address(uint32_t address, size_t bytes) {
   if (address + bytes > block->shared_bytes) fail("an address is past the block's shared memory");
-  return block->shared + address;
+  return block->shared.get() + address;
 }
 
-bool launch(Index grid, Index size, size_t shared_bytes, const std::function<void()>& kernel) {
+bool launch(Index grid, Index size, Index by, size_t shared_bytes, const std::function<void()>& kernel) {
   message.clear();
   if (size.y != 1 || size.z != 1 || size.x % 32 != 0 || size.x > 1024 || size.x == 0)
     message = "not a block that is modelled";
   if (shared_bytes > kMostSharedBytes) message = "more shared memory than a block can have";
+  const uint64_t blocks = uint64_t{by.x} * by.y * by.z;
+  if (blocks == 0 || blocks > kMostClusterBlocks)
+    message = "not a cluster that a Hopper has";
+  else if (grid.x % by.x != 0 || grid.y % by.y != 0 || grid.z % by.z != 0)
+    message = "the grid is not a multiple of the cluster";
   if (!message.empty()) return false;
   if (watched()) machine_clock = __tsan_get_current_fiber();
   random_state = options().schedule;
   body = &kernel;
   gridDim = grid;
   blockDim = size;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        Block now{};
-        blockIdx = {x, y, z};
-        // Kernels ask for multiples of the alignment, so AddressSanitizer sees what is past the end.
-        std::unique_ptr<uint8_t, decltype(&std::free)> memory(nullptr, &std::free);
-        if (shared_bytes > 0) {
-          memory.reset(static_cast<uint8_t*>(
-              std::aligned_alloc(kSharedAlign, (shared_bytes + kSharedAlign - 1) / kSharedAlign * kSharedAlign)));
-          std::memset(memory.get(), 0xff, shared_bytes);  // NaN
+  for (unsigned z = 0; z < grid.z; z += by.z) {
+    for (unsigned y = 0; y < grid.y; y += by.y) {
+      for (unsigned x = 0; x < grid.x; x += by.x) {
+        Cluster now{};
+        for (unsigned rank = 0; rank < blocks; ++rank) {
+          auto& fresh = now.blocks.emplace_back(std::make_unique<Block>());
+          fresh->index = {x + rank % by.x, y + rank / by.x % by.y, z + rank / by.x / by.y};
+          fresh->rank = rank;
+          fresh->shared_bytes = shared_bytes;
         }
-        now.shared = memory.get();
-        now.shared_bytes = shared_bytes;
-        block = &now;
-        if (!run_block()) {
-          memory.release();  // its threads have not ended: leaked
+        cluster = &now;
+        if (!run_cluster()) {
+          for (auto& each : now.blocks) each->shared.release();  // their threads have not ended: leaked
           return false;
         }
       }
@@ -417,33 +566,78 @@ void sync_block(int id, int threads) {
 
 void barrier_init(const uint64_t* barrier, uint32_t arrivals) {
   const Inside inside;
-  shared_address(barrier);
+  if (shared_address(barrier) % 8 != 0) fail("a barrier is not aligned");
   auto& state = block->barriers[barrier];
   if (state) fail("a barrier is initialised twice");
   state = std::make_unique<Barrier>();
   state->expected = arrivals;
 }
 
-void barrier_arrive(const uint64_t* barrier) {
+void barrier_init_fence() {
   const Inside inside;
-  const auto found = block->barriers.find(barrier);
-  if (found == block->barriers.end()) fail("a barrier was not initialised");
-  Barrier& state = *found->second;
+  for (auto& [at, barrier] : block->barriers) barrier->fenced = true;
+}
+
+void barrier_arrive(const uint64_t* barrier) { barrier_expect(barrier, 0); }
+
+void barrier_expect(const uint64_t* barrier, uint32_t bytes) {
+  const Inside inside;
+  Barrier& state = barrier_at(*block, barrier);
+  if (state.arrived == state.expected) fail("more arrive at a barrier than it awaits");
   state.order.release(state.generation);
-  if (++state.arrived == state.expected) {
-    state.arrived = 0;
-    ++state.generation;
-    wake(state.waiting);
-  }
+  state.bytes += bytes;
+  if (state.bytes > kMostBytes) fail("a barrier awaits more bytes than it can count");
+  ++state.arrived;
+  complete_phase(state);
 }
 
 void barrier_wait(const uint64_t* barrier, uint32_t parity) {
   const Inside inside;
-  const auto found = block->barriers.find(barrier);
-  if (found == block->barriers.end()) fail("a barrier was not initialised");
-  Barrier& state = *found->second;
+  Barrier& state = barrier_at(*block, barrier);
   while (state.generation % 2 == parity) wait_in(state.waiting);
   state.order.acquire(parity);
+}
+
+int cluster_rank() { return static_cast<int>(block->rank); }
+int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
+
+void cluster_arrive() {
+  const Inside inside;
+  if (self->arrived) fail("a thread arrives twice at the cluster's barrier and does not wait");
+  self->arrived = true;
+  self->use = cluster->barrier.generation;
+  ++cluster->barrier.arrived;
+  complete_cluster_barrier();
+}
+
+void cluster_wait() {
+  const Inside inside;
+  if (!self->arrived) fail("a thread waits at the cluster's barrier and has not arrived");
+  while (cluster->barrier.generation == self->use) wait_in(cluster->barrier.waiting);
+  self->arrived = false;
+  self->joined = true;
+}
+
+void store_cluster(const void* to, const uint64_t* barrier, int rank, const void* value, int bytes) {
+  const Inside inside;
+  if (rank < 0 || rank >= cluster_size()) fail("the cluster has no block of that rank");
+  Block& other = *cluster->blocks[rank];
+  if (&other != block && !self->joined) fail("a thread stores to another block before it has waited for the cluster");
+  const uint32_t at = shared_address(to), barrier_offset = shared_address(barrier);
+  at_shared_address(at, bytes);
+  if (at % bytes != 0) fail("a store to a block's memory is not aligned");
+  const auto* const theirs = reinterpret_cast<const uint64_t*>(other.shared.get() + barrier_offset);
+  Barrier& state = barrier_at(other, theirs);
+  if (&other != block && !state.fenced) fail("no fence shows other blocks that a barrier was initialised");
+  void*& clock = store_clocks[block->rank];
+  if (watched() && !clock) clock = __tsan_create_fiber(0);
+  Store store{&other, other.shared.get() + at, &state, clock, bytes, {}};
+  copy_unseen(store.value, static_cast<const uint8_t*>(value), bytes);
+  as(clock, [&] {
+    if (watched()) __tsan_acquire(&start_of_cluster);
+    std::memset(store.to, 0xff, bytes);
+  });
+  cluster->stores.push_back(store);
 }
 
 void copy_async(void* to, const void* from, int bytes, int real_bytes) {

@@ -22,6 +22,7 @@ FFI = HERE.parents[1] / "ffi"
 KERNELS = ("decode", "plan", "append")
 FLAGS = ("-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas")
 MOST_WORKERS = 132
+CLUSTER_MISTAKES = ("no_fence", "no_cluster_wait", "no_wait", "plain")  # of cluster.cc, bits 0, 1, ...
 
 
 def missing() -> str:
@@ -79,7 +80,11 @@ def _build(scratch: Path, sanitize: str, edit: tuple[str, str, str] | None) -> N
         edited.write_text(edited.read_text().replace(*edit[1:]))
     watch = ["-O1", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitize else ["-O2"]
     strict = ["-Wall", "-Wextra", "-Werror"]
-    sources = [(HERE / "entry.cc", watch), (HERE / "machine.cc", strict + (["-O2"] if sanitize == "thread" else watch))]
+    sources = [
+        (HERE / "entry.cc", watch),
+        (HERE / "cluster.cc", watch),
+        (HERE / "machine.cc", strict + (["-O2"] if sanitize == "thread" else watch)),
+    ]
     for kernel in KERNELS:
         source = scratch / "ffi/cuda" / f"{kernel}.cc"
         source.write_text(as_cpp(source.with_suffix(".cu").read_text()))
@@ -160,7 +165,7 @@ class SoftwareHopper:
     def __init__(self, processors: int = MOST_WORKERS, schedule: int = 0, path: Path | None = None):
         self.lib = ctypes.CDLL(str(path or library()))
         self.lib.hopper_error.restype = ctypes.c_char_p
-        self.lib.hopper_options(processors, schedule)
+        assert self.lib.hopper_options(processors, schedule) == 0
         self.processors = processors
         sizes = (ctypes.c_size_t * 3)()
         self.lib.hopper_sizes(sizes)
@@ -218,6 +223,14 @@ class SoftwareHopper:
         params = _AppendParams(_at(latents), _at(slots), _cache(written), _at(written.data), len(slots), int(latents.dtype == np.float32))
         self._call("append", params)
         return written
+
+    def neighbours(self, clusters: int, blocks: int, mistake: str = "") -> np.ndarray:
+        """cluster.cc, with one of CLUSTER_MISTAKES. -> [clusters, blocks, 64]: what the block before has sent, its threads' numbers."""
+        out = np.full((clusters, blocks, 64), -1, np.float32)
+        mistakes = 1 << CLUSTER_MISTAKES.index(mistake) if mistake else 0
+        if code := self.lib.hopper_neighbours(mistakes, clusters, blocks, POINTER(_at(out))):
+            raise KernelError(f"neighbours: {code}, {self.lib.hopper_error().decode()}")
+        return out
 
 
 def _cache(cache: Cache) -> ctypes.Structure:

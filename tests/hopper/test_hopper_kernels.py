@@ -11,14 +11,15 @@ import software_hopper
 from cases import Case
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from operands import CASES, case_named, operands
-from software_hopper import Cache, Plan, Scope, SoftwareHopper
+from software_hopper import Cache, KernelError, Plan, Scope, SoftwareHopper
 from test_cache import KINDS, draw_tile, written
 
 from jax_dsv4 import reference
 
 pytestmark = pytest.mark.skipif(bool(software_hopper.missing()), reason=software_hopper.missing())
 
-PROCESSORS = 16  # blocks have several items, and tokens several blocks
+# Few tokens get clusters with 16 processors; with 3 hardly any do: blocks have several items, and tokens several blocks.
+PROCESSORS, FEW_PROCESSORS = 16, 3
 
 
 @functools.lru_cache(maxsize=1)
@@ -36,17 +37,19 @@ def hold(case: Case, *, processors: int = PROCESSORS, schedule: int = 0, seed: i
     return out, lse
 
 
+@pytest.mark.parametrize("processors", [FEW_PROCESSORS, PROCESSORS])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_conformance(case: Case) -> None:
-    hold(case)
+def test_conformance(case: Case, processors: int) -> None:
+    hold(case, processors=processors)
 
 
+@pytest.mark.parametrize("processors", [FEW_PROCESSORS, PROCESSORS])
 @pytest.mark.parametrize("name", ["heads5", "heads32", "heads96"])
-def test_bits_do_not_depend_on_the_schedule(name: str) -> None:
+def test_bits_do_not_depend_on_the_schedule(name: str, processors: int) -> None:
     """In whatever order threads run, as far as barriers let them."""
-    first = hold(case_named(name), processors=3)
+    first = hold(case_named(name), processors=processors)
     for schedule in (1, 2, 3):
-        for got, want in zip(hold(case_named(name), processors=3, schedule=schedule), first):
+        for got, want in zip(hold(case_named(name), processors=processors, schedule=schedule), first):
             assert_same_bits(f"schedule {schedule}", got, want)
 
 
@@ -73,7 +76,7 @@ def test_float32_output() -> None:
     assert_close("out", out, want, OUT_BF16)
 
 
-@pytest.mark.parametrize("name", ["heads16", "heads96"])
+@pytest.mark.parametrize("name", ["heads16", "many_tokens", "heads96"])  # clusters; two kernels that follow the plan
 @pytest.mark.parametrize("seed", range(12))
 def test_garbage_plan(seed: int, name: str) -> None:
     """As in test_cuda.py: the call ends, and is right or NaN where lengths are garbage."""
@@ -122,3 +125,24 @@ def test_append(block_size: int, stride: int, dtype: str) -> None:
     bits = latents.view(np.uint16) if dtype == "bfloat16" else latents
     after = SoftwareHopper().append(Cache(before, block_size), bits, slots).data
     np.testing.assert_array_equal(after, written(before, latents, slots, block_size, "fp8_ds_mla"))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 16])
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+def test_clusters(schedule: int, blocks: int) -> None:
+    own = np.arange(3 * blocks * 64).reshape(3, blocks, 64)
+    np.testing.assert_array_equal(SoftwareHopper(schedule=schedule).neighbours(3, blocks), np.roll(own, 1, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "finding"),
+    [("no_fence", "no fence"), ("no_cluster_wait", "has waited for the cluster"), ("no_wait", "have all ended")],
+)
+def test_cluster_mistakes(mistake: str, finding: str) -> None:
+    with pytest.raises(KernelError, match=finding):
+        SoftwareHopper().neighbours(1, 2, mistake)
+
+
+def test_clusters_of_a_hopper() -> None:
+    with pytest.raises(KernelError, match="not a cluster that a Hopper has"):
+        SoftwareHopper().neighbours(1, 17)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import software_hopper
 from compare import LSE, OUT_BF16, assert_close
 
-# With 2 processors a block walks many items, one after another.
-PROCESSORS = 2
+# With 2 processors a block walks many items, one after another. With 16, few tokens get clusters, of up to 5 blocks.
+PROCESSORS, CLUSTER_PROCESSORS = 2, 16
 CASES = ("heads8", "heads16", "heads32", "heads63", "heads127", "topk65", "topk300", "block53", "block69", "infinite_sinks", "all_holes")
 LONG_CASES = ("one_token_split", "many_tokens", "block1", "block2", "block256", "one_scope_no_sink", "swa_empty", "no_keys_at_all")
+CLUSTER_CASES = ("heads8", "heads16", "one_scope_no_sink")
 
 
 class Control(NamedTuple):
@@ -37,28 +39,32 @@ class Control(NamedTuple):
     text: str
     case: str
     finding: str
+    processors: int = PROCESSORS
 
 
 RACE = "ThreadSanitizer: data race"
 CONTROLS = (
     # The barrier between an item's last products and the output that takes their tile's place.
-    Control("narrow.h", "named_barrier_sync(barrier, kWarpgroup);  // no warp's products still read the tile", "heads16", RACE),
+    Control("attend.h", "named_barrier_sync(barrier, kWarpgroup);  // no warp's products still read the tile", "heads16", RACE),
     # The fence between a converted tile and the tensor cores.
     Control("producer.h", "fence_proxy_async();", "heads16", RACE),
     # The barrier between an item's output in shared memory and those who read it.
-    Control(
-        "narrow.h",
-        "named_barrier_sync(barrier_of_all, kAttending * kWarpgroup);  // also: nobody reads this item's Q any more",
-        "heads16",
-        RACE,
-    ),
+    Control("attend.h", "all_attending_sync();  // also: nobody reads this item's Q any more", "heads16", RACE),
     Control("producer.h", "__syncwarp();  // the scales came through another lane", "heads127", RACE),
     Control("scores.h", "barrier_wait(&shared.p_free[to], handoff.freed());", "heads127", RACE),
     Control("values.h", "wgmma_wait<1>();", "heads127", RACE),
     Control("producer.h", "if (lane == 0) barrier_arrive(&shared.full[buffer][group]);", "heads16", "wait for ever"),
+    Control("cluster.h", "if (both) barrier_wait(&shared.added, 0);", "one_scope_no_sink", RACE, CLUSTER_PROCESSORS),
+    # What the blocks of a cluster send each other.
+    Control("cluster.h", "barrier_wait(&shared.softmax_sent, 0);", "heads8", RACE, CLUSTER_PROCESSORS),
+    Control("cluster.h", "if (i < 2) barrier_wait(&shared.slabs_sent, 0);", "heads8", RACE, CLUSTER_PROCESSORS),
+    Control("cluster.h", "cluster_wait();", "heads8", "has waited for the cluster", CLUSTER_PROCESSORS),
+    Control("decode.cu", "barrier_init_fence();", "heads8", "no fence shows", CLUSTER_PROCESSORS),
     Control("producer.h", "if (key.slot < 0 || block >= cache.num_blocks) return {nullptr, nullptr};", "heads16", "AddressSanitizer"),
 )
-SHORT_CONTROLS = (CONTROLS[0], CONTROLS[1], CONTROLS[-1])
+# Of cluster.cc, by its mistake: "no_wait" where the stores report, or "plain" ones, which those that report do not take along.
+CLUSTERS = {"": "", "no_wait": RACE, "plain": RACE}
+SHORT_CONTROLS = (CONTROLS[0], CONTROLS[1], CONTROLS[-4], CONTROLS[-1])
 
 
 def write_case(name: str, folder: Path) -> Path:
@@ -89,10 +95,13 @@ def run_case(path: Path, gpu: software_hopper.SoftwareHopper) -> None:
     assert_close(f"{path.stem} out", software_hopper.from_bf16(out), part["out"], OUT_BF16)
 
 
-def child(library: str, schedule: str, *cases: str) -> None:
-    gpu = software_hopper.SoftwareHopper(PROCESSORS, int(schedule), Path(library))
+def child(library: str, schedule: str, processors: str, *cases: str) -> None:
+    gpu = software_hopper.SoftwareHopper(int(processors), int(schedule), Path(library))
     for case in cases:
-        run_case(Path(case), gpu)
+        if case.startswith("neighbours"):
+            gpu.neighbours(2, 4, *case.split()[1:])
+        else:
+            run_case(Path(case), gpu)
 
 
 def fixed_addresses() -> list[str]:
@@ -108,7 +117,7 @@ def cannot_watch(sanitize: str, library: Path) -> str:
     return next((f"{sanitize} does not run here: {line}" for line in report if any(i in line for i in inabilities)), "")
 
 
-def watched(sanitize: str, library: Path, schedule: int, cases: list[Path]) -> str:
+def watched(sanitize: str, library: Path, schedule: int, cases: Sequence[Path | str], processors: int = PROCESSORS) -> str:
     """What the sanitizer, or the run, finds; empty if nothing."""
     names = ("tsan",) if sanitize == "thread" else ("asan", "ubsan")
     runtimes = [subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip() for name in names]
@@ -119,7 +128,7 @@ def watched(sanitize: str, library: Path, schedule: int, cases: list[Path]) -> s
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OPENBLAS_NUM_THREADS": "1",  # its threads are not ours to watch
     }
-    command = [*fixed_addresses(), sys.executable, __file__, "--child", str(library), str(schedule), *map(str, cases)]
+    command = [*fixed_addresses(), sys.executable, __file__, "--child", str(library), str(schedule), str(processors), *map(str, cases)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
@@ -141,7 +150,7 @@ def main() -> None:
             print(report[:8000], flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        cases = {name: write_case(name, Path(folder)) for name in {*names, *(c.case for c in CONTROLS)}}
+        cases = {name: write_case(name, Path(folder)) for name in {*names, *CLUSTER_CASES, *(c.case for c in CONTROLS)}}
         for sanitize in ("thread", "address,undefined"):
             library = software_hopper.library(sanitize)
             if reason := cannot_watch(sanitize, library):
@@ -149,14 +158,20 @@ def main() -> None:
                 cannot.add(sanitize)
                 continue
             for schedule in range(4 if everything and sanitize == "thread" else 1):
-                report = watched(sanitize, library, schedule, [cases[name] for name in names])
-                say(f"{len(names)} cases, {sanitize}, schedule {schedule}: no finding", not report, report)
+                for some, processors in ((names, PROCESSORS), (CLUSTER_CASES, CLUSTER_PROCESSORS)):
+                    report = watched(sanitize, library, schedule, [cases[name] for name in some], processors)
+                    what = f"{len(some)} cases, {processors} processors, {sanitize}, schedule {schedule}"
+                    say(f"{what}: no finding", not report, report)
+                for mistake, finding in CLUSTERS.items() if sanitize == "thread" else ():
+                    report = watched(sanitize, library, schedule, [f"neighbours {mistake}"])
+                    good = finding in report if finding else not report
+                    say(f"clusters, {mistake or 'right'}, schedule {schedule}: {finding or 'no finding'}", good, report or "no finding")
         for control in CONTROLS if everything else SHORT_CONTROLS:
             sanitize = "address" if control.finding == "AddressSanitizer" else "thread"
             if any(sanitize in other for other in cannot):
                 continue
             library = software_hopper.library(sanitize, (control.file, control.text, ""))
-            report = watched(sanitize, library, 0, [cases[control.case]])
+            report = watched(sanitize, library, 0, [cases[control.case]], control.processors)
             say(f"control, {control.file} without {control.text!r}: {control.finding}", control.finding in report, report or "no finding")
     if failed:
         sys.exit(f"{len(failed)} not as they should be")

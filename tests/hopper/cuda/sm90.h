@@ -13,10 +13,23 @@ namespace jax_dsv4::sm90 {
 inline uint32_t smem_address(const void* p) { return ::hopper::shared_address(p); }
 
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { ::hopper::barrier_init(barrier, arrivals); }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() { ::hopper::barrier_init_fence(); }
 inline void barrier_arrive(uint64_t* barrier) { ::hopper::barrier_arrive(barrier); }
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) { ::hopper::barrier_expect(barrier, bytes); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { ::hopper::barrier_wait(barrier, parity); }
 inline void named_barrier_sync(int id, int threads) { ::hopper::sync_block(id, threads); }
+
+inline int cluster_rank() { return ::hopper::cluster_rank(); }
+inline int cluster_size() { return ::hopper::cluster_size(); }
+inline void cluster_arrive() { ::hopper::cluster_arrive(); }
+inline void cluster_wait() { ::hopper::cluster_wait(); }
+inline void store_cluster(float4* to, uint64_t* barrier, int rank, float4 value) {
+  ::hopper::store_cluster(to, barrier, rank, &value, sizeof value);
+}
+inline void store_cluster(float2* to, uint64_t* barrier, int rank, float2 value) {
+  ::hopper::store_cluster(to, barrier, rank, &value, sizeof value);
+}
+
 inline void fence_proxy_async() { ::hopper::fence_proxy_async(); }
 
 template <int kBytes>
@@ -59,10 +72,10 @@ uint32_t permute(uint32_t a) {
   }
   return d;
 }
-inline float exp2_approx(float x) {
-  const float y = exp2f(x);
-  return y < 0x1p-126f ? 0 : y;
-}
+inline float without_denormal(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
+inline float exp2_approx(float x) { return without_denormal(exp2f(x)); }
+inline float log2_approx(float x) { return log2f(without_denormal(x)); }
+inline float reciprocal_approx(float x) { return without_denormal(1 / without_denormal(x)); }
 inline uint16_t to_e4m3x2(float low, float high) {
   return static_cast<uint16_t>(float_to_e4m3(low) | float_to_e4m3(high) << 8);
 }

@@ -1,0 +1,203 @@
+// The attending role: scores, softmax and values of the same tile, for few heads.
+#ifndef JAX_DSV4_CUDA_ATTEND_H_
+#define JAX_DSV4_CUDA_ATTEND_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/cluster.h"
+#include "cuda/narrow.h"
+#include "cuda/softmax.h"
+#include "cuda/work.h"
+
+namespace jax_dsv4::cuda {
+
+template <typename Work, int kHeads>
+using AttendShared = std::conditional_t<Work::kCluster, ClusterShared<kHeads>, NarrowShared<kHeads>>;
+
+// Warpgroup number `attending` of two that take an item's tiles in turn, each with a running maximum, sum and O^T of
+// its own, and add up at its end.
+template <typename Work, int kHeads>
+__device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work, kHeads>& shared, int attending) {
+  const DecodeParams& params = args.params;
+  using Memory = AttendShared<Work, kHeads>;
+  constexpr int kTiles = Memory::kTiles, kAttending = Memory::kAttending;
+  static_assert(kAttending == 2 && kAttending <= kTiles, "an item's last tiles are all held until its end");
+  constexpr int kColumns = kHeads / 4;  // a thread's: 8 * (i / 2) + 2 * (lane % 4) + i % 2
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
+  const int barrier = 1 + attending;
+  // An mbarrier: racecheck reports hazards across a named one of these threads.
+  uint32_t phase = 0;
+  auto all_attending_sync = [&] {
+    barrier_arrive(&shared.together);
+    barrier_wait(&shared.together, phase);
+    phase ^= 1;
+  };
+  const float scale_log2 = params.scale * kLog2e;
+
+  Work work(args);
+  Item item;
+  bool more = work.next(&item);
+  if (more) {
+    copy_narrow_q(params, shared, item.token);
+    if (attending == 0 && thread < kHeads) shared.sink[thread] = load_sink(params, blockIdx.x * kHeads + thread);
+    if constexpr (Work::kCluster) {
+      if (attending == 0 && thread == 0) expect_share(shared);
+    }
+  }
+  int before = 0;  // tiles of the items before
+  int held = -1;   // the tile that has this warpgroup's O^T
+  while (more) {
+    copy_async_wait_all();
+    fence_proxy_async();
+    all_attending_sync();  // Q has come, and the item before is stored
+    if (held >= 0 && lane < kGroups) barrier_arrive(&shared.free[held][lane]);
+    held = -1;
+    const Item now = item;
+    more = work.next(&item);
+    const int tiles = (now.end - now.begin + kKeyTile - 1) / kKeyTile;
+
+    // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's rows.
+    float maximum[kColumns], sum[kColumns], o[kPlanes][kHeads / 2];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      maximum[i] = -INFINITY;
+      sum[i] = 0.f;
+    }
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int i = 0; i < kHeads / 2; ++i) o[plane][i] = 0.f;
+    }
+    auto put_softmax = [&] {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sum[i] = column_sum(sum[i]);
+      if (lane >= 4) return;
+#pragma unroll
+      for (int i = 0; i < kColumns; i += 2) {
+        const int column = 4 * i + 2 * lane;
+        *reinterpret_cast<float2*>(&shared.sums[attending][warp][column]) = {sum[i], sum[i + 1]};
+        if (warp == 0) *reinterpret_cast<float2*>(&shared.maxima[attending][column]) = {maximum[i], maximum[i + 1]};
+      }
+    };
+    if constexpr (Work::kCluster) {
+      if (attending >= tiles) send_softmax(shared, attending, false);
+    }
+    for (int tile = attending; tile < tiles; tile += kAttending) {
+      const bool first = tile == attending, last = tile + kAttending >= tiles;
+      const int buffer = (before + tile) % kTiles;
+      for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], (before + tile) / kTiles % 2);
+      float s[Memory::kScoreSums][kHeads / 2];
+      multiply_narrow_scores(shared, buffer, s);
+      bool valid[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) valid[r] = shared.valid[buffer][2 * warp + r] >> (lane / 4) & 1;
+      wgmma_wait<0>();
+
+      // Before anything else the keys nobody attends to: what they have in store may be NaN.
+      float top[kColumns];
+#pragma unroll
+      for (int i = 0; i < kHeads / 2; ++i) {
+#pragma unroll
+        for (int j = 1; j < Memory::kScoreSums; ++j) s[0][i] += s[j][i];
+        if (!valid[i / 2 % 2]) s[0][i] = -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const int at = i / 2 * 4 + i % 2;
+        top[i] = column_max(fmaxf(s[0][at], s[0][at + 2]));
+      }
+      if (lane < 4) {
+#pragma unroll
+        for (int i = 0; i < kColumns; i += 2) {
+          *reinterpret_cast<float2*>(&shared.tops[attending][warp][4 * i + 2 * lane]) = {top[i], top[i + 1]};
+        }
+      }
+      named_barrier_sync(barrier, kWarpgroup);  // also: no warp's products still read the P before
+#pragma unroll
+      for (int i = 0; i < kColumns; i += 2) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 other = *reinterpret_cast<const float2*>(&shared.tops[attending][w][4 * i + 2 * (lane % 4)]);
+          top[i] = fmaxf(top[i], other.x);
+          top[i + 1] = fmaxf(top[i + 1], other.y);
+        }
+      }
+
+      // All threads of a column decide alike.
+      float factor[kColumns];
+      bool rescale = false;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        top[i] *= scale_log2;
+        const float old = maximum[i];
+        if (top[i] > old + kRescaleThresholdLog2 || old == -INFINITY) maximum[i] = top[i];
+        factor[i] = old == maximum[i] ? 1.f : exp2_approx(old - maximum[i]);
+        rescale |= factor[i] != 1.f;
+        const float base = maximum[i] == -INFINITY ? 0.f : maximum[i];
+        float added = 0.f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& x = s[0][i / 2 * 4 + i % 2 + 2 * r];
+          x = exp2_approx(fmaf(x, scale_log2, -base));
+          added += x;
+        }
+        sum[i] = fmaf(sum[i], factor[i], added);
+      }
+
+      // Rows of P are heads; this warp has the 16-byte units 2 * warp and the next.
+      uint32_t pairs[kHeads / 4];
+#pragma unroll
+      for (int i = 0; i < kHeads / 4; ++i) pairs[i] = pack_bf16x2(s[0][2 * i], s[0][2 * i + 1]);
+      const uint32_t p =
+          smem_address(shared.p[attending]) + lane % 8 * kRowBytes + 16 * ((2 * warp + lane / 8 % 2) ^ lane % 8);
+      if constexpr (kHeads == 8) {
+        store_transposed(p, pairs[0], pairs[1]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kHeads / 4; i += 4) {
+          store_transposed(p + (4 * i + lane / 16 * 8) * kRowBytes, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+        }
+      }
+      fence_proxy_async();
+      if (Work::kCluster && last) put_softmax();  // that is sent while the products run
+      if (!first && __any_sync(~0u, rescale)) {
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+          for (int i = 0; i < kHeads / 2; ++i) o[plane][i] *= factor[i / 4 * 2 + i % 2];
+        }
+      }
+      named_barrier_sync(barrier, kWarpgroup);
+      accumulate_narrow_values(shared, attending, buffer, o);
+      if constexpr (Work::kCluster) {
+        if (last) send_softmax(shared, attending, true);
+      }
+      wgmma_wait<0>();
+      if (last) {
+        held = buffer;
+      } else if (lane < kGroups) {
+        barrier_arrive(&shared.free[buffer][lane]);
+      }
+    }
+
+    if constexpr (Work::kCluster) {
+      share_token(params, shared, work, now, attending, tiles, maximum, o);
+      return;
+    } else {
+      if (held >= 0) {
+        put_softmax();
+        named_barrier_sync(barrier, kWarpgroup);  // no warp's products still read the tile
+        put_output(o, reinterpret_cast<float*>(shared.k[held]));
+      }
+      all_attending_sync();  // also: nobody reads this item's Q any more
+      if (more) copy_narrow_q(params, shared, item.token);
+      store_narrow(params, shared, now, attending * kWarps + warp, before, tiles);
+      before += tiles;
+    }
+  }
+}
+
+}  // namespace jax_dsv4::cuda
+
+#endif  // JAX_DSV4_CUDA_ATTEND_H_
