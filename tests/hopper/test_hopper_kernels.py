@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import software_hopper
-from cases import Case
+from cases import Case, ScopeCase
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from operands import CASES, case_named, operands
 from software_hopper import Cache, KernelError, Plan, Scope, SoftwareHopper
@@ -51,6 +51,21 @@ def test_bits_do_not_depend_on_the_schedule(name: str, processors: int) -> None:
     for schedule in (1, 2, 3):
         for got, want in zip(hold(case_named(name), processors=processors, schedule=schedule), first):
             assert_same_bits(f"schedule {schedule}", got, want)
+
+
+@pytest.mark.parametrize(("heads", "blocks"), [*((8, n) for n in range(2, 17)), *((16, n) for n in (2, 4, 8, 16))])
+@pytest.mark.parametrize("lengths", ["full", "hostile"])
+def test_every_cluster(heads: int, blocks: int, lengths: str) -> None:
+    """A token of as many tiles as the device has multiprocessors has them all, and asks the plan for nothing but its lengths."""
+    for seed in range(1 if lengths == "full" else 4):
+        case = Case("cluster", heads, 1, ScopeCase(64 * blocks, slots=1024, lengths=lengths))
+        q, scopes, sink, scale, want, want_lse = operands(case, seed)
+        gpu = SoftwareHopper(blocks)
+        plan = gpu.plan(scopes, heads)
+        lengths_only = Plan((plan.arrays[0], *map(np.zeros_like, plan.arrays[1:])), plan.workers)
+        out, lse = gpu.decode(q, scopes, sink, scale, lengths_only)
+        assert_close("lse", lse, want_lse, LSE)
+        assert_close("out", software_hopper.from_bf16(out), want, OUT_BF16)
 
 
 @pytest.mark.parametrize("name", ["heads8", "heads64"])
