@@ -18,15 +18,11 @@ template <int kHeads>
 constexpr int kSlabs = kHeads / 8 * (kLatentDim / 64);
 
 struct Slab {
-  int plane, first_head, thread, head, dim;
+  int head, dim;
 
   // `thread` of the warpgroup.
   __device__ Slab(int first_head, int plane, int thread)
-      : plane(plane),
-        first_head(first_head),
-        thread(thread),
-        head(first_head + 2 * (thread % 4)),
-        dim(64 * plane + 16 * (thread / 32) + thread % 32 / 4) {}
+      : head(first_head + 2 * (thread % 4)), dim(64 * plane + 16 * (thread / 32) + thread % 32 / 4) {}
 
   // Lanes exchange numbers, so that each has four dimensions of one head, and four lanes fill a sector: stores cost by
   // the sectors they touch.
@@ -134,8 +130,9 @@ __device__ __forceinline__ void store_share(const DecodeParams& params, ClusterS
       for (int w = 0; w < 2; ++w) {
         const int from = lane / 4 + 8 * j;
         x[j][w] = {-INFINITY, 0.f, -INFINITY, 0.f};
-        if (from < blocks)
+        if (from < blocks) {
           x[j][w] = *reinterpret_cast<const float4*>(&shared.softmax[from][w][column + 2 * (lane % 4)]);
+        }
       }
       weight[j][0] = fmaxf(x[j][0].x, x[j][1].x);  // what the block's slabs are relative to
       weight[j][1] = fmaxf(x[j][0].z, x[j][1].z);

@@ -23,6 +23,7 @@ struct Divisor {
   __device__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
 };
 
+// What a decoding kernel is launched with.
 struct DecodeArgs {
   DecodeParams params;
   Divisor block_size[2];
@@ -60,8 +61,8 @@ class PlannedWork {
     const int token = row[0].x;
     const int64_t first = static_cast<int64_t>(token) * (topk + params_.scopes[1].topk);
     const int64_t begin = row[1].x - first, end = row[1].y - first;
-    if (token < 0 || token >= params_.tokens || begin < 0 || begin >= end || end > topk + params_.scopes[1].topk)
-      return {};
+    const bool sound = token >= 0 && token < params_.tokens && begin >= 0 && begin < end;
+    if (!sound || end > topk + params_.scopes[1].topk) return {};
     return {token, -1, static_cast<int>(begin), static_cast<int>(end), topk};
   }
 
