@@ -130,12 +130,21 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
 
 
 def plan(
-    lengths: Sequence[int], stride: int, workers: int, granularity: int, overhead: int, active_workers: int | None = None
+    lengths: Sequence[int],
+    stride: int,
+    workers: int,
+    granularity: int,
+    overhead: int,
+    active_workers: int | None = None,
+    cut_cost: int = 0,
 ) -> dict[str, Array]:
     """The plan of one kernel call, as AITER's get_mla_metadata_v1 makes it (fast, sparse mode), empty tokens left out.
 
     Workers are filled in order with a payload of equal cost. A token costs its blocks plus `overhead`; what does not fit goes on with
     the next worker, cut at a block boundary.
+
+    With `cut_cost` the payload may be larger: that of as many tokens, each of the largest cost, as a worker has to take for all to be
+    taken. So it is if the difference is no more than `cut_cost` times two more than these tokens. Then no token is cut.
 
     Args:
       lengths: keys of each token, clamped.
@@ -144,13 +153,19 @@ def plan(
       granularity: keys per block.
       overhead: an item's cost in blocks.
       active_workers: how many workers share the work; default all.
+      cut_cost: what cutting tokens adds to an item's cost, in blocks; 0: nothing, as in AITER's plans.
 
     Returns:
       The arrays of `WorkPlan` without kv_lengths, cut to the rows in use; reduce_final_map has the split tokens' rows only.
     """
     blocks = [-(-n // granularity) for n in lengths]
-    cost = sum(b + overhead for b in blocks if b)
-    payload = -(-cost // (active_workers or workers)) + overhead
+    costs = [b + overhead for b in blocks if b]
+    sharing = active_workers or workers
+    payload = max(1, -(-sum(costs) // sharing))
+    tokens = -(-len(costs) // sharing)
+    without_cuts = max(1, tokens * max(costs, default=0))
+    whole = cut_cost > 0 and without_cuts - payload <= cut_cost * (tokens + 2)
+    payload = (without_cuts if whole else payload) + overhead
     queues: list[list[list[int]]] = [[]]
     left = payload
     reduce_indptr: list[int] = [0]
@@ -161,7 +176,7 @@ def plan(
         done = 0
         while done < todo:
             room = left - overhead
-            if room <= 0:
+            if room <= 0 or (whole and room < todo):
                 queues.append([])
                 left = payload
                 continue

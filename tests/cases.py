@@ -92,6 +92,8 @@ def _grid() -> list[Case]:
         Case("flat_scores", 16, 4, ScopeCase(128), ScopeCase(64), scale=1e-6, tags=("ci", "corner")),
         Case("sharp_scores", 16, 4, ScopeCase(128), ScopeCase(64), scale=2.0, tags=("ci", "corner")),
         Case("no_tokens", 16, 0, ScopeCase(128), ScopeCase(64), tags=("ci", "corner")),
+        Case("odd_stride", 16, 4, ScopeCase(128, stride_extra_bytes=1), ScopeCase(100, block_size=5), tags=("ci", "corner")),
+        Case("odd_strides_many_tokens", 128, 24, ScopeCase(64, stride_extra_bytes=4), ScopeCase(128, stride_extra_bytes=3)),
     ]
     # FlashMLA's tests (tests/test_flash_mla_sparse_decoding.py), MODEL1: batch, heads, query length, (keys, topk, block size).
     grid = [(512, 64, b) for b in (2, 64, 69)] + [(1024, 576, b) for b in (2, 61)] + [(2046, 2048, b) for b in (2, 64, 576)]

@@ -70,6 +70,7 @@ def draw_lengths(rng: np.random.Generator, kind: str, tokens: int, topk: int) ->
     draw = {
         "full": lambda: np.full(tokens, topk),
         "zero": lambda: np.zeros(tokens),
+        "full or empty": lambda: topk * (rng.random(tokens) < 0.9),
         "any": lambda: rng.integers(-3, topk + 4, tokens),
         "short": lambda: rng.integers(0, min(topk, 70) + 1, tokens),
         "sparse": lambda: np.where(rng.random(tokens) < 0.8, 0, rng.integers(0, topk + 1, tokens)),
@@ -83,14 +84,20 @@ def draw_lengths(rng: np.random.Generator, kind: str, tokens: int, topk: int) ->
 def test_plan_is_the_cpus(tokens: int, workers: int) -> None:
     """The planner's pieces give the plan of ffi/common/plan.h's serial scan, whatever the lengths."""
     rng = np.random.default_rng([tokens, workers])
-    for overhead, granularity, topks in ((2, 64, (128, 1024)), (0, 64, (128, 0)), (16, 16, (0, 512)), (5, 1, (70, 300))):
-        geometry = native.Geometry(workers, granularity, overhead)
+    for overhead, granularity, cut_cost, topks in (
+        (2, 64, 2, (128, 1024)),
+        (2, 64, 0, (128, 1024)),
+        (0, 64, 1, (128, 0)),
+        (16, 16, 0, (0, 512)),
+        (5, 1, 300, (70, 300)),
+    ):
+        geometry = native.Geometry(workers, granularity, overhead, cut_cost)
         plan = jax.jit(lambda a, b: native.plan_call((a, b), topks, geometry))  # noqa: B023
-        for kind in ("full", "zero", "any", "short", "sparse", "extreme"):
+        for kind in ("full", "full or empty", "zero", "any", "short", "sparse", "extreme"):
             lengths = [draw_lengths(rng, kind, tokens, topk) for topk in topks]
             cpu, cuda = (on(platform, plan, *lengths) for platform in ("cpu", "cuda"))
             for field in cpu._fields:
-                assert_same_bits(f"{field}, {kind}, overhead {overhead}", getattr(cuda, field), getattr(cpu, field))
+                assert_same_bits(f"{field}, {kind}, {geometry}", getattr(cuda, field), getattr(cpu, field))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -28,6 +28,8 @@ TOKENS, HEADS, WORKERS = 3, 4, 8
 LANE = native.CPU.lane_bytes_fixed + native.CPU.lane_bytes_per_head * HEADS
 i32, f32, bf16, u8 = jnp.int32, jnp.float32, jnp.bfloat16, jnp.uint8
 
+PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4)
+
 # target -> operands, results, attributes of a call that is right. A buffer is (dtype, *shape).
 PLAN_ARRAYS = {
     "kv_lengths": (i32, TOKENS),
@@ -41,7 +43,7 @@ TARGETS: dict[str, tuple[dict, dict, dict]] = {
     "dsv4_plan": (
         {"swa_lengths": (i32, TOKENS), "extra_lengths": (i32, TOKENS)},
         PLAN_ARRAYS,
-        {name: np.int32(n) for name, n in dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2).items()},
+        {name: np.int32(n) for name, n in PLAN_ATTRIBUTES.items()},
     ),
     "dsv4_decode": (
         {
@@ -169,6 +171,7 @@ BAD_CALLS = [
     ("dsv4_plan", {"extra_topk": np.int32(-1)}, "plan_decode: extra_topk must not be negative, got -1"),
     ("dsv4_plan", {"granularity": np.int32(0)}, "plan_decode: granularity must be positive, got 0"),
     ("dsv4_plan", {"overhead": np.int32(-1)}, "plan_decode: overhead must not be negative, got -1"),
+    ("dsv4_plan", {"cut_cost": np.int32(-1)}, "plan_decode: cut_cost must not be negative, got -1"),
     (
         "dsv4_plan",
         {"overhead": np.int32(INT_MAX)},

@@ -78,9 +78,12 @@ def assert_sound(plan: Plan, lengths: np.ndarray, stride: int, geometry: Geometr
         assert not mine[:, 7].any()
     split = np.flatnonzero(np.diff(plan["reduce_indptr"]))
     np.testing.assert_array_equal(plan["reduce_final_map"], np.stack([split, split + 1], axis=1))
-    # No worker has more than its share of the cost, which is rounded up and leaves room for one item more.
+    # No worker has more than its share of the cost, which is rounded up and leaves room for one item more; and for what whole tokens may
+    # take besides.
     blocks = -(-lengths // geometry.granularity)
     share = -(-int((blocks + geometry.overhead)[lengths > 0].sum()) // geometry.workers) + geometry.overhead
+    if geometry.cut_cost:
+        share += geometry.cut_cost * (2 - (-int((lengths > 0).sum()) // geometry.workers))
     cost = np.append(0, np.cumsum(-(-(items[:, 5] - items[:, 4]) // geometry.granularity) + geometry.overhead))
     assert (np.diff(cost[indptr]) <= share).all()
 
@@ -134,18 +137,42 @@ LENGTHS = st.one_of(st.integers(0, 70), st.integers(0, 3000), st.sampled_from([0
     idle=st.integers(0, 3),
     granularity=st.sampled_from([1, 16, 64, 1000]),
     overhead=st.sampled_from([0, 1, 2, 16]),
+    cut_cost=st.sampled_from([0, 1, 4, 100, INT_MAX]),
 )
-@example([(INT_MAX, INT_MAX)] * 12, (128, 512), 12, 3, 1, 0)
-@example([(INT_MIN, INT_MIN)] * 12, (128, 512), 12, 3, 16, 16)
+@example([(INT_MAX, INT_MAX)] * 12, (128, 512), 12, 3, 1, 0, 0)
+@example([(INT_MIN, INT_MIN)] * 12, (128, 512), 12, 3, 16, 16, 4)
+@example([(128, 512)] * 11 + [(128, 400)], (128, 512), 5, 0, 64, 2, 4)
 def test_any_lengths(
-    lengths: list[tuple[int, int]], topks: tuple[int, ...], active: int, idle: int, granularity: int, overhead: int
+    lengths: list[tuple[int, int]],
+    topks: tuple[int, ...],
+    active: int,
+    idle: int,
+    granularity: int,
+    overhead: int,
+    cut_cost: int,
 ) -> None:
     columns = [np.array(column, np.int32) for column in zip(*lengths)][: len(topks)]
-    geometry, stride = Geometry(active, granularity, overhead), sum(topks)
+    geometry, stride = Geometry(active, granularity, overhead, cut_cost), sum(topks)
     clamped = sum(np.clip(column, 0, topk) for column, topk in zip(columns, topks))
     plan = make_plan(columns, topks, geometry, active + idle)
     assert_sound(plan, clamped, stride, geometry, active + idle)
-    assert_same_plan(plan, reference.plan(clamped.tolist(), stride, active + idle, granularity, overhead, active))
+    assert_same_plan(plan, reference.plan(clamped.tolist(), stride, active + idle, granularity, overhead, active, cut_cost))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cut_cost", "cut"),
+    [(100, 0, 50), (100, 1, 50), (100, 2, 0), (130, 2, 0), (132, 2, 0), (64, 1, 60), (64, 2, 0), (1000, 2, 0), (40, 2, 40)],
+)
+def test_tokens_are_left_whole(tokens: int, cut_cost: int, cut: int) -> None:
+    """Where the workers' even share is little less than whole tokens, those, though one is shorter."""
+    geometry = Geometry(66 if tokens == 100 else 132, granularity=64, overhead=2, cut_cost=cut_cost)
+    for shorter in (0, 100):
+        lengths = np.full(tokens, 640)
+        lengths[tokens // 3] -= shorter
+        plan = make_plan([np.minimum(lengths, 128), np.maximum(lengths - 128, 0)], (128, 512), geometry, 132)
+        assert_sound(plan, lengths, 640, geometry, 132)
+        split = np.count_nonzero(np.diff(plan["reduce_indptr"]))
+        assert split == 0 if cut == 0 else split >= cut, split
 
 
 def test_capacity_is_reached() -> None:

@@ -76,7 +76,7 @@ inline ffi::Error bind_decode(const DecodeOperands& o, int64_t counters_per_toke
 struct PlanOperands {
   Buffer swa_lengths, extra_lengths;
   Buffer kv_lengths, work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map;
-  int32_t swa_topk, extra_topk, active_workers, granularity, overhead;
+  int32_t swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost;
 };
 
 inline ffi::Error bind_plan_params(const PlanOperands& o, PlanParams* p) {
@@ -89,6 +89,7 @@ inline ffi::Error bind_plan_params(const PlanOperands& o, PlanParams* p) {
   check.require(o.extra_topk >= 0, "extra_topk", "not be negative", std::to_string(o.extra_topk));
   check.require(o.granularity > 0, "granularity", "be positive", std::to_string(o.granularity));
   check.require(o.overhead >= 0, "overhead", "not be negative", std::to_string(o.overhead));
+  check.require(o.cut_cost >= 0, "cut_cost", "not be negative", std::to_string(o.cut_cost));
   Plan plan;
   if (!check.ok() || !bind_plan(check, tokens, o.kv_lengths, o.work_indptr, o.work_info_set, o.reduce_indptr,
                                 o.reduce_final_map, o.reduce_partial_map, &plan)) {
@@ -116,6 +117,7 @@ inline ffi::Error bind_plan_params(const PlanOperands& o, PlanParams* p) {
   p->active_workers = o.active_workers;
   p->granularity = o.granularity;
   p->overhead = o.overhead;
+  p->cut_cost = o.cut_cost;
   p->max_items = plan.max_items;
   p->max_partials = plan.max_partials;
   p->kv_lengths = data_of<int32_t>(o.kv_lengths);

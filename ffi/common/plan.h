@@ -1,6 +1,6 @@
 // The planner: turns lengths into work items, in the format and with the arithmetic of AITER's get_mla_metadata_v1, for
-// every platform. It differs from AITER's in one point: an empty token gets no work item (AITER's kernel ends its whole
-// workgroup at one).
+// every platform. It differs from AITER's in two points: an empty token gets no work item (AITER's kernel ends its
+// whole workgroup at one), and a platform may have tokens left whole (PlanShare).
 //
 // A token of n blocks (ceil(length / granularity)) costs n + overhead. Workers are filled in order. A fresh one has
 // room for `payload` blocks; an item takes its blocks and the overhead from the room; what does not fit goes on with
@@ -9,7 +9,8 @@
 // threads write.
 //
 // The scan itself can run in pieces, because all that a token needs of the tokens before it is `room`, and few values
-// of it occur. With room r <= payload before a token of n > 0 blocks, `fresh` workers are opened so that
+// of it occur. With room r <= payload before a token of n > 0 blocks, or r = 0 where it does not begin in it,
+// `fresh` workers are opened so that
 //   left = r - n + fresh * payload  is in [0, payload):  left = (r - n) mod payload,
 // and the room after it is max(0, left - overhead), in [0, plan_rooms()). So a stretch of tokens is a map from room to
 // room, a GPU computes the maps of many stretches at once, and chaining them tells where each stretch starts
@@ -34,6 +35,7 @@ struct PlanParams {
   int32_t active_workers;       // of which this many get work
   int32_t granularity;          // keys per block: cuts happen at its multiples
   int32_t overhead;             // blocks' worth of cost per item
+  int32_t cut_cost;             // what cutting tokens adds to an item's cost, in blocks; 0: cut where AITER cuts
   int32_t max_items;            // rows of work_info_set, >= tokens + active_workers - 1
   int32_t max_partials;         // rows of reduce_partial_map, >= plan_max_partials(...)
   int32_t* kv_lengths;          // [tokens]
@@ -64,8 +66,6 @@ struct PlanCut {
 
 JAX_DSV4_HD int32_t plan_min(int32_t a, int32_t b) { return a < b ? a : b; }
 JAX_DSV4_HD int32_t plan_max(int32_t a, int32_t b) { return a > b ? a : b; }
-JAX_DSV4_HD int32_t plan_ceil_div(int64_t a, int32_t b) { return static_cast<int32_t>((a + b - 1) / b); }
-// The same in 32 bits, which a GPU divides several times faster.
 JAX_DSV4_HD int32_t plan_ceil_div(int32_t a, int32_t b) {
   return static_cast<int32_t>((static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b));
 }
@@ -88,46 +88,70 @@ JAX_DSV4_HD int32_t plan_blocks(const PlanParams& p, int32_t length) { return pl
 
 JAX_DSV4_HD int32_t plan_cost(const PlanParams& p, int32_t blocks) { return blocks == 0 ? 0 : blocks + p.overhead; }
 
-// The blocks that a fresh worker has room for, given the sum of all tokens' costs.
-template <typename Cost>
-JAX_DSV4_HD int32_t plan_payload(const PlanParams& p, Cost total_cost) {
-  return plan_max(1, plan_ceil_div(total_cost, p.active_workers));
+// What the planner asks of all tokens together before it places any.
+struct PlanTotals {
+  int32_t cost;     // their sum
+  int32_t largest;  // of the costs
+  int32_t tokens;   // that are not empty
+};
+
+JAX_DSV4_HD PlanTotals plan_add(PlanTotals a, PlanTotals b) {
+  return {a.cost + b.cost, plan_max(a.largest, b.largest), a.tokens + b.tokens};
+}
+
+JAX_DSV4_HD PlanTotals plan_totals(int32_t cost) { return {cost, cost, cost > 0}; }
+
+// What a fresh worker has room for: an even share of the cost, which tokens are cut to fill. But where that is hardly
+// less than as many of the largest tokens as a worker has to take for all to be taken, it has room for those, and no
+// token is cut. For where tokens are cut, a worker has about two items more, the first and the last of its items have
+// partial results to be written and read again, and the more tokens there are, the longer it takes to combine them.
+struct PlanShare {
+  int32_t payload;
+  int32_t cuts;  // 1; 0: no token begins where it does not fit
+};
+
+JAX_DSV4_HD PlanShare plan_share(const PlanParams& p, PlanTotals totals) {
+  const int32_t even = plan_ceil_div(totals.cost, p.active_workers);
+  const int32_t each = plan_ceil_div(totals.tokens, p.active_workers), whole = each * totals.largest;
+  const bool cuts = p.cut_cost == 0 || whole - even > int64_t{p.cut_cost} * (each + 2);
+  return {plan_max(1, cuts ? even : whole), cuts};
 }
 
 // After any token the room is in [0, plan_rooms()).
-JAX_DSV4_HD int32_t plan_rooms(const PlanParams& p, int32_t payload) { return plan_max(1, payload - p.overhead); }
+JAX_DSV4_HD int32_t plan_rooms(const PlanParams& p, PlanShare share) { return plan_max(1, share.payload - p.overhead); }
 
 // A token as a step from room to room, with no more than additions and comparisons. An empty one leaves the room as it
-// is: {0, 0}.
+// is: zeros.
 struct PlanStep {
-  int32_t blocks;  // mod payload
-  int32_t overhead;
+  int32_t blocks;  // up to payload; of more, mod payload
+  int32_t cost;    // of these
 };
 
-JAX_DSV4_HD PlanStep plan_step(const PlanParams& p, int32_t payload, int32_t blocks) {
-  return {blocks < payload ? blocks : blocks % payload, blocks == 0 ? 0 : p.overhead};
+JAX_DSV4_HD PlanStep plan_step(const PlanParams& p, PlanShare share, int32_t blocks) {
+  const int32_t rest = blocks <= share.payload ? blocks : blocks % share.payload;
+  return {rest, blocks == 0 ? 0 : rest + p.overhead};
 }
 
-JAX_DSV4_HD int32_t plan_room_after(PlanStep step, int32_t payload, int32_t room) {
-  const uint32_t less = static_cast<uint32_t>(room - step.blocks), left = less + static_cast<uint32_t>(payload);
-  return plan_max(0, static_cast<int32_t>(less < left ? less : left) - step.overhead);  // a negative one is the larger
+JAX_DSV4_HD int32_t plan_room_after(PlanStep step, PlanShare share, int32_t room) {
+  const int32_t in_fresh = room * share.cuts + (share.payload - step.cost);
+  return plan_max(0, room >= step.blocks ? room - step.cost : in_fresh);
 }
 
 // Cuts a token of so many blocks where there is such room.
-JAX_DSV4_HD PlanCut plan_cut(int32_t payload, int32_t blocks, int32_t room) {
-  const int32_t first = plan_min(blocks, room), rest = blocks - first;
-  return {first, payload, (first > 0) + (rest <= payload ? rest > 0 : plan_ceil_div(rest, payload))};
+JAX_DSV4_HD PlanCut plan_cut(PlanShare share, int32_t blocks, int32_t room) {
+  const int32_t first = blocks <= room ? blocks : room * share.cuts, rest = blocks - first;
+  return {first, share.payload, (first > 0) + (rest <= share.payload ? rest > 0 : plan_ceil_div(rest, share.payload))};
 }
 
 // The workers that it opens.
 JAX_DSV4_HD int32_t plan_fresh(PlanCut cut) { return cut.items - (cut.first > 0); }
 
 // Cuts a token of so many blocks at the cursor and moves the cursor past it.
-JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, int32_t payload, int32_t blocks, PlanCursor* cursor) {
-  const PlanCut cut = plan_cut(payload, blocks, cursor->room);
+JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, PlanShare share, int32_t blocks, PlanCursor* cursor) {
+  const PlanCut cut = plan_cut(share, blocks, cursor->room);
   const int32_t fresh = plan_fresh(cut);
   cursor->worker += fresh;
-  if (blocks > 0) cursor->room = plan_max(0, cursor->room - blocks + fresh * payload - p.overhead);
+  if (blocks > 0) cursor->room = plan_room_after(plan_step(p, share, blocks), share, cursor->room);
   cursor->items += cut.items;
   cursor->partials += cut.items > 1 ? cut.items : 0;
   return cut;
@@ -171,15 +195,17 @@ JAX_DSV4_HD void plan_token_write(const PlanParams& p, int32_t token, int32_t le
 
 // The whole plan on one thread.
 inline void plan_serial(const PlanParams& p) {
-  int64_t total = 0;
-  for (int32_t t = 0; t < p.tokens; ++t) total += plan_cost(p, plan_blocks(p, plan_length(p, t)));
-  const int32_t payload = plan_payload(p, total);
+  PlanTotals totals{};
+  for (int32_t t = 0; t < p.tokens; ++t) {
+    totals = plan_add(totals, plan_totals(plan_cost(p, plan_blocks(p, plan_length(p, t)))));
+  }
+  const PlanShare share = plan_share(p, totals);
   p.reduce_indptr[0] = 0;
   PlanCursor cursor = kPlanStart;
   for (int32_t t = 0; t < p.tokens; ++t) {
     const PlanCursor at = cursor;
     const int32_t length = plan_length(p, t);
-    const PlanCut cut = plan_token_place(p, payload, plan_blocks(p, length), &cursor);
+    const PlanCut cut = plan_token_place(p, share, plan_blocks(p, length), &cursor);
     plan_token_write(p, t, length, at, cut);
   }
   for (int32_t w = cursor.worker + 1; w <= p.workers; ++w) p.work_indptr[w] = cursor.items;

@@ -61,11 +61,11 @@ ffi::Future parallel(ffi::ThreadPool pool, int64_t tasks, int64_t max_lanes, Bod
 
 ffi::Error plan(Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out work_indptr, Out work_info_set,
                 Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk, int32_t extra_topk,
-                int32_t active_workers, int32_t granularity, int32_t overhead) {
+                int32_t active_workers, int32_t granularity, int32_t overhead, int32_t cut_cost) {
   PlanParams p;
   ffi::Error error = bind_plan_params(
       {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
-       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead},
+       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost},
       &p);
   if (!error.success()) return error;
   std::memset(p.work_info_set, 0, work_info_set->size_bytes());
@@ -174,7 +174,8 @@ XLA_FFI_DEFINE_HANDLER(kPlan, plan,
                            .Attr<int32_t>("extra_topk")
                            .Attr<int32_t>("active_workers")
                            .Attr<int32_t>("granularity")
-                           .Attr<int32_t>("overhead"));
+                           .Attr<int32_t>("overhead")
+                           .Attr<int32_t>("cut_cost"));
 
 XLA_FFI_DEFINE_HANDLER(kDecode, decode,
                        ffi::Ffi::Bind()

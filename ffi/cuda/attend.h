@@ -89,9 +89,13 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
       for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], (before + tile) / kTiles % 2);
       float s[Memory::kScoreSums][kHeads / 2];
       multiply_narrow_scores(shared, buffer, s);
-      bool valid[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) valid[r] = shared.valid[buffer][2 * warp + r] >> (lane / 4) & 1;
+      // Read by the lane that will tell this group's producers that the tile is free.
+      constexpr int kWarpsPerGroup = kWarps / kGroups;
+      uint2 words = {};
+      if (lane == warp / kWarpsPerGroup) words = *reinterpret_cast<const uint2*>(&shared.valid[buffer][2 * warp]);
+      words.x = __shfl_sync(~0u, words.x, warp / kWarpsPerGroup);
+      words.y = __shfl_sync(~0u, words.y, warp / kWarpsPerGroup);
+      const bool valid[2] = {(words.x >> (lane / 4) & 1) != 0, (words.y >> (lane / 4) & 1) != 0};
       wgmma_wait<0>();
 
       // Before anything else the keys nobody attends to: what they have in store may be NaN.

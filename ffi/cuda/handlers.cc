@@ -54,12 +54,12 @@ ffi::Error initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
 
 ffi::Error plan(cudaStream_t stream, Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out work_indptr,
                 Out work_info_set, Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk,
-                int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead) {
+                int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead, int32_t cut_cost) {
   count_call(stream);
   PlanParams p;
   ffi::Error error = bind_plan_params(
       {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
-       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead},
+       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost},
       &p);
   if (!error.success()) return error;
   // A program may have been lowered where this device was not known, so it asks for the workers that a device of
@@ -147,7 +147,8 @@ XLA_FFI_DEFINE_HANDLER(kPlan, plan,
                            .Attr<int32_t>("extra_topk")
                            .Attr<int32_t>("active_workers")
                            .Attr<int32_t>("granularity")
-                           .Attr<int32_t>("overhead"),
+                           .Attr<int32_t>("overhead")
+                           .Attr<int32_t>("cut_cost"),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER(kDecode, decode,

@@ -1,7 +1,8 @@
-// The planner of common/plan.h on the device: one block. The scan over tokens, which decides where each token is cut,
-// is run in pieces: threads find the room that each piece of the tokens leaves for every room that it may begin with; a
-// piece's beginning then follows from a few look-ups, and each of its parts' from one more. All parts are scanned again
-// at the same time, for the room before each token.
+// The planner of common/plan.h on the device: one block. Where all tokens are whole and alike, where each one goes is
+// known; else the scan over tokens, which decides where each is cut, is run in pieces: threads find the room that each
+// piece of the tokens leaves for every room that it may begin with; a piece's beginning then follows from a few
+// look-ups, and each of its parts' from one more. All parts are scanned again at the same time, for the room before
+// each token.
 #include "common/plan.h"
 
 #include "cuda/launch.h"
@@ -34,13 +35,18 @@ __device__ Counts sums_of_warp(Counts x) {
   return x;
 }
 
+__device__ PlanTotals totals_of_warp(PlanTotals x) {
+  return {__reduce_add_sync(~0u, x.cost), __reduce_max_sync(~0u, x.largest), __reduce_add_sync(~0u, x.tokens)};
+}
+
 // Code that runs once costs what fetching it costs: no loop is unrolled that rarely runs twice, and few numbers are
 // divided.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
   constexpr int kWarps = kThreads / 32;
   static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0);
-  __shared__ int32_t warp_costs[kWarps];
+  __shared__ PlanTotals warp_totals[kWarps];
+  __shared__ int32_t warp_tokens[kWarps];
   __shared__ Counts warp_counts[kWarps];
   __shared__ PlanStep steps[kThreads + kPadding];
   __shared__ int32_t ends[kParts][kThreads];  // [part][piece, room at the piece's begin] the room at the part's end
@@ -51,21 +57,26 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
   // Backwards, so that the first tokens are at hand in the end. The sum fits 32 bits: common/bind.h sees to that.
-  int32_t cost = 0, length = 0, blocks = 0;
+  PlanTotals totals{};
+  int32_t length = 0, blocks = 0;
 #pragma unroll 1
   for (int first = (p.tokens - 1) / kThreads * kThreads; first >= 0; first -= kThreads) {
     length = first + thread < p.tokens ? plan_length(p, first + thread) : 0;
     blocks = plan_blocks(p, length);
-    cost += plan_cost(p, blocks);
+    totals = plan_add(totals, plan_totals(plan_cost(p, blocks)));
   }
-  cost = __reduce_add_sync(~0u, cost);
-  if (lane == 0) warp_costs[warp] = cost;
+  totals = totals_of_warp(totals);
+  if (lane == 0) warp_totals[warp] = totals;
   if (thread < kPadding) steps[kThreads + thread] = {};
   __syncthreads();
-  cost = __reduce_add_sync(~0u, lane < kWarps ? warp_costs[lane] : 0);
-  const int32_t payload = plan_payload(p, cost), num_rooms = plan_rooms(p, payload);
+  totals = totals_of_warp(lane < kWarps ? warp_totals[lane] : PlanTotals{});
+  const PlanShare share = plan_share(p, totals);
+  const int32_t num_rooms = plan_rooms(p, share);
+  // Whole tokens of one cost: as many to every worker, and nothing to scan.
+  const bool alike = !share.cuts && totals.tokens > 0 && totals.cost == totals.tokens * totals.largest;
 
   PlanCursor start = kPlanStart;
+  int32_t tokens_before = 0;  // that are not empty
 #pragma unroll 1
   for (int first = 0; first < p.tokens; first += kThreads) {
     const int count = min(kThreads, p.tokens - first);
@@ -74,47 +85,62 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
       length = thread < count ? plan_length(p, first + thread) : 0;
       blocks = plan_blocks(p, length);
     }
-    steps[thread] = plan_step(p, payload, blocks);
     lengths[thread] = length;
-    __syncthreads();
-
-    // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
-    const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
-    int pieces = min(min(kMaxPieces, count / kMinPiece), num_rooms <= kThreads ? kThreads * reciprocal >> 20 : 0);
-    int parts = kParts;
-    if (pieces < 2) pieces = parts = 1;
-    const int scanners = pieces * parts, size = (count + scanners - 1) / scanners;  // a part's
-    if (pieces > 1) {
-      const int piece = thread * reciprocal >> 20;
-      if (piece < pieces) {
-        const PlanStep* step = steps + piece * kParts * size;
-        int32_t room = thread - piece * num_rooms;
+    int32_t room;
+    if (alike) {
+      const uint32_t some = __ballot_sync(~0u, blocks > 0);
+      if (lane == 0) warp_tokens[warp] = __popc(some);
+      __syncthreads();
+      int32_t rank = tokens_before + __popc(some & ((1u << lane) - 1));
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        if (i < warp) rank += warp_tokens[i];
+        tokens_before += warp_tokens[i];
+      }
+      const int32_t of_worker = static_cast<uint32_t>(rank) % static_cast<uint32_t>(share.payload / totals.largest);
+      room = of_worker == 0 ? 0 : share.payload - of_worker * totals.largest;
+    } else {
+      steps[thread] = plan_step(p, share, blocks);
+      __syncthreads();
+      // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
+      const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
+      int pieces = min(min(kMaxPieces, count / kMinPiece), num_rooms <= kThreads ? kThreads * reciprocal >> 20 : 0);
+      int parts = kParts;
+      if (pieces < 2) pieces = parts = 1;
+      const int scanners = pieces * parts, size = (count + scanners - 1) / scanners;  // a part's
+      if (pieces > 1) {
+        const int piece = thread * reciprocal >> 20;
+        if (piece < pieces) {
+          const PlanStep* step = steps + piece * kParts * size;
+          int32_t r = thread - piece * num_rooms;
 #pragma unroll 1
-        for (int part = 0; part < kParts; ++part, step += size) {
+          for (int part = 0; part < kParts; ++part, step += size) {
 #pragma unroll 4
-          for (int i = 0; i < size; ++i) room = plan_room_after(step[i], payload, room);
-          ends[part][thread] = room;
+            for (int i = 0; i < size; ++i) r = plan_room_after(step[i], share, r);
+            ends[part][thread] = r;
+          }
         }
+        __syncthreads();
+      }
+      if (thread < scanners) {
+        const int piece = thread / kParts, part = thread % kParts;
+        int32_t r = start.room;
+#pragma unroll 1
+        for (int i = 0; i < piece; ++i) r = ends[kParts - 1][i * num_rooms + r];
+        if (part > 0) r = ends[part - 1][piece * num_rooms + r];
+        const int begin = thread * size, end = begin + size;
+#pragma unroll 4
+        for (int i = begin; i < end; ++i) {
+          rooms[i] = r;
+          r = plan_room_after(steps[i], share, r);
+        }
+        if (thread == scanners - 1) rooms[end] = r;
       }
       __syncthreads();
+      room = thread < count ? rooms[thread] : 0;
     }
-    if (thread < scanners) {
-      const int piece = thread / kParts, part = thread % kParts;
-      int32_t room = start.room;
-#pragma unroll 1
-      for (int i = 0; i < piece; ++i) room = ends[kParts - 1][i * num_rooms + room];
-      if (part > 0) room = ends[part - 1][piece * num_rooms + room];
-      const int begin = thread * size, end = begin + size;
-#pragma unroll 4
-      for (int i = begin; i < end; ++i) {
-        rooms[i] = room;
-        room = plan_room_after(steps[i], payload, room);
-      }
-      if (thread == scanners - 1) rooms[end] = room;
-    }
-    __syncthreads();
 
-    const PlanCut cut = plan_cut(payload, blocks, thread < count ? rooms[thread] : 0);
+    const PlanCut cut = plan_cut(share, blocks, room);
     const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
     if (lane == 31) warp_counts[warp] = sums;
     __syncthreads();
@@ -129,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     places[thread] = place;
     cuts[thread] = cut;
     if (thread < count) plan_token(p, first + thread, length, place, cut);
-    start = {all.worker, rooms[count], all.items, all.partials};
+    start = {all.worker, alike ? 0 : rooms[count], all.items, all.partials};
     __syncthreads();
 
     // As many threads to a token as there are.

@@ -43,13 +43,17 @@ ffi::Error initialize_plan(int32_t device, ffi::RemainingArgs, ffi::RemainingRet
 
 ffi::Error plan(hip::Stream stream, int32_t device, Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths,
                 Out work_indptr, Out work_info_set, Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map,
-                int32_t swa_topk, int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead) {
+                int32_t swa_topk, int32_t extra_topk, int32_t active_workers, int32_t granularity, int32_t overhead,
+                int32_t cut_cost) {
   PlanParams p;
   const ffi::Error error = bind_plan_params(
       {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
-       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead},
+       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost},
       &p);
-  return error.success() ? status("plan_decode", enqueue_plan(device, stream, p)) : error;
+  if (!error.success()) return error;
+  Checker check("plan_decode");
+  check.require(cut_cost == 0, "cut_cost", "be 0: tokens are cut where AITER cuts them", std::to_string(cut_cost));
+  return check.ok() ? status("plan_decode", enqueue_plan(device, stream, p)) : check.error();
 }
 
 // ---- dsv4_aiter_metadata_plan: the same plan from AITER's builder, with workspaces for what it reads.
@@ -68,7 +72,7 @@ ffi::Error metadata(hip::Stream stream, int32_t device, Buffer lengths, Out kv_l
   MetadataParams p{};
   // AITER's builder counts an item as 16 blocks; it needs no more room than ours.
   ffi::Error error = bind_plan_params({lengths, lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr,
-                                       *reduce_final_map, *reduce_partial_map, topk, 0, units, granularity, 16},
+                                       *reduce_final_map, *reduce_partial_map, topk, 0, units, granularity, 16, 0},
                                       &p.plan);
   if (!error.success()) return error;
   const int64_t tokens = p.plan.tokens;
@@ -264,7 +268,8 @@ XLA_FFI_DEFINE_HANDLER(kPlan, plan,
                            .Attr<int32_t>("extra_topk")
                            .Attr<int32_t>("active_workers")
                            .Attr<int32_t>("granularity")
-                           .Attr<int32_t>("overhead"),
+                           .Attr<int32_t>("overhead")
+                           .Attr<int32_t>("cut_cost"),
                        {kCapturable});
 
 XLA_FFI_DEFINE_HANDLER(kInitializeMetadata, initialize_metadata,

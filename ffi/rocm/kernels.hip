@@ -109,7 +109,8 @@ JAX_DSV4_KERNEL void dsv4_plan(PlanParams p) {
   int64_t cost = 0;
   for (int32_t token = t; token < p.tokens; token += kThreads)
     cost += plan_cost(p, plan_blocks(p, plan_length(p, token)));
-  const int32_t payload = plan_payload(p, sum_over_threads(cost));
+  // Of AITER's cuts the cost is all that matters: cut_cost is 0 (handlers.cc).
+  const PlanShare share = plan_share(p, {static_cast<int32_t>(sum_over_threads(cost)), 0, 0});
 
   if (t == 0) cursor = kPlanStart, p.reduce_indptr[0] = 0;
   for (int32_t first = 0; first < p.tokens; first += kThreads) {
@@ -118,7 +119,7 @@ JAX_DSV4_KERNEL void dsv4_plan(PlanParams p) {
     if (t == 0) {
       for (int32_t i = 0; i < kThreads && first + i < p.tokens; ++i) {
         at[i] = cursor;
-        cuts[i] = plan_token_place(p, payload, plan_blocks(p, lengths[i]), &cursor);
+        cuts[i] = plan_token_place(p, share, plan_blocks(p, lengths[i]), &cursor);
       }
     }
     barrier();

@@ -21,11 +21,13 @@ MAX_WORKERS = 320
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a platform wants its plans: workers that get work, keys per block, and the cost of an item in blocks."""
+    """How a platform wants its plans: workers that get work, keys per block, and in blocks the cost of an item and what cutting tokens
+    adds to it (0: they are cut where AITER cuts them)."""
 
     workers: int
     granularity: int
     overhead: int
+    cut_cost: int = 0
 
 
 def plan_capacity(tokens: int, workers: int) -> tuple[int, int]:
@@ -59,6 +61,7 @@ def plan_call(
             active_workers=np.int32(geometry.workers),
             granularity=np.int32(geometry.granularity),
             overhead=np.int32(geometry.overhead),
+            cut_cost=np.int32(geometry.cut_cost),
         )
     )
 
@@ -185,6 +188,7 @@ class _CUDA:
     fuses = True
     heads_per_block = 64  # ffi/cuda/launch.h: kHeadsPerBlock
     partial_heads = 8  # and kPartialHeads
+    few_heads = 32  # up to which narrow_kernel takes all: ffi/cuda/decode.cu
     # Of the largest Hopper, so that a program does not depend on the device; ffi/cuda/handlers.cc plans for the one it runs on.
     multiprocessors = 132
 
@@ -217,8 +221,10 @@ class _CUDA:
         return None
 
     def geometry(self, num_heads: int) -> Geometry:
-        # Items end at multiples of the kernel's tile of 64 keys; starting one costs about as much as two tiles.
-        return Geometry(workers=max(1, self.multiprocessors // -(-num_heads // self.heads_per_block)), granularity=64, overhead=2)
+        # Items end at multiples of the kernel's tile of 64 keys; starting one costs about as much as two tiles. Partial results, which all
+        # multiprocessors write at once, cost more of the tiles of many heads than of few.
+        workers = max(1, self.multiprocessors // -(-num_heads // self.heads_per_block))
+        return Geometry(workers, granularity=64, overhead=2, cut_cost=2 if num_heads > self.few_heads else 1)
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
         return plan_call(lengths, topks, self.geometry(num_heads))

@@ -117,7 +117,7 @@ _Scope = _struct(("cache", _Cache), ("indices", POINTER), ("lengths", POINTER), 
 _Plan = _struct(*((name, POINTER) for name in PLAN_ARRAYS), *((name, I32) for name in PLAN_SIZES))
 _PlanParams = _struct(
     *(("lengths", POINTER * 2), ("topk", I32 * 2), ("tokens", I32), ("workers", I32), ("active_workers", I32)),
-    *(("granularity", I32), ("overhead", I32), ("max_items", I32), ("max_partials", I32)),
+    *(("granularity", I32), ("overhead", I32), ("cut_cost", I32), ("max_items", I32), ("max_partials", I32)),
     *((name, POINTER) for name in PLAN_ARRAYS),
 )
 _DecodeParams = _struct(
@@ -176,7 +176,7 @@ class SoftwareHopper:
         if code:
             raise KernelError(f"{name}: {code}, {self.lib.hopper_error().decode()}")
 
-    def plan(self, scopes: Sequence[Scope], heads: int, granularity: int = 64, overhead: int = 2) -> Plan:
+    def plan(self, scopes: Sequence[Scope], heads: int, granularity: int = 64, overhead: int = 2, cut_cost: int = 2) -> Plan:
         tokens, workers = len(scopes[0].lengths), self.processors
         items, partials = tokens + workers - 1, max(1, min(tokens + workers - 1, 2 * (workers - 1)))
         shapes = ((tokens,), (workers + 1,), (items, 8), (tokens + 1,), (tokens, 2), (partials,))
@@ -184,7 +184,7 @@ class SoftwareHopper:
         params = _PlanParams(
             (POINTER * 2)(*(_at(s.lengths) for s in scopes)),
             (I32 * 2)(*(s.indices.shape[1] for s in scopes)),
-            *(tokens, workers, max(1, workers // -(-heads // 64)), granularity, overhead, items, partials),
+            *(tokens, workers, max(1, workers // -(-heads // 64)), granularity, overhead, cut_cost, items, partials),
             *map(_at, arrays),
         )
         self._call("plan", params)

@@ -113,13 +113,15 @@ def test_garbage_plan(seed: int, name: str) -> None:
 def test_plan(tokens: int) -> None:
     rng, topks, overhead, granularity = np.random.default_rng(tokens), (128, 1024), 2, 64
     cache = Cache(np.zeros((1, 584), np.uint8), 1)
-    for high in (1, 70, 1100):
-        lengths = [rng.integers(-3, high, tokens).astype(np.int32) for _ in topks]
+    for cut_cost, high in ((2, 1), (0, 70), (2, 70), (0, 1100), (100, 1100), (0, 0), (2, 0), (1000, 0)):
+        # high = 0: all full, or with the last one some empty
+        some = (rng.random(tokens) < 0.9) | (cut_cost < 1000)
+        lengths = [(rng.integers(-3, high, tokens) if high else topk * some).astype(np.int32) for topk in topks]
         scopes = [Scope(cache, np.zeros((tokens, topk), np.int32), n) for topk, n in zip(topks, lengths)]
-        arrays = SoftwareHopper(PROCESSORS).plan(scopes, 64, granularity, overhead).arrays
+        arrays = SoftwareHopper(PROCESSORS).plan(scopes, 64, granularity, overhead, cut_cost).arrays
         got = dict(zip(software_hopper.PLAN_ARRAYS, arrays))
         clamped = sum(np.clip(n, 0, topk) for n, topk in zip(lengths, topks))
-        want = reference.plan(clamped.tolist(), sum(topks), PROCESSORS, granularity, overhead)
+        want = reference.plan(clamped.tolist(), sum(topks), PROCESSORS, granularity, overhead, cut_cost=cut_cost)
         np.testing.assert_array_equal(got["kv_lengths"], clamped)
         for name in ("work_indptr", "reduce_indptr"):
             np.testing.assert_array_equal(got[name], want[name], err_msg=name)
