@@ -185,6 +185,7 @@ def place(mesh: Mesh, specs: Problem, problem: Problem) -> Problem:
 
 
 AXES = ("requests", "heads", "context")
+PARTS = ("loop", "bits", *AXES)
 
 
 def measure(axis: str, devices: list[jax.Device], counts: list[int], sizes: Sizes, calls: int, rounds: int) -> list[dict[str, Any]]:
@@ -303,14 +304,16 @@ def table(report: dict[str, Any]) -> str:
         what = f"{r['axis']}: {r['q'][0]} requests, {r['q'][1]} heads, {r['keys']} keys" + (f"; {r['merge']}" if r["merge"] else "")
         cells = f"{r['us']:.1f} | {r['speedup']:.2f} | {r['of_linear']:.2f}" if "us" in r else f"{r['error']} | |"
         lines.append(f"| {what} | {r['devices']} | {cells} |")
-    lines += ["", "| one device's bits | automatic | explicit |", "|---|---|---|"]
+    if report["bits"]:
+        lines += ["", "| one device's bits | automatic | explicit |", "|---|---|---|"]
     for b in report["bits"]:
         if b["mode"] == "Auto":
             other = next(o for o in report["bits"] if {**o, "same": 0, "moved": 0} == {**b, "mode": "Explicit", "same": 0, "moved": 0})
             cells = (("yes" if x["same"] else "NO") + (f", moved {', '.join(x['moved'])}" if x["moved"] else "") for x in (b, other))
             plan = "with" if b["plan"] else "without"
             lines.append(f"| {b['axis']} over {b['devices']}, {plan} a plan | {' | '.join(cells)} |")
-    lines += ["", "| loop in float32 | one device's tokens |", "|---|---|"]
+    if report["loop"]:
+        lines += ["", "| loop in float32 | one device's tokens |", "|---|---|"]
     lines += [f"| {r['mesh']} | {'yes' if r['same_tokens'] else 'NO'}{': ' * bool(r['error'])}{r['error']} |" for r in report["loop"]]
     return "\n".join(lines)
 
@@ -321,6 +324,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4], help="numbers of devices, ascending from 1 (default 1 2 4)")
     parser.add_argument("--calls", type=int, default=8, help="of a program (default 8)")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--small", action="store_true", help="sizes to see whether it runs")
     parser.add_argument(
         "--timeout", type=float, default=540, metavar="SECONDS", help="for everything; the loop gets half of it (default 540)"
@@ -332,8 +336,11 @@ def main() -> None:
         parser.error(f"--devices must be ascending, from 1, got {' '.join(map(str, counts))}")
     faulthandler.dump_traceback_later(arguments.timeout, exit=True)
     began = time.monotonic()
-    report: dict[str, Any] = {"loop": loop_tokens(arguments.platform, counts, arguments.timeout / 2), "bits": [], "results": []}
-    print(f"[{time.monotonic() - began:4.0f} s] loop: {[(r['mesh'], r['same_tokens'], r['error']) for r in report['loop']]}", flush=True)
+    report: dict[str, Any] = {"loop": [], "bits": [], "results": []}
+    if "loop" in arguments.only:
+        report["loop"] = loop_tokens(arguments.platform, counts, arguments.timeout / 2)
+        found = [(r["mesh"], r["same_tokens"], r["error"]) for r in report["loop"]]
+        print(f"[{time.monotonic() - began:4.0f} s] loop: {found}", flush=True)
 
     if arguments.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", max(counts))
@@ -345,6 +352,7 @@ def main() -> None:
         "versions": {"jax": jax.__version__},
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m benchmarks.scaling " + " ".join(sys.argv[1:]),
+        "flags": os.environ.get("XLA_FLAGS", ""),
         **report,
     }
 
@@ -354,9 +362,9 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    if max(counts) > 1:
+    if max(counts) > 1 and "bits" in arguments.only:
         note("bits", bits(devices, counts))
-    for axis in AXES:
+    for axis in (axis for axis in AXES if axis in arguments.only):
         note("results", measure(axis, devices, counts, SMALL if arguments.small else FULL, arguments.calls, arguments.rounds))
     print(f"\n{report['device']}; jax {jax.__version__}; {report['date']}; {report['command']}\n\n{table(report)}")
 

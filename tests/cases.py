@@ -88,7 +88,9 @@ def _grid() -> list[Case]:
         Case("topk_zero", 8, 3, ScopeCase(0), ScopeCase(64), tags=("ci", "corner")),
         Case("no_keys_at_all", 8, 3, ScopeCase(0), tags=("ci", "corner")),
         Case("one_token_split", 128, 1, ScopeCase(128, lengths="full"), ScopeCase(1024, slots=2048, lengths="full")),
-        Case("many_tokens", 16, 70, ScopeCase(128), ScopeCase(64)),
+        # More than get clusters on Hopper, and cut there.
+        Case("many_tokens", 16, 70, ScopeCase(128), ScopeCase(256)),
+        Case("many_tokens_of_32_heads", 32, 40, ScopeCase(128), ScopeCase(256)),
         Case("flat_scores", 16, 4, ScopeCase(128), ScopeCase(64), scale=1e-6, tags=("ci", "corner")),
         Case("sharp_scores", 16, 4, ScopeCase(128), ScopeCase(64), scale=2.0, tags=("ci", "corner")),
         Case("no_tokens", 16, 0, ScopeCase(128), ScopeCase(64), tags=("ci", "corner")),

@@ -176,7 +176,8 @@ class SoftwareHopper:
         if code:
             raise KernelError(f"{name}: {code}, {self.lib.hopper_error().decode()}")
 
-    def plan(self, scopes: Sequence[Scope], heads: int, granularity: int = 64, overhead: int = 2, cut_cost: int = 2) -> Plan:
+    def plan(self, scopes: Sequence[Scope], heads: int, granularity: int = 64, overhead: int = 2, cut_cost: int = 0) -> Plan:
+        """With tokens cut wherever they can be, for what that takes is to be seen; native.py cuts fewer."""
         tokens, workers = len(scopes[0].lengths), self.processors
         items, partials = tokens + workers - 1, max(1, min(tokens + workers - 1, 2 * (workers - 1)))
         shapes = ((tokens,), (workers + 1,), (items, 8), (tokens + 1,), (tokens, 2), (partials,))
