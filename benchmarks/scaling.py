@@ -322,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--platform", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4], help="numbers of devices, ascending from 1 (default 1 2 4)")
-    parser.add_argument("--calls", type=int, default=8, help="of a program (default 8)")
+    parser.add_argument("--calls", type=int, default=32, help="of a program (default 32)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--small", action="store_true", help="sizes to see whether it runs")

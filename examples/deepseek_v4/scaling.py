@@ -142,16 +142,24 @@ def attention_us(device: Device, requests: int, heads: int, keys: float) -> floa
 
 
 def spread_call(requests: int, heads: int, keys: int, devices: int) -> tuple[float, float, dict[str, float]]:
-    """Microseconds of one call on an H200; on each of several, with its share of the keys; and of each way to merge over them, by name."""
+    """Microseconds of one call on an H200; on each of several, with its share of the keys; and of each way to merge over them, by name.
+
+    Of a merge: its collectives, and what it reads and writes in memory. Attention leaves parts in float32.
+    """
     device = measured()[0]
     moved = partial(merge, requests * heads, LATENT_DIM, devices, 1)
+    summed = [Collective(devices, "all-reduce", requests * heads * size, 1) for size in (4, 4, 4 * LATENT_DIM)]
+    # With the bytes for each number of out: parts are packed, and merged.
     ways = {
-        "shares": moved(),
-        "shares of half the bytes": moved(part_bytes=2),
-        "everywhere": moved(gathered_bytes=2),
-        "all-reduce": [Collective(devices, "all-reduce", requests * heads * size, 1) for size in (4, 4, 4 * LATENT_DIM)],
+        "shares": (moved(), 4 + 4 + 4 + 2 / devices),
+        "shares of half the bytes": (moved(part_bytes=2), 4 + 2 + 2 + 2 / devices),
+        "everywhere": (moved(gathered_bytes=2), 4 + 4 + 4 + 2 / devices + 2 + 2),
+        "all-reduce": (summed, 4 + 4 + 4 + 2),
     }
-    merging = {name: sum(c.us(device.link_gbps) for c in way) for name, way in ways.items()}
+    numbers = requests * heads * LATENT_DIM
+    merging = {
+        name: sum(c.us(device.link_gbps) for c in way) + numbers * nbytes / device.gbps / 1e3 for name, (way, nbytes) in ways.items()
+    }
     return attention_us(device, requests, heads, keys), attention_us(device, requests, heads, keys / devices), merging
 
 

@@ -109,12 +109,12 @@ T __reduce_add_sync(unsigned, T value) {
   for (uint64_t x : all) sum += static_cast<uint32_t>(x);
   return static_cast<T>(sum);
 }
-inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
   uint64_t all[32];
-  ::hopper::gather(value, all);
-  uint32_t top = 0;
-  for (uint64_t x : all) top = max(top, static_cast<uint32_t>(x));
-  return top;
+  ::hopper::gather(static_cast<uint32_t>(value), all);
+  for (uint64_t x : all) value = max(value, static_cast<T>(x));
+  return value;
 }
 
 // --- blocks
