@@ -151,6 +151,12 @@ def make(case: Case, seed: int = 0, log2_magnitude: int = 0) -> Problem:
     return Problem(jnp.asarray(q), arrays[0], arrays[1] if len(arrays) > 1 else None, as_array, case.scale, out, lse)
 
 
+def plan_of(p: Problem) -> dsv4.DecodePlan:
+    """A plan for a problem of two scopes."""
+    topks = dict(swa_topk=p.swa.indices.shape[-1], extra_topk=p.extra.indices.shape[-1])
+    return dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=p.q.shape[-2], **topks)
+
+
 def _make_scope(
     case: ScopeCase, tokens: int, rng: np.random.Generator, log2_magnitude: int
 ) -> tuple[tuple[dsv4.KVCache, np.ndarray, np.ndarray], reference.ReferenceScope]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, make, tagged
+from cases import Case, make, plan_of, tagged
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import Conformance, check, run
 
@@ -127,7 +127,7 @@ def test_stale_plan_is_answered_with_nan() -> None:
     """A plan made for other lengths never reaches the kernel: those tokens are NaN, the others right."""
     case = next(c for c in tagged("ci") if c.name == "many_tokens")
     p = make(case)
-    plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=case.heads, swa_topk=128, extra_topk=64)
+    plan = plan_of(p)
     shorter = jnp.maximum(jnp.clip(p.swa.lengths, 0, 128) - 1, 0)
     changed = shorter != jnp.clip(p.swa.lengths, 0, 128)
     stale = dsv4.sparse_mla_decode(p.q, p.swa._replace(lengths=shorter), p.extra, attn_sink=p.attn_sink, plan=plan)
@@ -143,7 +143,7 @@ def test_garbage_plan(seed: int) -> None:
     rng = np.random.default_rng(seed)
     case = next(c for c in tagged("ci") if c.name == "heads16")
     p = make(case)
-    plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=16, swa_topk=128, extra_topk=192)
+    plan = plan_of(p)
     values = np.array([-(2**31), -1, 0, 1, 2, 3, 64, 319, 320, 1000, 2**31 - 1])
     work = plan.work[0]
     field = work._fields[seed % len(work)]
@@ -164,8 +164,8 @@ def test_plan_that_contradicts_itself() -> None:
     """Arrays in bounds, and each token covered, but not by items that fit together: NaN there, the others right."""
     case = next(c for c in tagged("ci") if c.name == "many_tokens")
     p = make(case)
-    plan = dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=case.heads, swa_topk=128, extra_topk=64)
-    work = native.plan_call((p.swa.lengths, p.extra.lengths), (128, 64), native.Geometry(16, 64, 2))
+    plan = plan_of(p)
+    work = native.plan_call((p.swa.lengths, p.extra.lengths), (128, 256), native.Geometry(16, 64, 2))
     items, rows = np.array(work.work_info_set), np.array(work.reduce_partial_map)
     split = np.flatnonzero(np.diff(work.reduce_indptr))
     a, b, c = split[:3]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Problem, make, tagged
+from cases import Case, Problem, make, plan_of, tagged
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import Conformance
 from test_cache import KINDS, draw_tile, written
@@ -186,11 +186,6 @@ def test_garbage_plan(seed: int, name: str, tokens: int) -> None:
     out, lse = call(p, plan)
     assert_close("out, sound plan", out, p.out, OUT_BF16)
     assert_close("lse, sound plan", lse, p.lse, LSE)
-
-
-def plan_of(p: Problem) -> dsv4.DecodePlan:
-    topks = dict(swa_topk=p.swa.indices.shape[-1], extra_topk=p.extra.indices.shape[-1])
-    return dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=p.q.shape[-2], **topks)
 
 
 def call(p: Problem, plan: dsv4.DecodePlan) -> tuple[np.ndarray, np.ndarray]:
