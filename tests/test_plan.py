@@ -142,6 +142,7 @@ LENGTHS = st.one_of(st.integers(0, 70), st.integers(0, 3000), st.sampled_from([0
 @example([(INT_MAX, INT_MAX)] * 12, (128, 512), 12, 3, 1, 0, 0)
 @example([(INT_MIN, INT_MIN)] * 12, (128, 512), 12, 3, 16, 16, 4)
 @example([(128, 512)] * 11 + [(128, 400)], (128, 512), 5, 0, 64, 2, 4)
+@example([(1, 0)] * 2 + [(INT_MAX, 0)] * 3, (429_000_000,), 1, 0, 1, 0, 0)  # a room of more than 2^30, twice
 def test_any_lengths(
     lengths: list[tuple[int, int]],
     topks: tuple[int, ...],

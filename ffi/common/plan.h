@@ -133,8 +133,9 @@ JAX_DSV4_HD PlanStep plan_step(const PlanParams& p, PlanShare share, int32_t blo
 }
 
 JAX_DSV4_HD int32_t plan_room_after(PlanStep step, PlanShare share, int32_t room) {
-  const int32_t in_fresh = room * share.cuts + (share.payload - step.cost);
-  return plan_max(0, room >= step.blocks ? room - step.cost : in_fresh);
+  // Where it is not taken it may be too large for 32 bits.
+  const uint32_t in_fresh = static_cast<uint32_t>(room * share.cuts) + static_cast<uint32_t>(share.payload - step.cost);
+  return plan_max(0, room >= step.blocks ? room - step.cost : static_cast<int32_t>(in_fresh));
 }
 
 // Cuts a token of so many blocks where there is such room.

@@ -51,6 +51,15 @@ def check_coverage(plan, case, lengths):
     np.testing.assert_array_equal(np.sort(partials), np.arange(len(partials)))
 
 
+def test_tokens_are_cut_where_aiter_cuts_them(rocm):
+    """Or not at all: the kernels' plan has no other cuts to offer."""
+    from jax_dsv4.implementations import native
+
+    lengths, geometry = jnp.ones(3, jnp.int32), native.Geometry(8, 64, 2, cut_cost=2)
+    with pytest.raises(Exception, match="plan_decode: cut_cost must be 0: tokens are cut where AITER cuts them, got 2"):
+        native.plan_call([lengths], [64], geometry, target="dsv4_aiter_plan")
+
+
 @pytest.mark.parametrize(("case", "aiter"), [p for p in PLANS if not has_empty(p[1])], ids=name_of)
 def test_equal_where_aiters_is_well_defined(rocm, case, aiter):
     """No token is empty: item for item the same plan."""
