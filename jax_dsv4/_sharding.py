@@ -9,7 +9,7 @@ where there is one device, or a `shard_map` around the call, both are the call i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -17,27 +17,34 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dsv4 import _checks
 
+Tree = TypeVar("Tree")
+MeshAxes = str | tuple[str, ...]
+
 
 class Dims(NamedTuple):
     """The dimensions of one array.
 
-    labels  one per dimension, None where it stays whole
-    stays   the array's name in messages, if it is so large that resharding it would be a mistake: a cache
+    labels  one per dimension, None where it is not split
+    whole   the array's name in messages, if it is so large that resharding it would be a mistake: a cache
     """
 
     labels: tuple[str | None, ...]
-    stays: str = ""
+    whole: str = ""
 
-    def spec(self, axes: dict[str, Any]) -> PartitionSpec:
+    @classmethod
+    def unsplit(cls, array: jax.Array | jax.ShapeDtypeStruct, whole: str = "") -> Dims:
+        return cls((None,) * array.ndim, whole)
+
+    def spec(self, axes: dict[str, MeshAxes]) -> PartitionSpec:
         """The partition of an array, from the mesh axes of each label."""
         return PartitionSpec(*(axes.get(label) if label else None for label in self.labels))
 
     def require_whole(self, op: str, spec: PartitionSpec | None) -> None:
-        if self.stays:
-            _require(op, self.stays, spec is None or not any(spec), spec)
+        if self.whole:
+            _require(op, self.whole, spec is None or not any(spec), spec)
 
 
-def require_whole(op: str, name: str, array: Any) -> None:
+def require_whole(op: str, name: str, array: jax.Array) -> None:
     """Checks an array that is none of a traced program, so that no partitioner will look at it."""
     if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
         _require(op, name, array.is_fully_replicated, array.sharding)
@@ -48,10 +55,11 @@ def _require(op: str, name: str, whole: bool, sharding: object) -> None:
     _checks.require(whole, op, f"{name}'s data", rule, f"sharding {sharding}")
 
 
-def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], results: Sequence[Dims]) -> Callable[..., tuple[Any, ...]]:
+def partitioned(
+    op: str, call: Callable[..., tuple[jax.Array, ...]], operands: Sequence[Dims], results: Sequence[Dims]
+) -> Callable[..., tuple[jax.Array, ...]]:
     """`call`, from arrays to a tuple of arrays, partitioned by its labels. Earlier operands lead: others are split as they are."""
-    # custom_partitioning takes no captured constants, such as the xla implementation's tables; those of an inner jit are that one's.
-    automatic = custom_partitioning(lambda *arrays: jax.jit(call)(*arrays))
+    automatic = custom_partitioning(call)
 
     def partition(mesh, arrays, shapes):  # type: ignore[no-untyped-def]
         if mesh.empty:  # inside a shard_map that is manual over some of the mesh's axes, where JAX names no others
@@ -65,11 +73,12 @@ def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], res
 
     automatic.def_partition(partition, sharding_rule=_shardy_rule(operands, results))
 
-    def partitioned_call(*arrays: Any) -> tuple[Any, ...]:
+    def partitioned_call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         shardings = [jax.typeof(array).sharding for array in arrays]
         mesh = next((s.mesh for s in shardings if not s.mesh.empty), shardings[0].mesh)
         if AxisType.Explicit not in mesh.axis_types:
-            return automatic(*arrays)
+            parts: tuple[jax.Array, ...] = automatic(*arrays)
+            return parts
         if set(mesh.axis_types) != {AxisType.Explicit}:
             kinds = ", ".join(f"{name}: {kind}" for name, kind in zip(mesh.axis_names, mesh.axis_types))
             raise NotImplementedError(f"{op}: a mesh must be explicit in all of its axes or in none, got {kinds}")
@@ -78,14 +87,15 @@ def partitioned(op: str, call: Callable[..., Any], operands: Sequence[Dims], res
         axes = _axes(operands, [sharding.spec for sharding in shardings])
         specs, result_specs = (tuple(dims.spec(axes) for dims in side) for side in (operands, results))
         arrays = tuple(jax.sharding.reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs))
-        return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=result_specs, check_vma=False)(*arrays)
+        parts = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=result_specs, check_vma=False)(*arrays)
+        return parts
 
     return partitioned_call
 
 
-def _axes(dims: Sequence[Dims], specs: Iterable[PartitionSpec]) -> dict[str, Any]:
+def _axes(dims: Sequence[Dims], specs: Iterable[PartitionSpec]) -> dict[str, MeshAxes]:
     """The mesh axes of each label: those of the first array that is split along it, less what an earlier label has."""
-    axes: dict[str, Any] = {}
+    axes: dict[str, MeshAxes] = {}
     used: set[str] = set()
     for array, spec in zip(dims, specs):
         for label, names in zip(array.labels, spec):
@@ -114,17 +124,18 @@ def _shardy_rule(operands: Sequence[Dims], results: Sequence[Dims]) -> str:
     return f"{side(operands, 'x')} -> {side(results, 'y')}"
 
 
-def varying_axes(tree: Any) -> frozenset[str]:
+def varying_axes(tree: object) -> frozenset[str]:
     """The axes of the shard_map around along which any of the arrays differs between devices."""
     none: frozenset[str] = frozenset()
     return none.union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
 
-def vary(tree: Any, axes: frozenset[str]) -> Any:
+def vary(tree: Tree, axes: frozenset[str]) -> Tree:
     """The arrays with types that say that they differ along `axes`."""
 
     def one(x: jax.Array) -> jax.Array:
         missing = axes - varying_axes(x)
         return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
-    return jax.tree.map(one, tree)
+    varied: Tree = jax.tree.map(one, tree)
+    return varied

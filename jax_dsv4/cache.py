@@ -200,41 +200,6 @@ jax.export.register_pytree_node_serialization(
 jax.export.register_namedtuple_serialization(Scope, serialized_name="jax_dsv4.Scope")
 
 
-def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementation: str | tuple[str, ...] | None = None) -> KVCache:
-    """Quantises latents and writes them to their slots.
-
-    Under jit the result is the argument's own buffer when that is donated or a loop carry: nothing is copied. Reading the *old* cache
-    after the append brings a copy back, so attend on what append returns. Over a mesh, every device writes all rows to its own copy; where
-    blocks are spread over devices, `local_slots` says which rows are whose.
-
-    `"fp8_ds_mla"` quantises every 64 nope numbers to e4m3fn with the scale 2^ceil(log2(max(amax, 1e-4) / 448)), stored as ue8m0; rope
-    stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout. Rounding is to nearest even; infinities and
-    what is too large saturate, NaN stays NaN.
-
-    Args:
-      cache: where to write.
-      latents: [*batch, 512] bfloat16 or float32.
-      slots: [*batch] int32. A slot outside [0, cache.num_slots) skips its row; of equal slots the last row wins.
-      implementation: as in `sparse_mla_decode`.
-
-    Returns:
-      The cache with those rows replaced.
-
-    Raises:
-      ValueError: a wrong shape or dtype.
-    """
-    op = "append"
-    _checks.require(isinstance(cache, KVCache), op, "cache", "be a KVCache", type(cache).__name__)
-    _checks.require_dtype(latents, op, "latents", jnp.bfloat16, jnp.float32)
-    _checks.require_dtype(slots, op, "slots", jnp.int32)
-    batch = latents.shape[:-1]
-    _checks.require_shape(latents, op, "latents", "(*batch, 512)", (*batch, LATENT_DIM))
-    _checks.require_shape(slots, op, "slots", "(*batch,)", batch)
-    from jax_dsv4.implementations import append_rows  # they build on this module
-
-    return cache.replace(append_rows(cache, latents, slots, implementation))
-
-
 def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:
     """The latents as float32.
 
@@ -265,14 +230,12 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     block, offset = slots // cache.block_size, slots % cache.block_size
     if cache.layout == "aiter_fp8":
         codes = cache.data[LAYOUTS[cache.layout].zero_blocks + block, offset, :LATENT_DIM]
-        return jnp.take(jnp.asarray(_E4M3_VALUES), codes.astype(jnp.int32), axis=0) * jnp.float32(cache.scale)
+        return _from_e4m3(codes) * jnp.float32(cache.scale)
     if cache.layout != "fp8_ds_mla":
         return cache.data[block, offset].astype(jnp.float32)
     rows = _gather_bytes(cache.data, block, offset * PACKED_ROW_BYTES, PACKED_ROW_BYTES)
     scale_bytes = _gather_bytes(cache.data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, SCALE_TILES)
-    nope = jnp.take(jnp.asarray(_E4M3_VALUES), rows[..., :NOPE_DIM].astype(jnp.int32), axis=0)
-    scales = jnp.take(jnp.asarray(_UE8M0_VALUES), scale_bytes.astype(jnp.int32), axis=0)
-    nope = nope.reshape(*slots.shape, SCALE_TILES, SCALE_TILE) * scales[..., None]
+    nope = _from_e4m3(rows[..., :NOPE_DIM]).reshape(*slots.shape, SCALE_TILES, SCALE_TILE) * _from_ue8m0(scale_bytes)[..., None]
     rope = jax.lax.bitcast_convert_type(rows[..., NOPE_DIM:].reshape(*slots.shape, ROPE_DIM, 2), jnp.bfloat16)
     return jnp.concatenate([nope.reshape(*slots.shape, NOPE_DIM), rope.astype(jnp.float32)], axis=-1)
 
@@ -320,25 +283,20 @@ def _to_e4m3(values: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(values), jnp.uint8(0x7F), codes)
 
 
+def _from_e4m3(codes: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def _from_ue8m0(codes: jax.Array) -> jax.Array:
+    """2^(code - 127), and NaN for 255: the code is float32's exponent, but for the two that float32 has for something else."""
+    bits = codes.astype(jnp.int32) << 23
+    bits = jnp.where(codes == 0, jnp.int32(1 << 22), jnp.where(codes == 255, jnp.int32(0x7FC00000), bits))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def _inverse(scale: float) -> np.float32:
     """As the kernels compute it, so that appends agree to the bit."""
     return np.float32(1) / np.float32(scale)
-
-
-def _e4m3_values() -> np.ndarray:
-    byte = np.arange(256)
-    exponent, mantissa = (byte >> 3) & 15, byte & 7
-    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    value = np.where((byte & 0x7F) == 0x7F, np.nan, value)
-    return np.where(byte & 0x80, -value, value).astype(np.float32)
-
-
-def _ue8m0_values() -> np.ndarray:
-    return np.where(np.arange(256) == 255, np.nan, 2.0 ** (np.arange(256) - 127.0)).astype(np.float32)
-
-
-_E4M3_VALUES = _e4m3_values()
-_UE8M0_VALUES = _ue8m0_values()
 
 
 def _gather_bytes(data: jax.Array, block: jax.Array, start: jax.Array, count: int) -> jax.Array:

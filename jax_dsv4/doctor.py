@@ -14,7 +14,7 @@ import numpy as np
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, reference
-from jax_dsv4.implementations import aiter, platforms_of
+from jax_dsv4._implementations import REGISTRY, aiter
 
 # A case is right if it is this close to float64 on the stored cache. AITER's kernels keep q and the softmax's weights in fp8.
 COSINE = {"aiter": 0.999}
@@ -53,8 +53,8 @@ def print_rocm() -> None:
         text = choice.text.decode()
         if choice.found:
             lse = "reports lse" if choice.reports_lse else "lse by splitting every token"
-            folds = f"{choice.folds(heads)} x {choice.kernel_heads} heads"
-            text = f"{folds}, tiles of {choice.tile} keys, {choice.kernarg_bytes} bytes of arguments, {lse}: {text}"
+            passes = f"{choice.head_passes(heads)} x {choice.kernel_heads} heads"
+            text = f"{passes}, tiles of {choice.tile} keys, {choice.kernarg_bytes} bytes of arguments, {lse}: {text}"
         print(f"  {heads:3} heads: {text}")
 
 
@@ -109,7 +109,7 @@ def main() -> int:
     backend = jax.default_backend()
     print(f"self-test on {backend}:")
     for name, (available, _) in found.items():
-        platforms = platforms_of(name)
+        platforms = REGISTRY[name].platforms
         if not available or (platforms and backend not in platforms):
             continue
         for heads in (16, 64, 128) if name == "aiter" else (16,):  # AITER has a kernel for each

@@ -17,9 +17,10 @@ import numpy as np
 
 from jax_dsv4 import _ffi
 from jax_dsv4 import cache as kv
-from jax_dsv4.implementations import native
-from jax_dsv4.implementations._interface import Availability
-from jax_dsv4.plan import WorkPlan
+from jax_dsv4._implementations.interface import Availability, KernelCall
+from jax_dsv4._implementations.native import plan_call
+from jax_dsv4._work import MAX_WORKERS, Geometry, WorkPlan, partial_rows, plan_shapes
+from jax_dsv4.merge import apply_attn_sink
 
 AMAX_BLOCKS = 64  # ffi/rocm/params.h
 
@@ -41,7 +42,7 @@ class Choice(ctypes.Structure):
     def found(self) -> bool:
         return self.kernel_heads > 0
 
-    def folds(self, heads: int) -> int:
+    def head_passes(self, heads: int) -> int:
         """How many times the kernel runs over a token to cover its heads."""
         return -(-heads // self.kernel_heads)
 
@@ -94,42 +95,32 @@ class _AITER:
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
         geometry = _geometry(num_heads)
         if _ffi.aiter_plan_builder() is None:
-            return native.plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")
+            return plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")
         return _aiters_plan(lengths[0], topks[0], geometry, choose_kernel(num_heads, 0).kernel_heads)
 
-    def decode(
-        self,
-        q: jax.Array,
-        scopes: Sequence[kv.Scope],
-        attn_sink: jax.Array | None,
-        scale: float,
-        work: WorkPlan | None,
-        out_dtype: jax.typing.DTypeLike,
-    ) -> tuple[jax.Array, jax.Array]:
-        from jax_dsv4.merge import apply_attn_sink
-
-        assert work is not None
-        ((cache, indices, lengths),) = scopes
+    def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
+        ((cache, indices, lengths),) = call.scopes
+        q, work = call.q, call.planned
         tokens, heads, _ = q.shape
         topk = indices.shape[1]
         choice = choose_kernel(heads, cache.nbytes)
-        workers = _geometry(heads).workers
-        folds = choice.folds(heads)
-        padded = folds * choice.kernel_heads
+        geometry = _geometry(heads)
+        workers = geometry.workers
+        passes = choice.head_passes(heads)
+        padded = passes * choice.kernel_heads
         max_items = work.work_info_set.shape[0]
-        _, partials = native.plan_capacity(tokens, workers)
-        partials = max(1, min(partials, tokens * -(-topk // choice.tile))) + tokens + 1
+        partials = partial_rows(tokens, topk, geometry) + tokens + 1
         u8, i32, f32 = jnp.uint8, jnp.int32, jnp.float32
         shapes = (
-            (q.shape, out_dtype),  # out
+            (q.shape, call.out_dtype),  # out
             ((tokens, heads), f32),  # lse
             # The rest are workspaces; ffi/rocm/params.h says what is in them.
             ((tokens, padded, kv.AITER_ROW_BYTES), u8),  # q_packed
             ((tokens, max(topk, 1)), i32),  # rows
             ((tokens, 3), i32),  # state
-            ((folds * workers + 1,), i32),  # own_indptr
-            ((folds * max_items, 8), i32),  # own_items
-            ((tokens * folds + 1,), i32),  # qo_indptr
+            ((passes * workers + 1,), i32),  # own_indptr
+            ((passes * max_items, 8), i32),  # own_items
+            ((tokens * passes + 1,), i32),  # qo_indptr
             ((4,), i32),  # work_pointers
             ((2,), f32),  # scales
             ((AMAX_BLOCKS,), f32),  # amax
@@ -139,13 +130,13 @@ class _AITER:
         results = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
         out, lse, *_ = jax.ffi.ffi_call("dsv4_aiter_decode", results)(
             *(q, cache.data, indices, lengths, *work),
-            scale=np.float32(scale),
+            scale=np.float32(call.scale),
             cache_scale=np.float32(cache.scale),
             block_size=np.int32(cache.block_size),
             workers=np.int32(workers),
             kernel_heads=np.int32(choice.kernel_heads),
         )
-        return (out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)), lse
+        return (out if call.attn_sink is None else apply_attn_sink(out, lse, call.attn_sink)), lse
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
         call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
@@ -163,12 +154,12 @@ def _own_kernels(choice: Choice):  # type: ignore[no-untyped-def]
     return library.with_name(f"dsv4_{choice.architecture.decode()}.co")
 
 
-def _aiters_plan(lengths: jax.Array, topk: int, geometry: native.Geometry, kernel_heads: int) -> WorkPlan:
+def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, kernel_heads: int) -> WorkPlan:
     """From get_mla_metadata_v1. It gives an empty token an item of no keys, which decode's check of the items takes out."""
     (tokens,) = lengths.shape
     # What it reads besides: qo_indptr, kv_indptr, last_page_lens, and where it writes its two addresses, which nobody reads.
     inputs = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens + 1, tokens + 1, tokens, 4)]
-    call = jax.ffi.ffi_call("dsv4_aiter_metadata_plan", (*native.plan_shapes(tokens), *inputs))
+    call = jax.ffi.ffi_call("dsv4_aiter_metadata_plan", (*plan_shapes(tokens), *inputs))
     plan = call(
         lengths,
         topk=np.int32(topk),
@@ -179,14 +170,14 @@ def _aiters_plan(lengths: jax.Array, topk: int, geometry: native.Geometry, kerne
     return WorkPlan(*plan[: len(WorkPlan._fields)])
 
 
-def _geometry(heads: int) -> native.Geometry:
-    """The plan's workers are shared out among the folds of a token: each runs the same plan."""
+def _geometry(heads: int) -> Geometry:
+    """The plan's workers are shared out among the passes over a token's heads: each runs the same plan."""
     choice = choose_kernel(heads, 0)
     # AITER's builder always plans for every unit.
-    sharing = 1 if _ffi.aiter_plan_builder() else choice.folds(heads)
-    workers = max(1, min(native.MAX_WORKERS, choice.units // sharing))
+    sharing = 1 if _ffi.aiter_plan_builder() else choice.head_passes(heads)
+    workers = max(1, min(MAX_WORKERS, choice.units // sharing))
     # An item costs 4,100 wave-instructions and 64 keys of 16 heads 1,374 (the wheel's kernel) or 693: three blocks' worth.
-    return native.Geometry(workers=workers, granularity=choice.tile, overhead=3)
+    return Geometry(workers=workers, granularity=choice.tile, overhead=3)
 
 
 AITER = _AITER()

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import cache as kv
-from jax_dsv4.implementations._interface import Availability
-from jax_dsv4.plan import WorkPlan
+from jax_dsv4._implementations.interface import Availability, KernelCall
 
 
 class _XLA:
@@ -33,26 +32,16 @@ class _XLA:
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
         return kv.write_rows(cache, latents, slots)
 
-    def decode(
-        self,
-        q: jax.Array,
-        scopes: Sequence[kv.Scope],
-        attn_sink: jax.Array | None,
-        scale: float,
-        work: WorkPlan | None,
-        out_dtype: jax.typing.DTypeLike,
-    ) -> tuple[jax.Array, jax.Array]:
-        out, lse = self._decode(q, scopes, attn_sink, scale)
-        return out.astype(out_dtype), lse
-
-    def _decode(self, q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
-        if q.shape[0] == 1:
-            return attend_batched(q, scopes, attn_sink, scale)
-        # On CPU a batched gather materialises [tokens, topk, 512] floats and the batched product is slow: one token at a time is up to
-        # four times faster (benchmarks/decode.py times both). A GPU wants the batch.
-        return jax.lax.platform_dependent(
-            q, tuple(scopes), attn_sink, cpu=partial(attend_by_token, scale=scale), default=partial(attend_batched, scale=scale)
-        )
+    def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
+        operands = call.q, call.scopes, call.attn_sink
+        by_token, batched = (partial(form, scale=call.scale) for form in (attend_by_token, attend_batched))
+        if call.q.shape[0] == 1:
+            out, lse = batched(*operands)
+        else:
+            # On CPU a batched gather materialises [tokens, topk, 512] floats and the batched product is slow: one token at a time is up
+            # to four times faster (benchmarks/cpu.py times both). A GPU wants the batch.
+            out, lse = jax.lax.platform_dependent(*operands, cpu=by_token, default=batched)
+        return out.astype(call.out_dtype), lse
 
 
 def attend_by_token(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, overload
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_dsv4 import _checks
-from jax_dsv4._sharding import Dims, partitioned, require_whole
-from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
-from jax_dsv4.implementations import any_native, cannot_fuse, choose, dispatch, fuses, spelling, with_derivative
+from jax_dsv4._implementations import Chosen, cannot_fuse, choose, fuses, names
+from jax_dsv4._implementations.interface import Implementation, KernelCall
+from jax_dsv4._sharding import Dims, require_whole
+from jax_dsv4._transforms import apply, dispatch, side_by_side, spread
+from jax_dsv4._work import DecodePlan, PlanKey, WorkPlan
+from jax_dsv4.cache import LATENT_DIM, KVCache, Scope
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
-from jax_dsv4.plan import DecodePlan, PlanKey, WorkPlan
 
 _OP = "sparse_mla_decode"
 MAX_HEADS = 128
@@ -118,21 +120,20 @@ def sparse_mla_decode(
     _checks.require(is_number, _OP, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
     _checks.require(math.isfinite(scale) and scale > 0, _OP, "scale", "be positive and finite", scale)
     dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
-    names = " or ".join(sorted({jnp.dtype(q.dtype).name, "float32"}))
-    _checks.require(dtype in (q.dtype, jnp.float32), _OP, "out_dtype", f"be {names}", dtype.name)
+    dtypes = " or ".join(sorted({jnp.dtype(q.dtype).name, "float32"}))
+    _checks.require(dtype in (q.dtype, jnp.float32), _OP, "out_dtype", f"be {dtypes}", dtype.name)
     topks = tuple(s.indices.shape[-1] for s in scopes)
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
-        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), spelling(implementation), fused))
+        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(implementation), fused))
 
     caches = [s.cache for s in scopes]
     chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches, q.dtype))
     if tokens == 0:
         out, lse = jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:-1], jnp.float32)
     else:
-        local = partial(_attend_local, partial(_attend_tokens, chosen, float(scale), fused, dtype), plan.made_for if plan else None)
-        attend = _with_transforms(local, differentiable=not any_native(chosen))
-        out, lse = attend(q, tuple(scopes), attn_sink, plan.work if plan else None)
+        op = _Decode(chosen, float(scale), fused, dtype, plan.made_for if plan else None)
+        out, lse = apply(op, _Operands(q, tuple(scopes), attn_sink, plan.work if plan else ()))
     return (out, lse) if return_lse else out
 
 
@@ -159,101 +160,81 @@ def _check_plan(plan: DecodePlan, call: PlanKey) -> None:
         _checks.require(made_for == called_with, _OP, "plan", rule, repr(made_for))
 
 
-def _attend_local(
-    attend: Any, made_for: PlanKey | None, q: jax.Array, scopes: Sequence[Scope], attn_sink: jax.Array | None, work: Any
-) -> tuple[jax.Array, jax.Array]:
-    """What one device does: all tokens and heads, or its part of them."""
-    tokens, heads = math.prod(q.shape[:-2]), q.shape[-2]
-    if made_for is not None and (tokens, heads) != (made_for.tokens, made_for.num_heads):
-        work = None  # it was made for the tokens and heads of all devices together
-    flat = tuple(Scope(s.cache, s.indices.reshape(tokens, -1), s.lengths.reshape(tokens)) for s in scopes)  # type: ignore[union-attr]
-    out, lse = attend(q.reshape(tokens, heads, LATENT_DIM), flat, attn_sink, work)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+class _Operands(NamedTuple):
+    q: jax.Array
+    scopes: tuple[Scope, ...]
+    attn_sink: jax.Array | None
+    work: tuple[WorkPlan, ...]  # () where the call plans for itself
 
 
-def _over_devices(local: Any, *operands: Any) -> tuple[jax.Array, jax.Array]:
-    """local(q, scopes, attn_sink, work) on each device of a mesh: batch axes and heads may be split, caches stay whole."""
-    arrays = jax.tree.leaves(operands)
-    structure: Any = jax.tree.structure(operands)
-    q, scopes, attn_sink, work = operands
-    batch = tuple(f"b{i}" for i in range(q.ndim - 2))
-    dims = [Dims((*batch, "h", None))]
-    for name, scope in zip(("swa", "extra"), scopes):
-        dims += [Dims((None,) * scope.cache.data.ndim, stays=f"{name}.cache"), Dims((*batch, None)), Dims(batch)]
-    dims += [Dims(("h",))] if attn_sink is not None else []
-    dims += [Dims((None,) * array.ndim) for array in jax.tree.leaves(work)]
-    call = partitioned(_OP, lambda *arrays: local(*structure.unflatten(arrays)), dims, (dims[0], Dims((*batch, "h"))))
-    out, lse = call(*arrays)
-    return out, lse
+@dataclass(frozen=True)
+class _Decode:
+    """The op with its static arguments."""
 
+    chosen: Chosen
+    scale: float
+    fused: bool | None
+    out_dtype: np.dtype[np.generic]
+    made_for: PlanKey | None
+    name: str = _OP
 
-def _attend_tokens(
-    chosen: dict[str, Any],
-    scale: float,
-    fused: bool | None,
-    dtype: jax.typing.DTypeLike,
-    q: jax.Array,
-    scopes: tuple[Scope, ...],
-    attn_sink: jax.Array | None,
-    work: tuple[WorkPlan, ...] | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The call of q [tokens, heads, 512], by the implementation chosen."""
+    def on_device(self, operands: _Operands) -> tuple[jax.Array, ...]:
+        q, scopes, attn_sink, work = operands
+        *batch, heads, _ = q.shape
+        tokens = math.prod(batch)
+        if self.made_for is not None and (tokens, heads) != (self.made_for.tokens, self.made_for.num_heads):
+            work = ()  # it was made for the tokens and heads of all devices together
+        flat = tuple(Scope(s.cache, s.indices.reshape(tokens, -1), s.lengths.reshape(tokens)) for s in scopes)  # type: ignore[union-attr]
+        operands = _Operands(q.reshape(tokens, heads, LATENT_DIM), flat, attn_sink, work)
+        out, lse = dispatch(self.chosen, self._attend, operands)
+        return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
-    def attend(implementation, q, scopes, attn_sink, work):  # type: ignore[no-untyped-def]
-        calls = [scopes] if fuses(implementation, fused) else [(scope,) for scope in scopes]
-        outs, lses = [], []
-        for i, call in enumerate(calls):
-            lengths, topks = [s.lengths for s in call], [s.indices.shape[1] for s in call]
-            planned = implementation.plan(lengths, topks, q.shape[1]) if work is None else work[i]
-            alone = len(calls) == 1
-            out, lse = implementation.decode(q, call, attn_sink if alone else None, scale, planned, dtype if alone else jnp.float32)
-            outs.append(out)
-            lses.append(lse)
-        if len(calls) == 1:
-            return outs[0], lses[0]
-        out, lse = merge_scopes(outs, lses)
+    def _attend(self, implementation: Implementation, operands: _Operands) -> tuple[jax.Array, jax.Array]:
+        """One kernel call for all scopes, or one for each, merged."""
+        q, scopes, attn_sink, work = operands
+        fused = fuses(implementation, self.fused) or len(scopes) == 1
+        calls = [
+            KernelCall(q, each, attn_sink if fused else None, None, self.scale, self.out_dtype if fused else jnp.dtype(jnp.float32))
+            for each in ([scopes] if fused else [(scope,) for scope in scopes])
+        ]
+        planned = work or [implementation.plan(call.lengths, call.topks, q.shape[1]) for call in calls]
+        results = [implementation.decode(replace(call, work=each)) for call, each in zip(calls, planned)]
+        if fused:
+            return results[0]
+        out, lse = merge_scopes(*zip(*results))
         out = out if attn_sink is None else apply_attn_sink(out, lse, attn_sink)
-        return out.astype(dtype), lse
+        return out.astype(self.out_dtype), lse
 
-    return dispatch(chosen, attend, q, scopes, attn_sink, work)
+    def dims(self, operands: _Operands) -> tuple[Sequence[Dims], Sequence[Dims]]:
+        """Batch axes and heads may be split. Caches stay whole."""
+        q, scopes, attn_sink, work = operands
+        batch = tuple(f"b{i}" for i in range(q.ndim - 2))
+        dims = [Dims((*batch, "h", None))]
+        for name, scope in zip(("swa", "extra"), scopes):
+            dims += [Dims.unsplit(scope.cache.data, f"{name}.cache"), Dims((*batch, None)), Dims(batch)]
+        dims += [Dims(("h",))] if attn_sink is not None else []
+        dims += [Dims.unsplit(array) for array in jax.tree.leaves(work)]
+        return dims, (dims[0], Dims((*batch, "h")))
 
-
-def _with_transforms(local: Any, differentiable: bool) -> Any:
-    """`local` over the devices of a mesh, with a rule for vmap (more tokens of one call) and one for derivatives."""
-    call = jax.custom_batching.custom_vmap(partial(_over_devices, local))
-
-    @call.def_vmap
-    def rule(axis_size, in_batched, q, scopes, attn_sink, work):  # type: ignore[no-untyped-def]
-        q_batched, scopes_batched, sink_batched, _ = in_batched
-        if work is not None:
+    def batch(self, size: int, operands: _Operands, batched: _Operands) -> tuple[_Operands, Callable[..., tuple[jax.Array, ...]]]:
+        """More tokens of one call. Caches of their own become one cache."""
+        q, scopes, attn_sink, work = operands
+        if work:
             raise NotImplementedError(
                 f"{_OP}: plan must be left out under vmap, or made for all tokens at once: give q one more batch axis instead"
             )
-        spread = partial(_spread, axis_size)
-        merged = tuple(_merge_scope(spread, axis_size, s, b) for s, b in zip(scopes, scopes_batched))
+        merged = []
+        for scope, has in zip(scopes, batched.scopes):
+            cache, indices = scope.cache, spread(size, scope.indices, has.indices)
+            if has.cache.data:
+                cache, indices = side_by_side(_OP, size, cache, indices)
+            merged.append(Scope(cache, indices, spread(size, scope.lengths, has.lengths)))
         # A sink of its own for every entry cannot be the call's, which has one per head.
-        out, lse = call(spread(q, q_batched), merged, None if sink_batched else attn_sink, None)
-        if attn_sink is not None and sink_batched:
-            out = jax.vmap(apply_attn_sink)(out, lse, attn_sink)
-        return (out, lse), (True, True)
+        own_sinks = attn_sink if batched.attn_sink else None
 
-    return with_derivative(_OP, call, local if differentiable else None)
+        def results_of_each(results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            out, lse = results
+            return (out if own_sinks is None else jax.vmap(apply_attn_sink)(out, lse, own_sinks)), lse
 
-
-def _spread(axis_size: int, x: jax.Array, batched: bool) -> jax.Array:
-    return x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-
-
-def _merge_scope(spread: Any, axis_size: int, scope: Scope, batched: Scope) -> Scope:
-    """One scope from `axis_size` of them: caches of their own become one cache, their slots moved accordingly."""
-    indices, lengths = spread(scope.indices, batched.indices), spread(scope.lengths, batched.lengths)
-    cache = scope.cache
-    if batched.cache.data:
-        slots = cache.data.shape[1] * cache.block_size
-        # A layout's own blocks at the front are between the caches now: no slot may name them.
-        valid = slots - LAYOUTS[cache.layout].zero_blocks * cache.block_size
-        _checks.require_fits_int32(axis_size * slots, _OP, "slots of all caches under vmap")
-        cache = cache.replace(cache.data.reshape(-1, *cache.data.shape[2:]))
-        first = slots * jnp.arange(axis_size, dtype=jnp.int32).reshape(-1, *[1] * (indices.ndim - 1))
-        indices = jnp.where((indices >= 0) & (indices < valid), indices + first, -1)
-    return Scope(cache, indices, lengths)
+        call = _Operands(spread(size, q, batched.q), tuple(merged), attn_sink if own_sinks is None else None, ())
+        return call, results_of_each

@@ -1,0 +1,79 @@
+"""The implementations of the ops, and how a call chooses among them.
+
+An implementation is chosen when a program is lowered, for the platform it is lowered for, so that one traced program can be exported
+for several. Each is an object with the methods of `interface.Implementation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jax_dsv4 import _checks
+from jax_dsv4._implementations import aiter, cpu, cuda, xla
+from jax_dsv4._implementations.interface import Availability, Implementation
+
+# In order of preference.
+REGISTRY: dict[str, Implementation] = {i.name: i for i in (cpu.CPU, cuda.CUDA, aiter.AITER, xla.XLA)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The implementation for each platform that has one, by JAX's names; "" stands for any other platform."""
+
+    by_platform: tuple[tuple[str, Implementation], ...]
+
+    @property
+    def implementations(self) -> tuple[Implementation, ...]:
+        return tuple(implementation for _, implementation in self.by_platform)
+
+    @property
+    def plain_jax(self) -> bool:
+        """Whether no platform has a native implementation."""
+        return all(platform == "" for platform, _ in self.by_platform)
+
+
+def implementations() -> dict[str, Availability]:
+    """Which implementations can run in this process, in order of preference; for each absent one, why."""
+    return {name: implementation.availability() for name, implementation in REGISTRY.items()}
+
+
+def names(implementation: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """The `implementation=` argument as something that can be compared and hashed."""
+    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+
+
+def choose(op: str, implementation: str | Sequence[str] | None, unsupported: Callable[[Implementation], str | None]) -> Chosen:
+    """The implementations of a call that `unsupported` gives no reason against.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: none of those asked for can take the call; the message has each one's reason.
+    """
+    asked = (implementation,) if isinstance(implementation, str) else REGISTRY if implementation is None else implementation
+    chosen: dict[str, Implementation] = {}
+    reasons = []
+    for name in asked:
+        rule = "be None or name " + ", ".join(repr(n) for n in REGISTRY)
+        _checks.require(name in REGISTRY, op, "implementation", rule, repr(name))
+        candidate = REGISTRY[name]
+        available, detail = candidate.availability()
+        reason = None if available or (implementation is None and candidate.exportable()) else detail
+        reason = reason or unsupported(candidate)
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+            continue
+        for platform in candidate.platforms or ("",):
+            chosen.setdefault(platform, candidate)
+    if not chosen:
+        raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run this call. " + "; ".join(reasons))
+    return Chosen(tuple(chosen.items()))
+
+
+def fuses(implementation: Implementation, fused: bool | None) -> bool:
+    """Whether a call of both scopes is one kernel call, given the `fused=` argument."""
+    return implementation.fuses if fused is None else fused
+
+
+def cannot_fuse(implementation: Implementation, fused: bool | None) -> str | None:
+    return "it calls its kernel per scope, and fused=True was asked for" if fused and not implementation.fuses else None

@@ -1,0 +1,77 @@
+"""`"cpu"`: the C++ kernels of ffi/cpu, on XLA's own threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_dsv4 import _ffi
+from jax_dsv4._implementations.interface import Availability, KernelCall
+from jax_dsv4._implementations.native import append_call, decode_call, plan_call
+from jax_dsv4._work import Geometry, WorkPlan
+from jax_dsv4.cache import LATENT_DIM, KVCache
+
+
+class _CPU:
+    name = "cpu"
+    platforms: tuple[str, ...] = ("cpu",)
+    fuses = True
+    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kFoldBytesPerHead, kTokenCounters, kMaxSegments, kPartialNumbers; 64 bytes
+    # more to align.
+    lane_bytes_fixed = 160 * 1024 + 64
+    lane_bytes_per_head = 7 * 1024 + 64
+    counters_per_token = 10
+    max_segments = 10
+    partial_numbers = 2
+    # One lane a thread; threads beyond the lanes stay idle. No more than this machine has cores: fresh pages cost more than the kernel's
+    # work on a small call.
+    lanes = min(32, os.cpu_count() or 1)
+    # Of all partials, if one token's take no more: the allocator gives larger blocks back, and fresh pages cost time in every call.
+    partial_bytes = 16 * 2**20
+
+    def availability(self) -> Availability:
+        library, detail = _ffi.load("libdsv4_cpu", "cpu")
+        if library is None:
+            return Availability(False, detail)
+        return Availability(True, f"{_ffi.cpu_isa(library)} kernels, {detail}")
+
+    def exportable(self) -> bool:
+        return False  # every process has a CPU: absent means absent
+
+    def unsupported(self, num_heads: int, caches: Sequence[KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
+        if any(cache.layout == "aiter_fp8" for cache in caches):
+            return "it does not read layout 'aiter_fp8'"
+        return None
+
+    def geometry(self, tokens: int) -> Geometry:
+        # Enough items for all threads to end at about the same time. Results do not depend on it: a token's keys are summed in segments of
+        # its own, wherever the plan cuts it. But partials cost time. More threads than items share an item's heads.
+        return Geometry(workers=min(16, max(4 * self.lanes, -(-16 // max(tokens, 1)))), granularity=64, overhead=2)
+
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
+        return plan_call(lengths, topks, self.geometry(lengths[0].shape[0]))
+
+    def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
+        tokens, heads, _ = call.q.shape
+        # A plan for so many workers cuts less tokens than that, and a token that is cut has a row for each of its segments at most. One
+        # that gets no rows is not cut.
+        geometry = self.geometry(tokens)
+        cut = min(tokens, geometry.workers - 1)
+        segments = min(self.max_segments, -(-sum(call.topks) // geometry.granularity))
+        partials = max(1, min(cut * segments, max(segments, self.partial_bytes // (4 * LATENT_DIM * heads))))
+        workspaces = (
+            jax.ShapeDtypeStruct((partials, heads, LATENT_DIM), jnp.float32),  # partial outputs
+            jax.ShapeDtypeStruct((partials, heads * self.partial_numbers), jnp.float32),  # partial maxima and sums
+            jax.ShapeDtypeStruct((tokens, self.counters_per_token), jnp.int32),  # items not yet done, and rows
+            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
+        )
+        return decode_call(call, workspaces)
+
+    def append(self, cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
+        return append_call(cache, latents, slots)
+
+
+CPU = _CPU()

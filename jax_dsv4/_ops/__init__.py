@@ -1,0 +1,1 @@
+"""The ops: each from its checks to its call."""
