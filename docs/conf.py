@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sphinx.application import Sphinx
+from sphinx.errors import ConfigError
 
 import jax_dsv4
 
@@ -77,7 +78,7 @@ def check_api_page() -> None:
     # Modules become attributes of the package by being imported; `reference` is public.
     public = {n for n, value in vars(jax_dsv4).items() if not n.startswith("_") and not isinstance(value, ModuleType)} | {"reference"}
     if named != public:
-        raise ValueError(f"docs/api.md must name what jax_dsv4 exports: missing {public - named}, too many {named - public}")
+        raise ConfigError(f"docs/api.md must name what jax_dsv4 exports: missing {public - named}, too many {named - public}")
 
 
 def setup(app: Sphinx) -> None:
