@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx.errors import ConfigError
 
 import jax_dsv4
@@ -72,7 +73,7 @@ def read_docstring(app: Sphinx, what: str, name: str, thing: object, options: ob
     lines[:] = text.split("\n")
 
 
-def check_api_page() -> None:
+def check_api_page(app: Sphinx, config: Config) -> None:
     """Every public name of the package has its place in the API page."""
     named = set(re.findall(r"auto\w+:: jax_dsv4\.(\w+)", (ROOT / "docs" / "api.md").read_text()))
     # Modules become attributes of the package by being imported; `reference` is public.
@@ -82,7 +83,7 @@ def check_api_page() -> None:
 
 
 def setup(app: Sphinx) -> None:
-    check_api_page()
+    app.connect("config-inited", check_api_page)
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
     app.connect("autodoc-process-docstring", read_docstring, priority=400)  # before napoleon
