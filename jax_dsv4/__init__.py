@@ -1,5 +1,6 @@
 """DeepSeek-V4 sparse MLA decode for JAX."""
 
+from jax_dsv4 import _ffi
 from jax_dsv4 import reference as reference
 from jax_dsv4._implementations import implementations as implementations
 from jax_dsv4._ops.append import append as append
@@ -17,3 +18,5 @@ from jax_dsv4.merge import apply_attn_sink as apply_attn_sink
 from jax_dsv4.merge import merge_scopes as merge_scopes
 
 __version__ = "0.1.0"
+
+_ffi.register()

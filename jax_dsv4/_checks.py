@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ def require_array(value: Any, op: str, argument: str) -> None:
 def require_dtype(value: Any, op: str, argument: str, *dtypes: Any) -> None:
     require_array(value, op, argument)
     names = " or ".join(jnp.dtype(d).name for d in dtypes)
-    require(value.dtype in [jnp.dtype(d) for d in dtypes], op, argument, f"have dtype {names}", value.dtype)
+    got = str(value.dtype)
+    if dtypes == (jnp.int32,) and jnp.issubdtype(value.dtype, jnp.integer):
+        got += f"; write {argument}.astype('int32')"
+    require(value.dtype in [jnp.dtype(d) for d in dtypes], op, argument, f"have dtype {names}", got)
 
 
 def require_shape(value: Any, op: str, argument: str, names: str, expected: Sequence[int | None]) -> None:
@@ -49,7 +53,28 @@ def require_int(value: Any, op: str, argument: str, low: int, high: int = INT32_
 
 
 def require_fits_int32(value: int, op: str, argument: str) -> None:
-    require(value <= INT32_MAX, op, argument, f"fit int32 (at most {INT32_MAX})", value)
+    try:
+        fits = value <= INT32_MAX
+    except jax.core.InconclusiveDimensionOperation:
+        rule = f"fit int32 (at most {INT32_MAX}) for all sizes: give jax.export's symbolic sizes bounds, such as 'b <= 4096'"
+        raise ValueError(f"{op}: {argument} must {rule}, got {value}") from None
+    require(fits, op, argument, f"fit int32 (at most {INT32_MAX})", value)
+
+
+def require_constant(op: str, argument: str, what: str, *sizes: int) -> None:
+    """Checks sizes that must not be symbolic ones of jax.export."""
+    symbolic = [size for size in sizes if not jax.core.is_constant_dim(size)]
+    require(not symbolic, op, argument, f"have a constant {what}", ", ".join(map(str, symbolic)))
+
+
+def require_same_devices(op: str, operands: object) -> None:
+    """Checks the leaves of `operands` that are no part of a traced program: those that were put on devices must be on the same ones."""
+    arrays = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(operands) if isinstance(leaf, jax.Array)]
+    put = [(path, x.sharding.device_set) for path, x in arrays if not isinstance(x, jax.core.Tracer) and x.committed]
+    if any(devices != put[0][1] for _, devices in put):
+        name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+        places = ", ".join(f"{name(path)} on {' '.join(sorted(map(str, devices)))}" for path, devices in put)
+        require(False, op, "operands", "be on the same devices (jax.device_put moves them)", places)
 
 
 def require_axis(axis_name: AxisName, op: str) -> int:

@@ -6,6 +6,8 @@ import ctypes
 import functools
 import importlib.util
 import os
+import pkgutil
+import sys
 from pathlib import Path
 
 import jax
@@ -18,18 +20,24 @@ AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_deco
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
+def register() -> None:
+    """Registers the handlers of every platform that JAX may have here, so that programs made elsewhere run. Touches no device."""
+    load("libdsv4_cpu", "cpu")
+    plugins = importlib.util.find_spec("jax_plugins")
+    installed = pkgutil.iter_modules(plugins.submodule_search_locations) if plugins else ()
+    names = " ".join(module.name for module in installed)  # such as xla_cuda13
+    if "cuda" in names:
+        load("libdsv4_cuda", "CUDA")
+    if "rocm" in names:
+        load_rocm()
+
+
 def find_library(name: str) -> Path | None:
     """Where `<name>.so` is: in the directory JAX_DSV4_LIBRARY_DIR if that is set, otherwise beside this package."""
-    import jax_dsv4
-
     override = os.environ.get("JAX_DSV4_LIBRARY_DIR")
     # An editable install has two directories: the sources, and the one that the libraries were installed to.
-    directories = [override] if override else list(jax_dsv4.__path__)
-    for directory in directories:
-        path = Path(directory) / f"{name}.so"
-        if path.exists():
-            return path
-    return None
+    directories = [override] if override else list(sys.modules["jax_dsv4"].__path__)
+    return next((path for path in (Path(directory, f"{name}.so") for directory in directories) if path.exists()), None)
 
 
 @functools.cache
@@ -47,10 +55,14 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
-    for target in TARGETS:
+    if platform == "ROCM":
+        directories = aiter_directory(), path.parent, aiter_plan_builder()
+        library.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in directories))
+    for target in AITER_TARGETS if platform == "ROCM" else TARGETS:
         stages = {"execute": jax.ffi.pycapsule(getattr(library, target))}
-        if hasattr(library, "dsv4_initialize"):  # what must not happen while a graph is captured
-            stages["initialize"] = jax.ffi.pycapsule(library.dsv4_initialize)
+        for initialize in (f"{target}_initialize", "dsv4_initialize"):  # what must not happen while a graph is captured
+            if hasattr(library, initialize):
+                stages["initialize"] = jax.ffi.pycapsule(getattr(library, initialize))
         jax.ffi.register_ffi_target(target, stages, platform=platform)
     isa = os.environ.get("JAX_DSV4_CPU_ISA")
     if platform == "cpu" and isa:
@@ -59,31 +71,27 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     return library, str(path)
 
 
-@functools.cache
 def load_rocm() -> tuple[ctypes.CDLL | None, str]:
-    """Loads the ROCm handlers, tells them where AITER's kernels and our own are, and registers them. Returns as `load` does."""
-    path = find_library("libdsv4_rocm")
-    if path is None:
-        return None, "libdsv4_rocm.so was not built; reinstall the package from source with a C++17 compiler (see README.md)"
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, f"{path} cannot be loaded: {error}"
-    aiter = aiter_directory()
-    builder = aiter_plan_builder()
-    library.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in (aiter, path.parent, builder)))
-    for target in AITER_TARGETS:
-        stages = {"initialize": f"{target}_initialize", "execute": target}
-        handlers = {stage: jax.ffi.pycapsule(getattr(library, symbol)) for stage, symbol in stages.items()}
-        jax.ffi.register_ffi_target(target, handlers, platform="ROCM")
-    return library, str(path)
+    """The ROCm handlers, which are told where AITER's kernels and our own are. Returns as `load` does."""
+    return load("libdsv4_rocm", "ROCM")
+
+
+def cache_directory() -> Path:
+    """Where builds are kept: JAX_DSV4_CACHE_DIR, or jax_dsv4 in the user's cache directory."""
+    if named := os.environ.get("JAX_DSV4_CACHE_DIR"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jax_dsv4"
+
+
+def built_plan_builder(architecture: str) -> Path:
+    """Where `python -m jax_dsv4.build_aiter` puts AITER's plan builder."""
+    return cache_directory() / f"aiter-{architecture}" / "libaiter_metadata.so"
 
 
 def aiter_plan_builder() -> Path | None:
-    """AITER's plan builder, if `python -m jax_dsv4.build_aiter` has compiled it. JAX_DSV4_PLANNER=own leaves it aside."""
-    from jax_dsv4.build_aiter import built_library
-
-    return None if os.environ.get("JAX_DSV4_PLANNER") == "own" else built_library("gfx950")
+    """AITER's plan builder, if it was built. JAX_DSV4_PLANNER=own leaves it aside."""
+    built = built_plan_builder("gfx950")
+    return built if os.environ.get("JAX_DSV4_PLANNER") != "own" and built.exists() else None
 
 
 def aiter_directory() -> Path | None:

@@ -46,6 +46,7 @@ class Op(Protocol[Operands]):
 
 def apply(op: Op[Operands], operands: Operands) -> Arrays:
     """The results of an op, under whatever transformations the caller is."""
+    _checks.require_same_devices(op.name, operands)
     results: Arrays = _compiled(op, operands)
     return results
 

@@ -16,19 +16,22 @@ import jax.numpy as jnp
 
 # A plan's arrays have room for any platform's plan, so that one traced program can be lowered for several.
 MAX_WORKERS = 320
+# Of one call; ffi/common/bind.h.
+MAX_HEADS = 128
 
 
 class WorkPlan(NamedTuple):
     """The work of one kernel call; int32 arrays. Rows past those in use are zeros.
 
-    kv_lengths          [tokens] the lengths it was made for (clamped; summed over the call's scopes). A decode whose lengths are
-                        others answers those tokens with NaN.
-    work_indptr         [workers + 1] worker w runs items work_indptr[w] to work_indptr[w + 1]
-    work_info_set       [max_items, 8] token, row of the partial buffers or -1, q_start, q_end, kv_start, kv_end, keys of the token
-                        after kv_end, 0
-    reduce_indptr       [tokens + 1] a token's range in reduce_partial_map; empty where the token is not split
-    reduce_final_map    [tokens, 2] q_start, q_end of split tokens
-    reduce_partial_map  [max_partials] rows of the partial buffers, in kv order
+    Args:
+      kv_lengths: [tokens] the lengths it was made for, clamped and summed over the call's scopes. A decode whose lengths are others
+        answers those tokens with NaN.
+      work_indptr: [workers + 1] worker w runs items work_indptr[w] to work_indptr[w + 1].
+      work_info_set: [max_items, 8] token, row of the partial buffers or -1, q_start, q_end, kv_start, kv_end, keys of the token after
+        kv_end, 0.
+      reduce_indptr: [tokens + 1] a token's range in reduce_partial_map; empty where the token is not split.
+      reduce_final_map: [tokens, 2] q_start, q_end of split tokens.
+      reduce_partial_map: [max_partials] rows of the partial buffers, in kv order.
     """
 
     kv_lengths: jax.Array

@@ -16,21 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-LIBRARY = "libaiter_metadata.so"
+from jax_dsv4._ffi import built_plan_builder, cache_directory
+
 PROGRESS_SECONDS = 10
-
-
-def cache_directory() -> Path:
-    """Where builds are kept: JAX_DSV4_CACHE_DIR, or jax_dsv4 in the user's cache directory."""
-    if named := os.environ.get("JAX_DSV4_CACHE_DIR"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jax_dsv4"
-
-
-def built_library(architecture: str) -> Path | None:
-    """The builder that was built last for an architecture, if any."""
-    path = cache_directory() / f"aiter-{architecture}" / LIBRARY
-    return path if path.exists() else None
 
 
 def commit_of(source: Path) -> str:
@@ -75,11 +63,12 @@ def build(source: Path, architecture: str, compiler: Path, rocm: Path | None = N
     """Compiles the builder into the cache, unless it is there, and makes it the one in use. Returns the library."""
     if "aiter_tensor_t" not in (source / "csrc/kernels/mla/metadata.cu").read_text():
         raise SystemExit(f"{source}: its plan builder is typed on torch::Tensor; an AITER of August 2026 or later is needed")
-    kept = cache_directory() / f"aiter-{commit_of(source)}-{architecture}" / LIBRARY
+    current = built_plan_builder(architecture)
+    kept = cache_directory() / f"aiter-{commit_of(source)}-{architecture}" / current.name
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            out = Path(scratch) / LIBRARY
+            out = Path(scratch) / current.name
             line = command(source, architecture, compiler, rocm, extra or [], out)
             print(" ".join(line), flush=True)
             start = time.monotonic()
@@ -93,10 +82,9 @@ def build(source: Path, architecture: str, compiler: Path, rocm: Path | None = N
             if status:
                 raise SystemExit(f"{compiler} failed with status {status}")
             os.replace(out, kept)
-    current = cache_directory() / f"aiter-{architecture}"
-    partial = current.with_name(f"{current.name}.{os.getpid()}")
+    partial = current.parent.with_name(f"{current.parent.name}.{os.getpid()}")
     partial.symlink_to(kept.parent.name, target_is_directory=True)
-    os.replace(partial, current)
+    os.replace(partial, current.parent)
     return kept
 
 

@@ -70,11 +70,13 @@ class KVCache:
     """A paged cache of latents; a pytree whose one leaf is `data`.
 
     Args:
-      data: the bytes. `"fp8_ds_mla"`: uint8 [num_blocks, block_stride_bytes], any stride of at least block_size * 584, so that the bytes
-        another engine wrote can be wrapped as they are. `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype. `"aiter_fp8"`:
-        uint8 [1 + num_blocks, block_size, 576], the first block zeros.
+      data: the bytes, by layout.
+        `"fp8_ds_mla"`: uint8 [num_blocks, block_stride_bytes], with any stride of at least block_size * 584. The bytes that another engine
+        wrote can be wrapped as they are, also as vLLM sees them: [num_blocks, block_size, 584].
+        `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype.
+        `"aiter_fp8"`: uint8 [1 + num_blocks, block_size, 576], the first block zeros.
       block_size: slots in a block.
-      layout: one of `LAYOUTS`.
+      layout: `"fp8_ds_mla"`, `"bf16"`, `"float32"` or `"aiter_fp8"`.
       scale: `"aiter_fp8"`: what a stored number is multiplied by, a positive Python float. The largest magnitude that can be kept is
         448 * scale, the smallest that is not rounded to zero scale / 1024. Other layouts: 1.
 
@@ -96,6 +98,8 @@ class KVCache:
         block_size = _checks.require_int(block_size, self._OP, "block_size", 1)
         _checks.require_dtype(data, self._OP, "data", spec.dtype)
         if layout == "fp8_ds_mla":
+            if data.ndim == 3 and data.shape[1:] == (block_size, PACKED_TOKEN_BYTES):
+                data = data.reshape(data.shape[0], block_size * PACKED_TOKEN_BYTES)
             _checks.require_shape(data, self._OP, "data", "(num_blocks, block_stride_bytes)", (None, None))
             least = block_size * PACKED_TOKEN_BYTES
             rule = f"be at least block_size * {PACKED_TOKEN_BYTES} = {least} bytes"
@@ -143,15 +147,17 @@ class KVCache:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks that hold slots."""
         return self.data.shape[0] - LAYOUTS[self.layout].zero_blocks
 
     @property
     def num_slots(self) -> int:
-        """num_blocks * block_size: slots are 0 to num_slots - 1."""
+        """num_blocks * block_size. Slots are numbered from 0."""
         return self.num_blocks * self.block_size
 
     @property
     def nbytes(self) -> int:
+        """Bytes of `data`."""
         return int(np.prod(self.data.shape, dtype=np.int64)) * self.data.dtype.itemsize
 
     def replace(self, data: jax.Array) -> KVCache:
@@ -160,6 +166,10 @@ class KVCache:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"KVCache is immutable; use append() or replace() instead of setting {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For copy and pickle. No checks here either: a tree's leaves may be anything.
+        return _restored, (self.data, self.block_size, self.layout, self.scale)
 
     def __repr__(self) -> str:
         kind, shape = getattr(self.data, "dtype", self.data), list(getattr(self.data, "shape", ()))
@@ -177,12 +187,17 @@ class KVCache:
         return cache
 
 
+def _restored(data: Any, *aux: Any) -> KVCache:
+    return KVCache.tree_unflatten(aux, (data,))
+
+
 class Scope(NamedTuple):
     """A cache, and the slots of it that each token attends to.
 
-    cache    a KVCache.
-    indices  int32 [*batch, topk]: slots, in any order. An entry that is -1, or any other value outside the cache, is passed over.
-    lengths  int32 [*batch]: how many leading entries of `indices` count; the rest may be anything. Clamped to [0, topk]; default topk.
+    Args:
+      cache: a KVCache.
+      indices: int32 [*batch, topk], slots in any order. An entry that is -1, or any other value outside the cache, is passed over.
+      lengths: int32 [*batch], how many leading entries of `indices` count. The rest may be anything. Clamped to [0, topk]; default topk.
     """
 
     cache: KVCache

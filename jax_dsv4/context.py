@@ -84,8 +84,9 @@ def local_scope(scope: Scope, axis_name: AxisName, *, placement: str = "contiguo
 
 
 def split_scope(scope: Scope, axis_name: AxisName) -> Scope:
-    """This device's part of a scope whose cache every device has whole: with n devices each n-th entry of a token, so that all have as
-    many, but for one. Then `merge_over_axis`, as with `local_scope`.
+    """This device's part of a scope whose cache every device has whole: of n devices, each takes every n-th entry of a token.
+
+    Devices have equal numbers of entries, or one more. Then `merge_over_axis`, as with `local_scope`.
 
     Args:
       scope: a cache and each token's slots in it, the same on every device of the axis.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax_dsv4 import _checks
 
 
-def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array], *, empty_lse: float = -math.inf) -> tuple[jax.Array, jax.Array]:
     """The attention over a union of keys, from the attention over each of its disjoint parts.
 
         lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) * out_i
@@ -18,18 +19,22 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[
     Args:
       outs: arrays [*batch, heads, dim], one a part, normalised over its own keys (without sink).
       lses: float32 arrays [*batch, heads], natural log; -inf for a part without keys, whose `out` is then not looked at.
+      empty_lse: what `lses` have for a part without keys. -inf, as everywhere in this package, or +inf, as FlashMLA and vLLM write it.
 
     Returns:
-      `out` in the parts' dtype and `lse` float32. Where every part is empty: zeros and -inf.
+      `out` in the parts' dtype and `lse` float32. Where every part is empty: zeros and -inf, whatever `empty_lse` is.
 
     Raises:
-      ValueError: shapes or numbers of parts that do not fit.
+      ValueError: shapes or numbers of parts that do not fit; an `empty_lse` that is no infinity.
     """
     op = "merge_scopes"
     _checks.require(len(outs) > 0 and len(outs) == len(lses), op, "outs and lses", "be as many, at least one", (len(outs), len(lses)))
     for i, (out, lse) in enumerate(zip(outs, lses)):
         _checks.require_shape(out, op, f"outs[{i}]", "outs[0].shape", outs[0].shape)
         _checks.require_shape(lse, op, f"lses[{i}]", "(*batch, heads)", outs[0].shape[:-1])
+    _checks.require(math.isinf(empty_lse), op, "empty_lse", "be -inf or +inf", empty_lse)
+    if empty_lse > 0:
+        lses = [jnp.where(jnp.isposinf(lse), -jnp.inf, lse) for lse in lses]
     return merge_parts(outs, lses, outs[0].dtype)
 
 

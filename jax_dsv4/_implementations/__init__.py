@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
+
 from jax_dsv4 import _checks
 from jax_dsv4._implementations import aiter, cpu, cuda, xla
 from jax_dsv4._implementations.interface import Availability, Implementation
@@ -34,7 +36,11 @@ class Chosen:
 
 
 def implementations() -> dict[str, Availability]:
-    """Which implementations can run in this process, in order of preference; for each absent one, why."""
+    """Which implementations can run in this process, in order of preference.
+
+    Returns:
+      By name, a pair: `available`, and `detail`, which says what it is, or why it is absent.
+    """
     return {name: implementation.availability() for name, implementation in REGISTRY.items()}
 
 
@@ -77,3 +83,9 @@ def fuses(implementation: Implementation, fused: bool | None) -> bool:
 
 def cannot_fuse(implementation: Implementation, fused: bool | None) -> str | None:
     return "it calls its kernel per scope, and fused=True was asked for" if fused and not implementation.fuses else None
+
+
+def cannot_size(implementation: Implementation, tokens: int) -> str | None:
+    """Native calls plan for a known number of tokens."""
+    native = implementation.platforms != ()
+    return f"it needs constant batch axes, not {tokens} tokens" if native and not jax.core.is_constant_dim(tokens) else None

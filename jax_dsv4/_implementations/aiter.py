@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def _planner() -> str:
     return f"AITER's plan builder {builder}" if builder else "our own planner (python -m jax_dsv4.build_aiter compiles AITER's)"
 
 
-def _own_kernels(choice: Choice):  # type: ignore[no-untyped-def]
+def _own_kernels(choice: Choice) -> Path:
     library = _ffi.find_library("libdsv4_rocm")
     assert library is not None
     return library.with_name(f"dsv4_{choice.architecture.decode()}.co")

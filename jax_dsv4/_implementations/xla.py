@@ -62,7 +62,7 @@ def attend_batched(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Arra
     rows, masks = [], []
     for scope in scopes:
         assert scope.lengths is not None  # decode.py fills it in
-        inside = jnp.arange(scope.indices.shape[1])[None] < scope.lengths[:, None]
+        inside = jnp.arange(scope.indices.shape[1], dtype=jnp.int32)[None] < scope.lengths[:, None]
         mask = inside & kv.valid_slots(scope.cache, scope.indices)
         # Unattended rows may hold NaN, and 0 * NaN is NaN: they must not reach a product.
         row = kv.read_rows(scope.cache, jnp.where(mask, scope.indices, 0))

@@ -22,7 +22,7 @@ _OP = "append"
 def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementation: str | Sequence[str] | None = None) -> KVCache:
     """Quantises latents and writes them to their slots.
 
-    Under jit the result is the argument's own buffer when that is donated or a loop carry: nothing is copied. Reading the *old* cache
+    Under jit the result is the argument's own buffer when that is donated or a loop carry: nothing is copied. Reading the old cache
     after the append brings a copy back, so attend on what append returns. Over a mesh, every device writes all rows to its own copy; where
     blocks are spread over devices, `local_slots` says which rows are whose.
 

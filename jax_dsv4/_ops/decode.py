@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dsv4 import _checks
-from jax_dsv4._implementations import Chosen, cannot_fuse, choose, fuses, names
+from jax_dsv4._implementations import Chosen, cannot_fuse, cannot_size, choose, fuses, names
 from jax_dsv4._implementations.interface import Implementation, KernelCall
 from jax_dsv4._sharding import Dims, require_whole
 from jax_dsv4._transforms import apply, dispatch, side_by_side, spread
-from jax_dsv4._work import DecodePlan, PlanKey, WorkPlan
+from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan
 from jax_dsv4.cache import LATENT_DIM, KVCache, Scope
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 
 _OP = "sparse_mla_decode"
-MAX_HEADS = 128
 
 
 @overload
@@ -78,7 +77,10 @@ def sparse_mla_decode(
     A key is valid if its entry lies before the scope's length and names a slot of the cache. Lengths and indices are data: any value is
     legal. What a token does not attend to has no effect on it, NaN included. A token without a valid key has out = 0, lse = -inf.
 
-    Over a mesh, batch axes and heads may be split, and nothing moves; caches stay whole on every device (docs/scaling.md).
+    Over a mesh, batch axes and heads may be split, and nothing moves; caches stay whole on every device.
+
+    Under `jax.export`, batch axes may be symbolic for `"xla"`, and a cache's number of blocks for any implementation; both need an upper
+    bound. Heads and topk are constants.
 
     Args:
       q: [*batch, heads, 512] bfloat16 or float32, 1 to 128 heads. Each batch entry is a token.
@@ -108,6 +110,7 @@ def sparse_mla_decode(
     _checks.require(q.ndim >= 2, _OP, "q", "have shape (*batch, heads, 512)", tuple(q.shape))
     *batch, heads, _ = q.shape
     _checks.require_shape(q, _OP, "q", "(*batch, heads, 512)", (*batch, heads, LATENT_DIM))
+    _checks.require_constant(_OP, "q", "number of heads", heads)
     _checks.require(1 <= heads <= MAX_HEADS, _OP, "q", f"have 1 to {MAX_HEADS} heads", heads)
     tokens = math.prod(batch)
     scopes = [_checked_scope("swa", swa, tuple(batch))]
@@ -128,7 +131,11 @@ def sparse_mla_decode(
         _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(implementation), fused))
 
     caches = [s.cache for s in scopes]
-    chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(heads, caches, q.dtype))
+
+    def unsupported(candidate: Implementation) -> str | None:
+        return cannot_fuse(candidate, fused) or cannot_size(candidate, tokens) or candidate.unsupported(heads, caches, q.dtype)
+
+    chosen = choose(_OP, implementation, unsupported)
     if tokens == 0:
         out, lse = jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:-1], jnp.float32)
     else:
@@ -146,6 +153,7 @@ def _checked_scope(name: str, scope: Scope, batch: tuple[int, ...]) -> Scope:
     _checks.require_dtype(indices, _OP, f"{name}.indices", jnp.int32)
     topk = indices.shape[-1] if indices.ndim else 0
     _checks.require_shape(indices, _OP, f"{name}.indices", "(*batch, topk)", (*batch, topk))
+    _checks.require_constant(_OP, f"{name}.indices", "topk", topk)
     if lengths is None:
         lengths = jnp.full(batch, topk, jnp.int32)
     _checks.require_dtype(lengths, _OP, f"{name}.lengths", jnp.int32)

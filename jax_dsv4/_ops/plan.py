@@ -17,7 +17,7 @@ from jax_dsv4._implementations import Chosen, cannot_fuse, choose, fuses, names
 from jax_dsv4._implementations.interface import Implementation
 from jax_dsv4._sharding import Dims
 from jax_dsv4._transforms import apply, dispatch
-from jax_dsv4._work import DecodePlan, PlanKey, WorkPlan, plan_shapes
+from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan, plan_shapes
 
 _OP = "plan_decode"
 
@@ -53,10 +53,11 @@ def plan_decode(
       NotImplementedError: no such implementation here.
     """
     _checks.require_dtype(swa_lengths, _OP, "swa_lengths", jnp.int32)
-    _checks.require_int(num_heads, _OP, "num_heads", 1, 128)
+    _checks.require_int(num_heads, _OP, "num_heads", 1, MAX_HEADS)
     _checks.require_int(swa_topk, _OP, "swa_topk", 0)
     _checks.require_int(extra_topk, _OP, "extra_topk", 0)
     batch = tuple(swa_lengths.shape)
+    _checks.require_constant(_OP, "swa_lengths", "shape", *batch)
     lengths = [swa_lengths]
     if extra_lengths is None:
         _checks.require(extra_topk == 0, _OP, "extra_topk", "be 0 without extra_lengths", extra_topk)
