@@ -27,7 +27,7 @@ import jaxlib
 import numpy as np
 
 import jax_dsv4 as dsv4
-from jax_dsv4.implementations import xla
+from jax_dsv4._implementations import xla
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import Case, Problem, make, tagged

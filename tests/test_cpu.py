@@ -18,7 +18,9 @@ from conformance import Conformance, check, run
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
-from jax_dsv4.implementations import native
+from jax_dsv4 import _work
+from jax_dsv4._implementations import cpu, native
+from jax_dsv4._implementations.interface import KernelCall
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
@@ -81,19 +83,19 @@ def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
         return dsv4.Scope(cache, jnp.asarray(indices, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
     def attend(q, scopes, work):
-        return native.CPU.decode(q, scopes, sink, 0.05, work, q.dtype)
+        return cpu.CPU.decode(KernelCall(q, tuple(scopes), sink, work, 0.05, q.dtype))
 
     scopes = scope(128), scope(topk)
     q, sink = jnp.asarray(rng.standard_normal((tokens, heads, 512)), jnp.bfloat16), jnp.asarray(rng.standard_normal(heads), jnp.float32)
     call, lengths = jax.jit(attend), [s.lengths for s in scopes]
-    want = call(q, scopes, native.CPU.plan(lengths, (128, topk), heads))
+    want = call(q, scopes, cpu.CPU.plan(lengths, (128, topk), heads))
     for geometry in [(1, 64, 2), (5, 64, 2), (16, 64, 0), (320, 64, 2), (97, 1, 0), (40, 100, 3)]:
-        got = call(q, scopes, native.plan_call(lengths, (128, topk), native.Geometry(*geometry)))
+        got = call(q, scopes, native.plan_call(lengths, (128, topk), _work.Geometry(*geometry)))
         for name, one, expected in zip(("out", "lse"), got, want):
             assert_same_bits(f"{name}, {geometry}", one, expected)
     for t in range(0, tokens, 7):
         alone = tuple(dsv4.Scope(cache, s.indices[t : t + 1], s.lengths[t : t + 1]) for s in scopes)
-        got = call(q[t : t + 1], alone, native.CPU.plan([s.lengths for s in alone], (128, topk), heads))
+        got = call(q[t : t + 1], alone, cpu.CPU.plan([s.lengths for s in alone], (128, topk), heads))
         for name, one, expected in zip(("out", "lse"), got, want):
             assert_same_bits(f"{name} of token {t}", one, expected[t : t + 1])
 
@@ -165,7 +167,7 @@ def test_plan_that_contradicts_itself() -> None:
     case = next(c for c in tagged("ci") if c.name == "many_tokens")
     p = make(case)
     plan = plan_of(p)
-    work = native.plan_call((p.swa.lengths, p.extra.lengths), (128, 256), native.Geometry(16, 64, 2))
+    work = native.plan_call((p.swa.lengths, p.extra.lengths), (128, 256), _work.Geometry(16, 64, 2))
     items, rows = np.array(work.work_info_set), np.array(work.reduce_partial_map)
     split = np.flatnonzero(np.diff(work.reduce_indptr))
     a, b, c = split[:3]

@@ -22,7 +22,8 @@ from test_cache import KINDS, draw_tile, written
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
-from jax_dsv4.implementations import native
+from jax_dsv4 import _work
+from jax_dsv4._implementations import native
 
 AVAILABLE, DETAIL = dsv4.implementations()["cuda"]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=DETAIL)]
@@ -91,7 +92,7 @@ def test_plan_is_the_cpus(tokens: int, workers: int) -> None:
         (16, 16, 0, (0, 512)),
         (5, 1, 300, (70, 300)),
     ):
-        geometry = native.Geometry(workers, granularity, overhead, cut_cost)
+        geometry = _work.Geometry(workers, granularity, overhead, cut_cost)
         plan = jax.jit(lambda a, b: native.plan_call((a, b), topks, geometry))  # noqa: B023
         for kind in ("full", "full or empty", "zero", "any", "short", "sparse", "extreme"):
             lengths = [draw_lengths(rng, kind, tokens, topk) for topk in topks]

@@ -17,7 +17,8 @@ from cases import make, tagged
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, decode
 from jax_dsv4 import cache as kv
-from jax_dsv4.implementations import native
+from jax_dsv4 import _work
+from jax_dsv4._implementations import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
@@ -25,7 +26,7 @@ with_library = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
 
 INT_MAX = 2**31 - 1
 TOKENS, HEADS, WORKERS = 3, 4, 8
-LANE = native.CPU.lane_bytes_fixed + native.CPU.lane_bytes_per_head * HEADS
+LANE = cpu.CPU.lane_bytes_fixed + cpu.CPU.lane_bytes_per_head * HEADS
 i32, f32, bf16, u8 = jnp.int32, jnp.float32, jnp.bfloat16, jnp.uint8
 
 PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4)
@@ -61,8 +62,8 @@ TARGETS: dict[str, tuple[dict, dict, dict]] = {
             "out": (bf16, TOKENS, HEADS, 512),
             "lse": (f32, TOKENS, HEADS),
             "partial_out": (f32, 2, HEADS, 512),
-            "partial_lse": (f32, 2, HEADS * native.CPU.partial_numbers),
-            "counters": (i32, TOKENS, native.CPU.counters_per_token),
+            "partial_lse": (f32, 2, HEADS * cpu.CPU.partial_numbers),
+            "counters": (i32, TOKENS, cpu.CPU.counters_per_token),
             "workspace": (u8, 2, LANE),
         },
         {
@@ -270,7 +271,7 @@ def constants(*headers: str) -> dict[str, int]:
 
 
 def test_python_and_cpp_state_the_same() -> None:
-    cpp, cpu = constants("common/params.h", "cpu/launch.h"), native.CPU
+    cpp = constants("common/params.h", "cpu/launch.h")
     expected = {
         "kLatentDim": kv.LATENT_DIM,
         "kRopeDim": kv.ROPE_DIM,
@@ -280,12 +281,12 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedRowBytes": kv.PACKED_ROW_BYTES,
         "kPackedScaleBytes": kv.PACKED_SCALE_BYTES,
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
-        "kTileKeys": cpu.geometry(1).granularity,
-        "kLaneBytesFixed": cpu.lane_bytes_fixed - 64,  # Python's has room to align
-        "kLaneBytesPerHead": cpu.lane_bytes_per_head - cpp["kFoldBytesPerHead"],
-        "kTokenCounters": cpu.counters_per_token,
-        "kMaxSegments": cpu.max_segments,
-        "kPartialNumbers": cpu.partial_numbers,
+        "kTileKeys": cpu.CPU.geometry(1).granularity,
+        "kLaneBytesFixed": cpu.CPU.lane_bytes_fixed - 64,  # Python's has room to align
+        "kLaneBytesPerHead": cpu.CPU.lane_bytes_per_head - cpp["kFoldBytesPerHead"],
+        "kTokenCounters": cpu.CPU.counters_per_token,
+        "kMaxSegments": cpu.CPU.max_segments,
+        "kPartialNumbers": cpu.CPU.partial_numbers,
     }
     assert {name: cpp[name] for name in expected} == expected
     assert (kv.NOPE_DIM, kv.PACKED_ROW_BYTES, kv.PACKED_TOKEN_BYTES) == (448, 576, 584)
@@ -294,11 +295,11 @@ def test_python_and_cpp_state_the_same() -> None:
     assert f"have 1 to {decode.MAX_HEADS} heads" in (ROOT / "ffi/common/bind.h").read_text()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 16, 256, native.MAX_WORKERS])
+@pytest.mark.parametrize("workers", [1, 2, 16, 256, _work.MAX_WORKERS])
 @pytest.mark.parametrize("tokens", [1, 7, 2048])
 def test_plan_capacity(tokens: int, workers: int) -> None:
     """The C++ planner's own formulas (test_bad_call has what it answers to less)."""
-    items, partials = native.plan_capacity(tokens, workers)
+    items, partials = _work.plan_capacity(tokens, workers)
     assert items == tokens + workers - 1
     assert partials == max(1, min(items, 2 * (workers - 1)))
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, reference
-from jax_dsv4.implementations import native
-from jax_dsv4.implementations.native import Geometry
+from jax_dsv4 import _work
+from jax_dsv4._implementations import cpu, native
+from jax_dsv4._work import Geometry
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
@@ -34,7 +35,7 @@ def make_plan(lengths: list[np.ndarray], topks: tuple[int, ...], geometry: Geome
     work = planner(topks, geometry, workers)([jnp.asarray(n, jnp.int32) for n in lengths])
     plan = {name: np.asarray(array) for name, array in work._asdict().items()}
     tokens = len(lengths[0])
-    items, partials = native.plan_capacity(tokens, workers)
+    items, partials = _work.plan_capacity(tokens, workers)
     assert plan["work_info_set"].shape == (items, 8)
     assert plan["reduce_partial_map"].shape == (partials,)
     used, used_partials = plan["work_indptr"][-1], plan["reduce_indptr"][-1]
@@ -59,7 +60,7 @@ def assert_sound(plan: Plan, lengths: np.ndarray, stride: int, geometry: Geometr
     assert indptr[0] == 0
     assert (np.diff(indptr) >= 0).all()
     assert indptr[geometry.workers] == indptr[-1] == len(items)
-    capacity = native.plan_capacity(len(lengths), geometry.workers)
+    capacity = _work.plan_capacity(len(lengths), geometry.workers)
     assert len(items) <= capacity[0]
     assert len(plan["reduce_partial_map"]) <= capacity[1]
     np.testing.assert_array_equal(plan["reduce_partial_map"], np.arange(len(plan["reduce_partial_map"])))
@@ -179,7 +180,7 @@ def test_tokens_are_left_whole(tokens: int, cut_cost: int, cut: int) -> None:
 def test_capacity_is_reached() -> None:
     """Two equal tokens on three workers, at no cost an item: both are cut, into as many items and partials as there is room for."""
     plan = make_plan([np.array([48, 48])], (48,), Geometry(3, 16, 0), 3)
-    assert native.plan_capacity(2, 3) == (len(plan["work_info_set"]), len(plan["reduce_partial_map"])) == (4, 4)
+    assert _work.plan_capacity(2, 3) == (len(plan["work_info_set"]), len(plan["reduce_partial_map"])) == (4, 4)
 
 
 def test_plan_decode_is_the_planner_at_full_size() -> None:
@@ -188,12 +189,12 @@ def test_plan_decode_is_the_planner_at_full_size() -> None:
     extra = np.array([[512, 64, -1], [0, 10**9, INT_MIN]], np.int32)
     plan = dsv4.plan_decode(jnp.asarray(swa), jnp.asarray(extra), num_heads=64, swa_topk=128, extra_topk=512, implementation="cpu")
     (work,) = plan.work
-    assert [tuple(a.shape) for a in work] == [tuple(a.shape) for a in native.plan_shapes(6)]
-    assert work.work_indptr.shape == (native.MAX_WORKERS + 1,)
+    assert [tuple(a.shape) for a in work] == [tuple(a.shape) for a in _work.plan_shapes(6)]
+    assert work.work_indptr.shape == (_work.MAX_WORKERS + 1,)
     lengths = np.array([640, 192, 0, 7, 640, 0])
     np.testing.assert_array_equal(work.kv_lengths, lengths)
-    geometry = native.CPU.geometry(6)
-    want = reference.plan(lengths.tolist(), 640, native.MAX_WORKERS, geometry.granularity, geometry.overhead, geometry.workers)
+    geometry = cpu.CPU.geometry(6)
+    want = reference.plan(lengths.tolist(), 640, _work.MAX_WORKERS, geometry.granularity, geometry.overhead, geometry.workers)
     used = len(want["work_info_set"])
     np.testing.assert_array_equal(work.work_info_set[:used], want["work_info_set"])
     np.testing.assert_array_equal(work.work_indptr, want["work_indptr"])
@@ -218,7 +219,7 @@ def test_no_tokens() -> None:
 def test_fewer_items_than_aiter_on_small_batches(tokens: int, length: int) -> None:
     """Each item reads whole tiles of 64 keys and each partial is merged: AITER's cuts at 16 keys for 256 workers cost both."""
     lengths = np.full(tokens, length)
-    ours, theirs = native.CPU.geometry(tokens), Geometry(256, 16, aiter_plans.OVERHEAD)
+    ours, theirs = cpu.CPU.geometry(tokens), Geometry(256, 16, aiter_plans.OVERHEAD)
     mine = make_plan([lengths], (length,), ours, ours.workers)
     aiter = make_plan([lengths], (length,), theirs, theirs.workers)
     assert len(mine["work_info_set"]) < len(aiter["work_info_set"])

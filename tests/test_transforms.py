@@ -14,7 +14,7 @@ from compare import LSE, OUT_FLOAT32, assert_close, assert_same_bits
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
-from jax_dsv4.implementations import native as native_calls
+from jax_dsv4._implementations import cuda
 
 IMPLEMENTATIONS = [
     pytest.param("cpu", marks=pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")),
@@ -318,11 +318,11 @@ def test_export(platforms: tuple[str, ...]) -> None:
     back = jax.export.deserialize(exported.serialize())
     assert (back.platforms, back.in_avals, back.out_avals) == (platforms, exported.in_avals, exported.out_avals)
     present = dsv4.implementations()
-    ours = {"cpu": present["cpu"].available, "cuda": present["cuda"].available or native_calls.CUDA.exportable(), "rocm": False}
+    ours = {"cpu": present["cpu"].available, "cuda": present["cuda"].available or cuda.CUDA.exportable(), "rocm": False}
     targets = sum(exported.mlir_module().count(f"custom_call @{target}") for target in _ffi.TARGETS)
     assert targets == len(_ffi.TARGETS) * sum(ours[platform] for platform in platforms)
     if "cuda" in platforms and ours["cuda"]:  # for whichever device it will run on
-        assert f"active_workers = {native_calls.CUDA.multiprocessors} : i32" in exported.mlir_module()
+        assert f"active_workers = {cuda.CUDA.multiprocessors} : i32" in exported.mlir_module()
     if "cpu" in platforms:
         assert_same(jax.jit(back.call)(*arguments), program(*arguments))
 

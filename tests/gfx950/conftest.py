@@ -69,7 +69,7 @@ def rocm(gpu, shared_rocm, monkeypatch):
     import jax
 
     from jax_dsv4 import _ffi
-    from jax_dsv4.implementations import aiter
+    from jax_dsv4._implementations import aiter
 
     handlers, path = shared_rocm
     monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
@@ -88,6 +88,6 @@ def rocm(gpu, shared_rocm, monkeypatch):
 @pytest.fixture
 def reports_lse(rocm):
     """Whether the 16-head kernel writes the lse of unsplit rows itself."""
-    from jax_dsv4.implementations import aiter
+    from jax_dsv4._implementations import aiter
 
     return bool(aiter.choose_kernel(16, 0).reports_lse)

@@ -16,7 +16,7 @@ import software_gpu
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
-from jax_dsv4.implementations import aiter
+from jax_dsv4._implementations import aiter
 
 KERNEL = "mla_a8w8_qh16_qseqlen1_gqaratio16_ps.co"
 

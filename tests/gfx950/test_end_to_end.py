@@ -230,14 +230,15 @@ def test_a_corrupt_plan_never_faults(rocm, gpu, seed):
 
 def test_planner_is_the_common_one(rocm):
     """The HIP planner against the same plan.h on the CPU."""
-    from jax_dsv4.implementations import native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import cpu, native
 
-    if not native.CPU.availability().available:
-        pytest.skip(native.CPU.availability().detail)
+    if not cpu.CPU.availability().available:
+        pytest.skip(cpu.CPU.availability().detail)
     rng = np.random.default_rng(8)
     for tokens in (1, 5, 300):
         lengths = jnp.asarray(rng.integers(-2, 700, tokens) * (rng.random(tokens) < 0.8), jnp.int32)
-        for geometry in (native.Geometry(8, 64, 3), native.Geometry(256, 16, 16), native.Geometry(1, 128, 0)):
+        for geometry in (_work.Geometry(8, 64, 3), _work.Geometry(256, 16, 16), _work.Geometry(1, 128, 0)):
             ours = native.plan_call([lengths], [600], geometry, target="dsv4_aiter_plan")
             cpu = native.plan_call([lengths], [600], geometry)
             for name, a, b in zip(ours._fields, ours, cpu):
@@ -437,7 +438,8 @@ def test_other_layouts_are_refused(rocm):
 
 
 def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, reports_lse):
-    from jax_dsv4.implementations import aiter
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter, cpu
 
     choice = aiter.choose_kernel(16, 2**32)
     assert choice.found == reports_lse  # the wheel's kernel wraps, the newer ones do not
@@ -447,7 +449,8 @@ def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, reports_lse):
 
 
 def test_kernel_choice(rocm, reports_lse):
-    from jax_dsv4.implementations import aiter
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter, cpu
 
     choices = {heads: aiter.choose_kernel(heads, 0) for heads in (1, 16, 32, 48, 64, 128)}
     chosen = {heads: (c.kernel_heads, c.folds(heads), c.tile) for heads, c in choices.items()}
@@ -478,7 +481,8 @@ def test_handler_checks_in_the_words_of_python(rocm):
 def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
     """Launches, instructions, imbalance and traffic of a decode: a cost model against which changes to plan and layout can be judged
     without hardware. The same on a plan of AITER's granularity, which cuts small batches into fractions of tiles. Printed."""
-    from jax_dsv4.implementations import aiter, native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter, cpu, native
 
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
     monkeypatch.setenv("GFX950_UNITS", str(units))
@@ -488,7 +492,7 @@ def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
     scope = make_scope(rng, make_cache(rng, 700), 700, lengths, topk)
     q = make_q(rng, len(lengths), 16)
     plan = plan_for([scope], 16)
-    fine = native.plan_call([scope.lengths], [topk], native.Geometry(units, granularity=16, overhead=16), target="dsv4_aiter_plan")
+    fine = native.plan_call([scope.lengths], [topk], _work.Geometry(units, granularity=16, overhead=16), target="dsv4_aiter_plan")
 
     def cost_on(plan):
         gpu.kernels()

@@ -24,9 +24,10 @@ def name_of(parameter):
 
 
 def ours(case, aiter, granularity, overhead):
-    from jax_dsv4.implementations import native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import native
 
-    geometry = native.Geometry(aiter_plans.active_workers(case), granularity, overhead)
+    geometry = _work.Geometry(aiter_plans.active_workers(case), granularity, overhead)
     work = native.plan_call([jnp.asarray(aiter["lengths"])], [case["topk"]], geometry, workers=case["M"], target="dsv4_aiter_plan")
     return {name: np.asarray(value) for name, value in work._asdict().items()}
 
@@ -53,9 +54,10 @@ def check_coverage(plan, case, lengths):
 
 def test_tokens_are_cut_where_aiter_cuts_them(rocm):
     """Or not at all: the kernels' plan has no other cuts to offer."""
-    from jax_dsv4.implementations import native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import native
 
-    lengths, geometry = jnp.ones(3, jnp.int32), native.Geometry(8, 64, 2, cut_cost=2)
+    lengths, geometry = jnp.ones(3, jnp.int32), _work.Geometry(8, 64, 2, cut_cost=2)
     with pytest.raises(Exception, match="plan_decode: cut_cost must be 0: tokens are cut where AITER cuts them, got 2"):
         native.plan_call([lengths], [64], geometry, target="dsv4_aiter_plan")
 
@@ -101,7 +103,8 @@ def judge(plan, tile, heads=16):
 def test_knowing_the_tile_is_better(rocm, table):
     """With the kernel's tile as granularity the slowest worker has no more to do, no tile is computed twice, and fewer partials are
     written and merged. Printed."""
-    from jax_dsv4.implementations import aiter as implementation
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter as implementation
 
     tile = implementation.choose_kernel(16, 0).tile
     chosen = [p for p in PLANS if p[0]["M"] == 256 and p[0]["max_split_per_batch"] == -1 and p[0]["kv_granularity"] == 16]
@@ -134,11 +137,13 @@ def builder(rocm):
 @pytest.mark.parametrize(("case", "aiter"), [p for p in aiter_plans.load() if p[0]["max_split_per_batch"] == -1][::5], ids=name_of)
 def test_aiters_builder(builder, monkeypatch, case, aiter):
     """Through our bridge: the plans that were recorded from it, items of empty tokens included."""
-    from jax_dsv4.implementations import aiter as implementation
-    from jax_dsv4.implementations import native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter as implementation
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import native
 
     monkeypatch.setenv("GFX950_UNITS", str(case["M"]))
-    geometry = native.Geometry(case["M"], case["kv_granularity"], aiter_plans.OVERHEAD)
+    geometry = _work.Geometry(case["M"], case["kv_granularity"], aiter_plans.OVERHEAD)
     work = implementation._aiters_plan(jnp.asarray(aiter["lengths"]), case["topk"], geometry, case["heads"])
     plan = {name: np.asarray(value) for name, value in work._asdict().items()}
     np.testing.assert_array_equal(plan["kv_lengths"], np.minimum(aiter["lengths"], case["topk"]))
@@ -156,12 +161,14 @@ LENGTHS = ([5, 600, 128, 64, 1, 350], [0, 390, 0, 0, 17, 64], [0] * 6, [2048] * 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda n: f"{len(n)} tokens from {n[0]}")
 def test_builder_and_ours_agree(builder, monkeypatch, granularity, lengths):
     """At the kernels' tiles, which is how decode asks for a plan: both cover every token; the same plan if none is empty."""
-    from jax_dsv4.implementations import aiter as implementation
-    from jax_dsv4.implementations import native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter as implementation
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import native
 
     units, topk = 48, 2048
     monkeypatch.setenv("GFX950_UNITS", str(units))
-    geometry = native.Geometry(units, granularity, aiter_plans.OVERHEAD)
+    geometry = _work.Geometry(units, granularity, aiter_plans.OVERHEAD)
     lengths = jnp.asarray(lengths, jnp.int32)
     own = native.plan_call([lengths], [topk], geometry, target="dsv4_aiter_plan")
     made = implementation._aiters_plan(lengths, topk, geometry, 16)
@@ -198,11 +205,13 @@ def test_the_builders_errors_return(builder, gpu):
 
 
 def test_the_builder_is_not_asked_for_heads_that_it_folds(builder):
-    from jax_dsv4.implementations import aiter as implementation
-    from jax_dsv4.implementations import native
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import aiter as implementation
+    from jax_dsv4 import _work
+    from jax_dsv4._implementations import native
 
     with pytest.raises(Exception, match="plan_decode: heads must be 16, 64 or 128, got 48"):
-        implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, native.Geometry(8, 64, 0), 48)
+        implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, _work.Geometry(8, 64, 0), 48)
 
 
 def test_decode_on_aiters_plan(builder, monkeypatch):
