@@ -20,7 +20,7 @@ METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 project = METADATA["name"]
 author = METADATA["authors"][0]["name"]
 project_copyright = author
-release = METADATA["version"]
+release = jax_dsv4.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
