@@ -108,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in names:
         result, failed = time_case(cases[name], arguments.rounds, peak)
         report.found["results"].append(result)
-        rates = ("gflops", "fraction_of_fma_peak", "best_xla_over_ours")
-        report.note(name, result["median_ms"] | {rate: result[rate] for rate in rates if rate in result}, failed)
+        rates = {key: result[key] for key in ("gflops", "fraction_of_fma_peak", "best_xla_over_ours") if key in result}
+        report.note(name, result["median_ms"] | rates, failed)
     if speedups := [r["best_xla_over_ours"] for r in report.found["results"] if "best_xla_over_ours" in r]:
         print(f"best XLA form over ours: {ratios(speedups)}")
     report.end()

@@ -5,9 +5,9 @@
 A call is timed as a decode step of many layers has it: CALLS calls, each with slots of its own, are repeated for some milliseconds
 within one program (a `fori_loop`; for FlashMLA a CUDA graph of as many calls, replayed as often). Several runs of the program are
 enqueued; the time from the first one's end to the last one's end, over the number of calls, is the time of a call. All contenders of a
-shape take turns, round by round. What running a program costs besides its calls ("launch") and the planner ("plan-…") are measured and
-printed by themselves. FlashMLA joins, on the same bytes, if FLASHMLA_LIBRARY names its compiled op (_flashmla_C.abi3.so of the vllm 0.26.0
-wheel); that needs torch.
+shape take turns, round by round. A case is named by tokens, heads and keys: "perf-t1h64k128+512". The planner alone ("plan-t1h64k128+512")
+and what running a program costs besides its calls ("launch") are cases of their own. FlashMLA joins, on the same bytes, if
+FLASHMLA_LIBRARY names its compiled op (_flashmla_C.abi3.so of the vllm 0.26.0 wheel); that needs torch.
 
 The roofline is the larger of operations over the rate of an 8192-cubed bf16 product and bytes (packed rows, q, out) over the rate of
 a large copy, both measured here.
@@ -42,10 +42,8 @@ RUN_US = 5000
 XLA_CALLS = 2  # plain XLA takes several times as long
 LAYERS = 61  # of a program whose launch is timed
 
-SHAPES = [Shape(heads, tokens, extra) for extra in EXTRA for heads in HEADS for tokens in TOKENS]
-PLANNED = [Shape(heads, tokens, extra) for heads, extra in ((64, 512), (128, 1024)) for tokens in (*TOKENS, 1024)]
-CASES = {f"perf-{shape}": shape for shape in SHAPES}
-PLANS = {f"plan-{shape}": shape for shape in PLANNED}
+CASES = {f"perf-{s}": s for s in [Shape(heads, tokens, extra) for extra in EXTRA for heads in HEADS for tokens in TOKENS]}
+PLANS = {f"plan-{s}": s for s in [Shape(heads, tokens, extra) for heads, extra in ((64, 512), (128, 1024)) for tokens in (*TOKENS, 1024)]}
 LAUNCH = "launch"
 
 
@@ -129,21 +127,19 @@ def time_launch(inputs: Inputs, rounds: int) -> tuple[dict[str, dict[str, float]
     return {name: dict(zip(("first", "next"), beyond)) for name, beyond in found.items()}, failed
 
 
-def summary(found: dict[str, Any]) -> list[str]:
-    lines, both = [], (512, 1024)
-
+def summarise(results: list[dict[str, Any]]) -> None:
     def line(label: str, over: str, under: str, heads: tuple[int, ...], extras: tuple[int, ...], least_tokens: int = 1) -> None:
-        rows = [r for r in found["results"] if r["heads"] in heads and r["extra"] in extras and r["tokens"] >= least_tokens]
+        rows = [r for r in results if r["heads"] in heads and r["extra"] in extras and r["tokens"] >= least_tokens]
         times = [{**r["us"], "roofline": r["floor_us"]} for r in rows]
         if values := [us[over] / us[under] for us in times if over in us and under in us]:
-            lines.append(f"{label}: {ratios(values)}")
+            print(f"{label}: {ratios(values)}")
 
+    both = (512, 1024)
     line("against FlashMLA, plans reused, 64 and 128 heads, both scopes", "flashmla", "ours", (64, 128), both)
     line("against FlashMLA, planning included", "flashmla_unplanned", "ours_unplanned", (64, 128), both)
     line("against FlashMLA on padded heads, 16 heads, plans reused", "flashmla", "ours", (16,), both)
     line("against plain XLA, 32 tokens and more, planning included", "xla", "ours_unplanned", HEADS, EXTRA, 32)
     line("time over roofline, 128 tokens and more, both scopes", "ours", "roofline", (64, 128), both, 128)
-    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs = make_inputs(rng, caches, rng.standard_normal((shape.tokens, shape.heads, 512), np.float32), shape)
         report.found["launch_us"], failed = time_launch(inputs, arguments.rounds)
         report.note(LAUNCH, {f"{name}, {at}": us for name, both in report.found["launch_us"].items() for at, us in both.items()}, failed)
-    print("\n".join(summary(report.found)))
+    summarise(report.found["results"])
     report.end()
 
 

@@ -96,9 +96,6 @@ class Report:
         for name, message in failed.items():
             print(f"{case}: {name} failed: {message}", file=sys.stderr, flush=True)
             self.found["failed"].setdefault(case, {})[name] = message
-        self.write()
-
-    def write(self) -> None:
         if self.path:
             unfinished = self.path.with_name(self.path.name + ".part")
             unfinished.write_text(json.dumps(self.found, indent=1) + "\n")

@@ -146,19 +146,16 @@ def calls_program(inputs: Inputs, steps: int, *, planned: bool, **options: Any) 
 def plans_program(shape: Shape, steps: int) -> Program:
     """`steps` times CALLS plans and nothing else: each from the lengths of the one before."""
 
-    def run(swa: jax.Array, extra: jax.Array) -> Any:
-        def step(_: Any, swa: jax.Array) -> jax.Array:
-            for _ in range(CALLS):
-                plan = dsv4.plan_decode(swa, extra, num_heads=shape.heads, swa_topk=SWA, extra_topk=shape.extra, implementation="cuda")
-                swa = plan.work[0].kv_lengths
-            return swa
+    def step(_: Any, swa: jax.Array) -> jax.Array:
+        for _ in range(CALLS):
+            plan = dsv4.plan_decode(swa, extra, num_heads=shape.heads, swa_topk=SWA, extra_topk=shape.extra, implementation="cuda")
+            swa = plan.work[0].kv_lengths
+        return swa
 
-        return jax.lax.fori_loop(0, steps, step, swa)
-
-    lengths = jnp.full(shape.tokens, SWA, jnp.int32), jnp.full(shape.tokens, shape.extra, jnp.int32)
-    compiled = jax.jit(run).lower(*lengths).compile()
+    swa, extra = (jnp.full(shape.tokens, topk, jnp.int32) for topk in (SWA, shape.extra))
+    compiled = jax.jit(lambda swa: jax.lax.fori_loop(0, steps, step, swa)).lower(swa).compile()
     assert custom_calls(compiled, entry=False)["dsv4_plan"] == CALLS
-    return Program(lambda: compiled(*lengths).block_until_ready, steps * CALLS, lambda: np.asarray(compiled(*lengths), np.float32))
+    return Program(lambda: compiled(swa).block_until_ready, steps * CALLS, lambda: np.asarray(compiled(swa), np.float32))
 
 
 def layers_program(inputs: Inputs, layers: int, *, donated: bool) -> Program:

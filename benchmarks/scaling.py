@@ -29,6 +29,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,10 +154,8 @@ def prepare(
 ) -> Turn[tuple[float, float]]:
     """Calls over devices, compiled and verified. A turn: microseconds a call, in all and until the host had launched them."""
     mesh, n = Mesh(np.array(devices), (axis,)), len(devices)
-    rows, heads = P(axis) if axis == "requests" else P(), P(axis) if axis == "heads" else P()
-    q_spec = P(None, axis) if axis == "heads" else rows
-    out_spec = q_spec if way is None else {None: P(), HEADS_AXIS: P(None, axis), REQUESTS_AXIS: P(axis)}[way.share]
-    specs = Problem._make((q_spec, dsv4.Scope._make((P(), rows, rows)), dsv4.Scope._make((P(axis) if way else P(), rows, rows)), heads))
+    specs = specs_of(axis, split=way is not None)
+    out_spec = specs.q if way is None else {None: P(), HEADS_AXIS: P(None, axis), REQUESTS_AXIS: P(axis)}[way.share]
     if way:  # block b of the whole is block b // n of device b % n
         data = problem.extra.cache.data
         order = np.arange(len(data)).reshape(-1, n).T.reshape(-1)
@@ -182,9 +181,15 @@ def prepare(
     return turn
 
 
+def specs_of(axis: str, split: bool = False) -> Any:
+    """How a problem is spread over an axis. `split`: its cache of entries is."""
+    rows, heads = P(axis) if axis == "requests" else P(), P(axis) if axis == "heads" else P()
+    extra = dsv4.Scope._make((P(axis) if split else P(), rows, rows))
+    return Problem._make((P(None, axis) if axis == "heads" else rows, dsv4.Scope._make((P(), rows, rows)), extra, heads))
+
+
 def place(mesh: Mesh, specs: Problem, problem: Problem) -> Problem:
-    put = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))  # noqa: E731
-    return jax.tree.map(put, specs, problem, is_leaf=lambda x: isinstance(x, P))
+    return jax.device_put(problem, jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, P)))
 
 
 AXES = ("requests", "heads", "context")
@@ -236,19 +241,14 @@ def bits(devices: list[jax.Device], counts: list[int]) -> list[dict[str, Any]]:
     def raw(results: tuple[jax.Array, jax.Array]) -> list[bytes]:
         return [np.asarray(x).tobytes() for x in results]
 
-    found = []
-    for planned in (False, True):
-        want = raw(jax.jit(partial(call, planned))(jax.device_put(problem, devices[0])))
-        for n in counts[1:]:
-            for axis in ("requests", "heads"):
-                for mode in (AxisType.Auto, AxisType.Explicit):
-                    mesh = jax.make_mesh((n,), (axis,), axis_types=(mode,), devices=devices[:n])
-                    rows, heads = (P(axis), P()) if axis == "requests" else (P(), P(axis))
-                    q_spec, scope = rows if axis == "requests" else P(None, axis), dsv4.Scope._make((P(), rows, rows))
-                    operands = place(mesh, Problem._make((q_spec, scope, scope, heads)), problem)
-                    program = jax.jit(partial(call, planned)).lower(operands).compile()
-                    same, moved = raw(program(operands)) == want, [c.kind for c in collectives(program)]
-                    found.append({"axis": axis, "devices": n, "mode": mode.name, "plan": planned, "same": same, "moved": moved})
+    found, alone = [], jax.device_put(problem, devices[0])
+    want = {planned: raw(jax.jit(partial(call, planned))(alone)) for planned in (False, True)}
+    for planned, n, axis, mode in product(want, counts[1:], ("requests", "heads"), (AxisType.Auto, AxisType.Explicit)):
+        mesh = jax.make_mesh((n,), (axis,), axis_types=(mode,), devices=devices[:n])
+        operands = place(mesh, specs_of(axis), problem)
+        program = jax.jit(partial(call, planned)).lower(operands).compile()
+        same, moved = raw(program(operands)) == want[planned], [c.kind for c in collectives(program)]
+        found.append({"axis": axis, "devices": n, "mode": mode.name, "plan": planned, "same": same, "moved": moved})
     return found
 
 
@@ -287,9 +287,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=32, help="of a program (default 32)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--small", action="store_true", help="sizes to see whether it runs")
-    parser.add_argument(
-        "--timeout", type=float, default=540, metavar="SECONDS", help="for everything; the loop gets half of it (default 540)"
-    )
+    parser.add_argument("--timeout", type=float, default=540, metavar="SECONDS", help="for all; the loop gets half of it (default 540)")
     arguments = parser.parse_args()
     counts = arguments.devices
     if counts != sorted(set(counts)) or counts[0] != 1:
