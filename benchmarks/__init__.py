@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.decode`."""
+"""Benchmarks, each a command: `python -m benchmarks.cpu`, `.cuda`, `.capture`, `.scaling`, `.plot`."""

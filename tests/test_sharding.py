@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -678,22 +677,3 @@ def test_more_slots_than_int32_can_number() -> None:
     split = jax.vmap(lambda _: dsv4.local_slots(cache, jnp.zeros(1, jnp.int32), "x"), axis_name="x")
     with pytest.raises(ValueError, match="local_slots: slots of all devices must fit int32"):
         split(jnp.arange(2))
-
-
-# --- benchmarks/scaling.py
-
-
-def test_benchmark(monkeypatch) -> None:
-    """It runs, and compares what it times with one device; two calls a program, once each."""
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
-    from benchmarks import scaling
-
-    for axis, merges in (("heads", [""]), ("context", list(scaling.MERGES))):
-        one, *two = scaling.measure(axis, jax.devices()[:2], [1, 2], scaling.SMALL, calls=2, rounds=1)
-        assert (one["devices"], one["work"], one["of_linear"]) == (1, 1, 1)
-        assert [(r["devices"], r["merge"], r["error"]) for r in two] == [(2, merge, "") for merge in merges]
-        for r in two:
-            assert r["of_linear"] == pytest.approx(one["us"] / r["us"] * r["work"] / 2)
-            assert 0 < r["host_us"] <= r["us"]
-    for found in scaling.bits(jax.devices()[:2], [1, 2]):
-        assert (found["same"], found["moved"]) == (True, [])

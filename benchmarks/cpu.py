@@ -1,0 +1,119 @@
+"""Verifies, then times sparse_mla_decode on a CPU against what a JAX user could write instead, in one run on one machine.
+
+    python -m benchmarks.cpu [--rounds N] [--only TEXT] [--json FILE]
+
+Per case: our op, planning included, and the two best forms in plain JAX: a batched gather, and `lax.map` over tokens. All take turns, round
+by round (once untimed, then three times); medians are compared. GFLOP/s counts 2 * tokens * heads * keys * (512 + 512) operations; the FMA
+peak is measured between the rounds. A contender that fails is reported by name, the others go on, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jax_dsv4 as dsv4
+from jax_dsv4._implementations import xla
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from cases import Case, Problem, make, tagged
+from compare import LSE, OUT_BF16, assert_close
+
+from benchmarks.measure import Report, compare, medians, options, ratios, select
+from benchmarks.roofline import fma_meter
+
+
+def contenders(case: Case, problem: Problem) -> dict[str, Callable[[], Any]]:
+    """Name -> a call that returns (out, lse)."""
+    ours = jax.jit(partial(dsv4.sparse_mla_decode, return_lse=True))
+
+    def plain(form: Callable[..., Any]) -> Callable[[], Any]:
+        @jax.jit
+        def call(q: Any, swa: Any, extra: Any, sink: Any) -> Any:
+            out, lse = form(q, (swa, extra), sink, scale=case.scale)
+            return out.astype(q.dtype), lse
+
+        return lambda: call(problem.q, problem.swa, problem.extra, problem.attn_sink)
+
+    return {
+        "ours": lambda: ours(problem.q, problem.swa, problem.extra, attn_sink=problem.attn_sink),
+        "xla_batched": plain(xla.attend_batched),
+        "xla_map": plain(xla.attend_by_token),
+    }
+
+
+def prepare(call: Callable[[], Any], problem: Problem) -> Callable[[], list[float]]:
+    """Verifies a call against float64. -> its turn, in milliseconds."""
+    out, lse = call()
+    assert_close("out", out, problem.out, OUT_BF16)
+    assert_close("lse", lse, problem.lse, LSE)
+
+    def turn() -> list[float]:
+        jax.block_until_ready(call())  # what the others left in the caches and the allocator is not this one's to pay
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    return turn
+
+
+def time_case(case: Case, rounds: int, peak: Callable[[], float]) -> tuple[dict[str, Any], dict[str, str]]:
+    assert case.extra is not None
+    problem, peaks = make(case), list[float]()
+    prepared = {name: partial(prepare, call, problem) for name, call in contenders(case, problem).items()}
+    times, failed = compare(prepared, rounds, lambda: peaks.append(peak()))
+    ms = medians(times)
+    result: dict[str, Any] = {
+        "case": case.name,
+        "tokens": case.tokens,
+        "heads": case.heads,
+        "topk": f"{case.swa.topk}+{case.extra.topk}",
+        "median_ms": ms,
+        "quartiles_ms": {name: list(np.percentile(found, (25, 75))) for name, found in times.items()},
+        "fma_peak_gflops": statistics.median(peaks),
+    }
+    if "ours" in ms:
+        result["gflops"] = 2 * case.tokens * case.heads * (case.swa.topk + case.extra.topk) * 1024 / ms["ours"] / 1e6
+        result["fraction_of_fma_peak"] = result["gflops"] / result["fma_peak_gflops"]
+    if not failed:
+        result["best_xla_over_ours"] = min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
+    return result, failed
+
+
+def device() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cases = {case.name: case for case in tagged("perf")}
+    arguments, names = select(options(__doc__, rounds=11), argv, cases)
+    peak = fma_meter()
+    report = Report(arguments.json, argv, device(), implementation=dsv4.implementations()["cpu"].detail.split(",")[0], results=[])
+    print(f"{report}; {report.found['implementation']}; milliseconds:")
+    for name in names:
+        result, failed = time_case(cases[name], arguments.rounds, peak)
+        report.found["results"].append(result)
+        rates = {key: result[key] for key in ("gflops", "fraction_of_fma_peak", "best_xla_over_ours") if key in result}
+        report.note(name, result["median_ms"] | rates, failed)
+    if speedups := [r["best_xla_over_ours"] for r in report.found["results"] if "best_xla_over_ours" in r]:
+        print(f"best XLA form over ours: {ratios(speedups)}")
+    report.end()
+
+
+if __name__ == "__main__":
+    main()
