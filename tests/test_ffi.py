@@ -17,7 +17,7 @@ from cases import make, tagged
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, decode
 from jax_dsv4 import cache as kv
-from jax_dsv4.implementations import native
+from jax_dsv4.implementations import aiter, native
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
@@ -270,8 +270,9 @@ def constants(*headers: str) -> dict[str, int]:
 
 
 def test_python_and_cpp_state_the_same() -> None:
-    cpp, cpu = constants("common/params.h", "cpu/launch.h"), native.CPU
+    cpp, cpu, cuda = constants("common/params.h", "cpu/launch.h"), native.CPU, native.CUDA
     expected = {
+        "kMaxHeads": decode.MAX_HEADS,
         "kLatentDim": kv.LATENT_DIM,
         "kRopeDim": kv.ROPE_DIM,
         "kNopeDim": kv.NOPE_DIM,
@@ -282,16 +283,29 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
         "kTileKeys": cpu.geometry(1).granularity,
         "kLaneBytesFixed": cpu.lane_bytes_fixed - 64,  # Python's has room to align
-        "kLaneBytesPerHead": cpu.lane_bytes_per_head - cpp["kFoldBytesPerHead"],
+        "kLaneBytesPerHead": cpu.lane_bytes_per_head - cpp["kMergeBytesPerHead"],
         "kTokenCounters": cpu.counters_per_token,
         "kMaxSegments": cpu.max_segments,
         "kPartialNumbers": cpu.partial_numbers,
     }
     assert {name: cpp[name] for name in expected} == expected
+    of_cuda = {
+        "kHeadsPerBlock": cuda.heads_per_block,
+        "kKeyTile": cuda.geometry(1).granularity,
+        "kPartialHeads": cuda.partial_heads,
+        "kFewHeads": cuda.few_heads,
+        "kMostProcessors": cuda.multiprocessors,
+    }
+    assert constants("cuda/launch.h") == of_cuda
+    of_rocm = {
+        "kRowBytes": kv.AITER_ROW_BYTES,
+        "kZeroBlocks": kv.LAYOUTS["aiter_fp8"].zero_blocks,
+        "kAmaxBlocks": aiter.AMAX_BLOCKS,
+    }
+    assert constants("rocm/params.h").items() >= of_rocm.items()
     assert (kv.NOPE_DIM, kv.PACKED_ROW_BYTES, kv.PACKED_TOKEN_BYTES) == (448, 576, 584)
     spelled = {"fp8_ds_mla": "kFp8DsMla", "bf16": "kBf16", "float32": "kFloat32", "aiter_fp8": "kAiterFp8"}
     assert {name: cpp[f"Layout::{spelled[name]}"] for name in kv.LAYOUTS} == {name: layout.code for name, layout in kv.LAYOUTS.items()}
-    assert f"have 1 to {decode.MAX_HEADS} heads" in (ROOT / "ffi/common/bind.h").read_text()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 16, 256, native.MAX_WORKERS])
