@@ -15,10 +15,11 @@ import pytest
 from cases import make, tagged
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi, decode
+from jax_dsv4 import _ffi, _work
 from jax_dsv4 import cache as kv
-from jax_dsv4 import _work
-from jax_dsv4._implementations import cpu
+from jax_dsv4._implementations import aiter
+from jax_dsv4._implementations.cpu import CPU
+from jax_dsv4._implementations.cuda import CUDA
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
@@ -26,7 +27,7 @@ with_library = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
 
 INT_MAX = 2**31 - 1
 TOKENS, HEADS, WORKERS = 3, 4, 8
-LANE = cpu.CPU.lane_bytes_fixed + cpu.CPU.lane_bytes_per_head * HEADS
+LANE = CPU.lane_bytes_fixed + CPU.lane_bytes_per_head * HEADS
 i32, f32, bf16, u8 = jnp.int32, jnp.float32, jnp.bfloat16, jnp.uint8
 
 PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4)
@@ -62,8 +63,8 @@ TARGETS: dict[str, tuple[dict, dict, dict]] = {
             "out": (bf16, TOKENS, HEADS, 512),
             "lse": (f32, TOKENS, HEADS),
             "partial_out": (f32, 2, HEADS, 512),
-            "partial_lse": (f32, 2, HEADS * cpu.CPU.partial_numbers),
-            "counters": (i32, TOKENS, cpu.CPU.counters_per_token),
+            "partial_lse": (f32, 2, HEADS * CPU.partial_numbers),
+            "counters": (i32, TOKENS, CPU.counters_per_token),
             "workspace": (u8, 2, LANE),
         },
         {
@@ -273,6 +274,7 @@ def constants(*headers: str) -> dict[str, int]:
 def test_python_and_cpp_state_the_same() -> None:
     cpp = constants("common/params.h", "cpu/launch.h")
     expected = {
+        "kMaxHeads": _work.MAX_HEADS,
         "kLatentDim": kv.LATENT_DIM,
         "kRopeDim": kv.ROPE_DIM,
         "kNopeDim": kv.NOPE_DIM,
@@ -281,18 +283,31 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedRowBytes": kv.PACKED_ROW_BYTES,
         "kPackedScaleBytes": kv.PACKED_SCALE_BYTES,
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
-        "kTileKeys": cpu.CPU.geometry(1).granularity,
-        "kLaneBytesFixed": cpu.CPU.lane_bytes_fixed - 64,  # Python's has room to align
-        "kLaneBytesPerHead": cpu.CPU.lane_bytes_per_head - cpp["kFoldBytesPerHead"],
-        "kTokenCounters": cpu.CPU.counters_per_token,
-        "kMaxSegments": cpu.CPU.max_segments,
-        "kPartialNumbers": cpu.CPU.partial_numbers,
+        "kTileKeys": CPU.geometry(1).granularity,
+        "kLaneBytesFixed": CPU.lane_bytes_fixed - 64,  # Python's has room to align
+        "kLaneBytesPerHead": CPU.lane_bytes_per_head - cpp["kMergeBytesPerHead"],
+        "kTokenCounters": CPU.counters_per_token,
+        "kMaxSegments": CPU.max_segments,
+        "kPartialNumbers": CPU.partial_numbers,
     }
     assert {name: cpp[name] for name in expected} == expected
+    of_cuda = {
+        "kHeadsPerBlock": CUDA.heads_per_block,
+        "kKeyTile": CUDA.geometry(1).granularity,
+        "kPartialHeads": CUDA.partial_heads,
+        "kFewHeads": CUDA.few_heads,
+        "kMostProcessors": CUDA.multiprocessors,
+    }
+    assert constants("cuda/launch.h") == of_cuda
+    of_rocm = {
+        "kRowBytes": kv.AITER_ROW_BYTES,
+        "kZeroBlocks": kv.LAYOUTS["aiter_fp8"].zero_blocks,
+        "kAmaxBlocks": aiter.AMAX_BLOCKS,
+    }
+    assert constants("rocm/params.h").items() >= of_rocm.items()
     assert (kv.NOPE_DIM, kv.PACKED_ROW_BYTES, kv.PACKED_TOKEN_BYTES) == (448, 576, 584)
     spelled = {"fp8_ds_mla": "kFp8DsMla", "bf16": "kBf16", "float32": "kFloat32", "aiter_fp8": "kAiterFp8"}
     assert {name: cpp[f"Layout::{spelled[name]}"] for name in kv.LAYOUTS} == {name: layout.code for name, layout in kv.LAYOUTS.items()}
-    assert f"have 1 to {decode.MAX_HEADS} heads" in (ROOT / "ffi/common/bind.h").read_text()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 16, 256, _work.MAX_WORKERS])

@@ -4,10 +4,19 @@
 #ifndef JAX_DSV4_COMMON_HOST_DEVICE_H_
 #define JAX_DSV4_COMMON_HOST_DEVICE_H_
 
+#include <cstdint>
+
 #if defined(__CUDACC__) || defined(__HIP__)
 #define JAX_DSV4_HD __host__ __device__ static inline
 #else
 #define JAX_DSV4_HD static inline
 #endif
+
+namespace jax_dsv4 {
+
+JAX_DSV4_HD int32_t min_int(int32_t a, int32_t b) { return a < b ? a : b; }
+JAX_DSV4_HD int32_t max_int(int32_t a, int32_t b) { return a > b ? a : b; }
+
+}  // namespace jax_dsv4
 
 #endif  // JAX_DSV4_COMMON_HOST_DEVICE_H_

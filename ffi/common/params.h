@@ -1,9 +1,11 @@
 // What every launcher is handed: plain structs of raw pointers, no XLA types. Shapes are in the comments, row-major and
-// contiguous unless a stride says otherwise. jax_dsv4/implementations/native.py states the same operands in Python.
+// contiguous unless a stride says otherwise. jax_dsv4/_implementations/native.py states the same operands in Python.
 #ifndef JAX_DSV4_COMMON_PARAMS_H_
 #define JAX_DSV4_COMMON_PARAMS_H_
 
 #include <cstdint>
+
+#include "common/host_device.h"
 
 namespace jax_dsv4 {
 
@@ -17,6 +19,10 @@ constexpr int kPackedRowBytes = kNopeDim + 2 * kRopeDim;  // 576
 constexpr int kPackedScaleBytes = 8;
 constexpr int kPackedTokenBytes = kPackedRowBytes + kPackedScaleBytes;  // 584
 static_assert(kPackedTokenBytes == 584, "fp8_ds_mla is byte-compatible with FlashMLA's MODEL1");
+
+constexpr int kMaxHeads = 128;
+// Exponentials are taken in base 2.
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 enum class Layout : int32_t { kFp8DsMla = 0, kBf16 = 1, kFloat32 = 2, kAiterFp8 = 3 };
 enum class Dtype : int32_t { kBf16 = 0, kFloat32 = 1 };
@@ -38,6 +44,12 @@ struct Scope {
   const int32_t* lengths;  // [tokens]; any value, clamped to [0, topk]
   int32_t topk;            // 0: the scope is absent
 };
+
+// Keys of a token in a scope.
+JAX_DSV4_HD int32_t clamp_length(int32_t length, int32_t topk) { return max_int(0, min_int(length, topk)); }
+JAX_DSV4_HD int32_t clamped_length(const Scope& scope, int32_t token) {
+  return scope.topk > 0 ? clamp_length(scope.lengths[token], scope.topk) : 0;
+}
 
 // Who computes what, in AITER's format (ffi/common/plan.h makes it). A token's keys are numbered as one list: the swa
 // scope's entries 0 .. length-1, directly followed by the extra scope's. Token i owns the numbers [i * stride, i *
@@ -73,11 +85,12 @@ struct DecodeParams {
   const float* sink;  // [heads], or null: no sink
   Scope scopes[2];    // swa, extra
   Plan plan;
-  void* out;           // [tokens, heads, 512] of out_dtype
-  float* lse;          // [tokens, heads]
-  float* partial_out;  // [max_partials, heads, 512] workspace, uninitialised
-  float* partial_lse;  // [max_partials, heads] workspace, uninitialised
-  int32_t* counters;   // [tokens] workspace, uninitialised
+  void* out;   // [tokens, heads, 512] of out_dtype
+  float* lse;  // [tokens, heads]
+  // Workspaces, uninitialised.
+  float* partial_out;  // CPU: [rows, heads, 512]; CUDA: [max_partials, heads rounded up to kPartialHeads, 512]
+  float* partial_lse;  // CPU: [rows, heads, kPartialNumbers] maxima and sums; CUDA: [max_partials, heads]
+  int32_t* counters;   // CPU: [tokens, kTokenCounters]; CUDA: [tokens, 0]
   int32_t tokens;
   int32_t heads;
   float scale;  // times the natural-log scores

@@ -64,8 +64,6 @@ struct PlanCut {
   int32_t items;
 };
 
-JAX_DSV4_HD int32_t plan_min(int32_t a, int32_t b) { return a < b ? a : b; }
-JAX_DSV4_HD int32_t plan_max(int32_t a, int32_t b) { return a > b ? a : b; }
 JAX_DSV4_HD int32_t plan_ceil_div(int32_t a, int32_t b) {
   return static_cast<int32_t>((static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b));
 }
@@ -79,7 +77,7 @@ JAX_DSV4_HD int64_t plan_max_partials(int64_t tokens, int64_t workers) {
 JAX_DSV4_HD int32_t plan_length(const PlanParams& p, int32_t token) {
   int32_t sum = 0;
   for (int s = 0; s < 2; ++s) {
-    if (p.topk[s] > 0) sum += plan_max(0, plan_min(p.lengths[s][token], p.topk[s]));
+    if (p.topk[s] > 0) sum += clamp_length(p.lengths[s][token], p.topk[s]);
   }
   return sum;
 }
@@ -96,7 +94,7 @@ struct PlanTotals {
 };
 
 JAX_DSV4_HD PlanTotals plan_add(PlanTotals a, PlanTotals b) {
-  return {a.cost + b.cost, plan_max(a.largest, b.largest), a.tokens + b.tokens};
+  return {a.cost + b.cost, max_int(a.largest, b.largest), a.tokens + b.tokens};
 }
 
 JAX_DSV4_HD PlanTotals plan_totals(int32_t cost) { return {cost, cost, cost > 0}; }
@@ -114,11 +112,11 @@ JAX_DSV4_HD PlanShare plan_share(const PlanParams& p, PlanTotals totals) {
   const int32_t even = plan_ceil_div(totals.cost, p.active_workers);
   const int32_t each = plan_ceil_div(totals.tokens, p.active_workers), whole = each * totals.largest;
   const bool cuts = p.cut_cost == 0 || whole - even > int64_t{p.cut_cost} * (each + 2);
-  return {plan_max(1, cuts ? even : whole), cuts};
+  return {max_int(1, cuts ? even : whole), cuts};
 }
 
 // After any token the room is in [0, plan_rooms()).
-JAX_DSV4_HD int32_t plan_rooms(const PlanParams& p, PlanShare share) { return plan_max(1, share.payload - p.overhead); }
+JAX_DSV4_HD int32_t plan_rooms(const PlanParams& p, PlanShare share) { return max_int(1, share.payload - p.overhead); }
 
 // A token as a step from room to room, with no more than additions and comparisons. An empty one leaves the room as it
 // is: zeros.
@@ -135,7 +133,7 @@ JAX_DSV4_HD PlanStep plan_step(const PlanParams& p, PlanShare share, int32_t blo
 JAX_DSV4_HD int32_t plan_room_after(PlanStep step, PlanShare share, int32_t room) {
   // Where it is not taken it may be too large for 32 bits.
   const uint32_t in_fresh = static_cast<uint32_t>(room * share.cuts) + static_cast<uint32_t>(share.payload - step.cost);
-  return plan_max(0, room >= step.blocks ? room - step.cost : static_cast<int32_t>(in_fresh));
+  return max_int(0, room >= step.blocks ? room - step.cost : static_cast<int32_t>(in_fresh));
 }
 
 // Cuts a token of so many blocks where there is such room.
@@ -177,8 +175,8 @@ JAX_DSV4_HD void plan_item(const PlanParams& p, int32_t token, int32_t length, P
   if (item >= p.max_items || partial >= p.max_partials) return;  // the caller's buffers are too small
   const bool closes = plan_closes(length, cut), last = i == cut.items - 1;
   const int32_t first = closes ? cut.each : cut.first;
-  const int32_t begin = i == 0 ? 0 : plan_min((first + (i - 1) * cut.each) * p.granularity, length);
-  const int32_t end = last ? length : plan_min((first + i * cut.each) * p.granularity, length);
+  const int32_t begin = i == 0 ? 0 : min_int((first + (i - 1) * cut.each) * p.granularity, length);
+  const int32_t end = last ? length : min_int((first + i * cut.each) * p.granularity, length);
   const int32_t base = token * (p.topk[0] + p.topk[1]);
   reinterpret_cast<WorkInfo*>(p.work_info_set)[item] = {token,        partial,    token,        token + 1,
                                                         base + begin, base + end, length - end, 0};

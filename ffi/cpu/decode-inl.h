@@ -9,10 +9,22 @@
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
 //   o[h, d]      = o[h, d] * alpha[h] + sum_k p[h, k] * rows[k, d]    (accumulate)
 // and after a segment's last tile, of what came before and of it:
-//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (fold_numbers, accumulate)
+//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_numbers, accumulate)
 // Scores, softmax and sums are fp32 throughout.
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+// 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
+inline V exp2(V x) {
+  const V clamped = Simd::max(Simd::set1(-126), x), n = Simd::round(clamped), f = Simd::sub(clamped, n);
+  V y = Simd::set1(1.5252734e-5f);
+  y = Simd::fma(y, f, Simd::set1(1.5403530e-4f));
+  y = Simd::fma(y, f, Simd::set1(1.3333558e-3f));
+  y = Simd::fma(y, f, Simd::set1(9.6181291e-3f));
+  y = Simd::fma(y, f, Simd::set1(5.5504109e-2f));
+  y = Simd::fma(y, f, Simd::set1(2.4022651e-1f));
+  y = Simd::fma(y, f, Simd::set1(6.9314718e-1f));
+  y = Simd::fma(y, f, Simd::set1(1));
+  return Simd::finish_exp2(y, n, x);  // y * 2^n; 0 where x < -126, NaN where x is
+}
 
 // Scores to probabilities, in place; entries n .. 63 become 0.
 inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bool first) {
@@ -27,11 +39,11 @@ inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bo
     float alpha = 0;
     if (!first) {
       if (s.max[h] > m) m = s.max[h];
-      alpha = Simd::first(Simd::exp2(Simd::set1(s.max[h] - m)));
+      alpha = Simd::first(exp2(Simd::set1(s.max[h] - m)));
     }
     V sum = Simd::set1(0);
     for (int k = 0; k < kTileKeys; k += kL) {
-      const V e = Simd::exp2(Simd::sub(Simd::load(row + k), Simd::set1(m)));
+      const V e = exp2(Simd::sub(Simd::load(row + k), Simd::set1(m)));
       Simd::store(row + k, e);
       sum = Simd::add(sum, e);
     }
@@ -51,16 +63,16 @@ struct State {
   bool empty() const { return sum == 0 && max == -__builtin_inff(); }
 };
 
-// Folds the numbers of what comes after, and says how its o is to be. Never inlined, as finish: whoever calls them, the
-// bits are the same.
-__attribute__((noinline)) void fold_numbers(float* max, float* sum, float next_max, float next_sum, float* keep,
-                                            float* take) {
+// Merges in the numbers of what comes after, and says how its o is to be. Never inlined, as finish: whoever calls them,
+// the bits are the same.
+__attribute__((noinline)) void merge_numbers(float* max, float* sum, float next_max, float next_sum, float* keep,
+                                             float* take) {
   const bool grows = next_max > *max;
   const float m = grows ? next_max : *max, less = grows ? *max : next_max;
-  const float other = Simd::first(Simd::exp2(Simd::set1(less - m)));
+  const float other = Simd::first(exp2(Simd::set1(less - m)));
   *keep = grows ? other : 1;
   *take = grows ? 1 : other;
-  *sum = Simd::first(Simd::fold(Simd::set1(*sum), Simd::set1(*keep), Simd::set1(next_sum), Simd::set1(*take)));
+  *sum = Simd::first(Simd::merge(Simd::set1(*sum), Simd::set1(*keep), Simd::set1(next_sum), Simd::set1(*take)));
   *max = m;
 }
 
@@ -114,12 +126,12 @@ inline void next_tile(const DecodeParams& p, const Task& task, KeyCursor* cursor
 void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   const int32_t heads = task.head_end - task.head_begin;
   Scratch s = carve(bytes, heads);
-  // Segments are folded if they are the token's first ones. The first is summed up in place.
-  const bool folds = task.kv_begin == 0;
+  // Segments are merged if they are the token's first ones. The first is summed up in place.
+  const bool merges = task.kv_begin == 0;
   float* total = reinterpret_cast<float*>(bytes + kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads));
   float *max = total + heads * kLatentDim, *sum = max + heads, *keep = sum + heads, *take = keep + heads;
-  static_assert(sizeof(float) * (kLatentDim + 4) <= kFoldBytesPerHead, "per head");
-  if (!folds) {
+  static_assert(sizeof(float) * (kLatentDim + 4) <= kMergeBytesPerHead, "per head");
+  if (!merges) {
     const State none{-__builtin_inff(), 0, nullptr};
     const int32_t segments = segments_before(task.kv_end - task.kv_begin, task.segment_keys);
     for (int32_t i = 0; i < segments; ++i) {
@@ -132,26 +144,26 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   next_tile(p, task, &cursor, &tiles[0]);
   for (int k = 0; k < tiles[0].n; ++k) prefetch_row(tiles[0].rows[k]);
   load_queries(p, static_cast<int64_t>(task.token) * p.heads + task.head_begin, heads, s);
-  bool empty = true, first = true;  // nothing is folded yet; the segment's first tile
+  bool empty = true, first = true;  // nothing is merged yet; the segment's first tile
   float* const own = s.o;
-  if (folds) s.o = total;
-  for (int turn = 0; tiles[turn].n > 0; turn ^= 1) {
-    const Tile& tile = tiles[turn];
-    Tile& next = tiles[turn ^ 1];
+  if (merges) s.o = total;
+  for (int now = 0; tiles[now].n > 0; now ^= 1) {
+    const Tile& tile = tiles[now];
+    Tile& next = tiles[now ^ 1];
     next_tile(p, task, &cursor, &next);
     load_tile(tile.rows, tile.n, s);
     scores(s, heads, tile.n);
     softmax(s, heads, tile.n, p.scale * kLog2e, first);
     const bool last = next.n == 0 || next.segment != tile.segment;
-    Fold fold;
-    if (folds && last && !empty) {
-      for (int32_t h = 0; h < heads; ++h) fold_numbers(max + h, sum + h, s.max[h], s.sum[h], keep + h, take + h);
-      fold = {total, keep, take};
+    Merge merge;
+    if (merges && last && !empty) {
+      for (int32_t h = 0; h < heads; ++h) merge_numbers(max + h, sum + h, s.max[h], s.sum[h], keep + h, take + h);
+      merge = {total, keep, take};
     }
-    accumulate(s, heads, tile.n, first, fold, next.rows, next.n);
+    accumulate(s, heads, tile.n, first, merge, next.rows, next.n);
     first = last;
     if (!last) continue;
-    if (!folds) {
+    if (!merges) {
       const int32_t row = task.row + tile.segment - task.kv_begin / task.segment_keys;
       for (int32_t h = 0; h < heads; ++h) {
         store_partial(p, row, task.head_begin + h, {s.max[h], s.sum[h], s.o + h * kLatentDim});
@@ -162,7 +174,7 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
       empty = false;
     }
   }
-  if (!folds) return;
+  if (!merges) return;
   for (int32_t h = 0; h < heads; ++h) {
     State state{-__builtin_inff(), 0, total + h * kLatentDim};
     if (!empty) state.max = max[h], state.sum = sum[h];
@@ -189,10 +201,10 @@ void combine(const DecodeParams& p, int32_t token, int32_t row, int32_t count, i
         continue;
       }
       float keep, take;
-      fold_numbers(&state.max, &state.sum, part.max, part.sum, &keep, &take);
+      merge_numbers(&state.max, &state.sum, part.max, part.sum, &keep, &take);
       const V k = Simd::set1(keep), t = Simd::set1(take);
       for (int d = 0; d < kLatentDim; d += kL) {
-        Simd::store(o + d, Simd::fold(Simd::load(o + d), k, Simd::loadu(out + d), t));
+        Simd::store(o + d, Simd::merge(Simd::load(o + d), k, Simd::loadu(out + d), t));
       }
     }
     finish(p, token, h, state);

@@ -9,13 +9,7 @@
 namespace jax_dsv4::cpu {
 namespace {
 
-int32_t clamped_length(const Scope& scope, int32_t token) {
-  if (scope.topk == 0) return 0;
-  const int32_t length = scope.lengths[token];
-  return length < 0 ? 0 : length > scope.topk ? scope.topk : length;
-}
-
-void fill_token(const DecodeParams& p, int32_t token, float out, float lse) {
+void answer_token(const DecodeParams& p, int32_t token, float out, float lse) {
   const int64_t rows = p.heads, first = static_cast<int64_t>(token) * rows;
   for (int64_t h = first; h < first + rows; ++h) p.lse[h] = lse;
   const int64_t count = rows * kLatentDim;
@@ -92,16 +86,16 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head
     if (valid && end != begin) {
       partials = seen[1];
       valid = static_cast<int64_t>(end) - begin == partials;
-      const int32_t segment = segment_keys(length), folded = segments_before(seen[3], segment);
-      const int32_t wanted = 1 + segments_before(length, segment) - folded;
+      const int32_t segment = segment_keys(length), merged = segments_before(seen[3], segment);
+      const int32_t wanted = 1 + segments_before(length, segment) - merged;
       const bool fits = wanted <= partial_rows - rows;
-      const PartialRows mine{fits ? rows : -1, folded};
+      const PartialRows mine{fits ? rows : -1, merged};
       std::memcpy(seen + kMaxHeadGroups, &mine, sizeof mine);
       if (valid && fits) rows += wanted;
     }
     if (!valid || length == 0) {
       const float nan = std::numeric_limits<float>::quiet_NaN();
-      fill_token(p, t, valid ? 0 : nan, valid ? -std::numeric_limits<float>::infinity() : nan);
+      answer_token(p, t, valid ? 0 : nan, valid ? -std::numeric_limits<float>::infinity() : nan);
       partials = -1;
     }
     for (int32_t g = 0; g < head_groups; ++g) seen[g] = partials;
@@ -136,14 +130,14 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   task.kv_begin = segments_end(begin, keys, length);
   task.kv_end = segments_end(end, keys, length);
   task.segment_keys = keys;
-  task.row = !cut ? -1 : begin == 0 ? rows.first : rows.first + 1 + begin - rows.folded;
+  task.row = !cut ? -1 : begin == 0 ? rows.first : rows.first + 1 + begin - rows.merged;
   task.head_begin = static_cast<int32_t>(static_cast<int64_t>(p.heads) * group / head_groups);
   task.head_end = static_cast<int32_t>(static_cast<int64_t>(p.heads) * (group + 1) / head_groups);
   if (begin < end) kernels.attend(p, task, scratch);
-  // The last of a token's items folds all partials, in the order of their keys: the result does not depend on who was
+  // The last of a token's items merges all partials, in the order of their keys: the result does not depend on who was
   // last.
   if (cut && __atomic_fetch_sub(waiting, 1, __ATOMIC_ACQ_REL) == 1) {
-    const int32_t count = 1 + segments_before(length, keys) - rows.folded;
+    const int32_t count = 1 + segments_before(length, keys) - rows.merged;
     kernels.combine(p, task.token, rows.first, count, task.head_begin, task.head_end);
   }
 }

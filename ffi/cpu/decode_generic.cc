@@ -33,9 +33,8 @@ struct Simd {
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
   static V fma(V a, V b, V c) { return a * b + c; }
-  // One way to fold, so that all who do round alike: the compiler may make one of a product and a sum, of this product
-  // it may not.
-  static V fold(V total, V keep, V part, V take) {
+  // The compiler may make one instruction of a product and a sum; of this product it may not.
+  static V merge(V total, V keep, V part, V take) {
     V kept = total * keep;
     __asm__("" : "+m"(kept));
     return part * take + kept;
@@ -52,20 +51,9 @@ struct Simd {
     for (int i = 0; i < 4; ++i) out[i] = hsum(v[i]);
   }
 
-  // 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
-  static V exp2(V x) {
-    const V clamped = max(set1(-126), x);
-    const V shifted = clamped + 0x1.8p23f;  // rounds to an integer, which is now in the low bits
-    const V f = clamped - (shifted - 0x1.8p23f);
-    V y = set1(1.5252734e-5f);
-    y = y * f + 1.5403530e-4f;
-    y = y * f + 1.3333558e-3f;
-    y = y * f + 9.6181291e-3f;
-    y = y * f + 5.5504109e-2f;
-    y = y * f + 2.4022651e-1f;
-    y = y * f + 6.9314718e-1f;
-    y = y * f + 1.0f;
-    const I power = (reinterpret_cast<I>(shifted) + 127) << 23;
+  static V round(V x) { return x + 0x1.8p23f - 0x1.8p23f; }
+  static V finish_exp2(V y, V n, V x) {
+    const I power = (__builtin_convertvector(n, I) + 127) << 23;
     V result = y * reinterpret_cast<V>(power);
     for (int i = 0; i < 4; ++i) result[i] = x[i] < -126 ? 0 : x[i] != x[i] ? x[i] : result[i];
     return result;

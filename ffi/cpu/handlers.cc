@@ -7,12 +7,8 @@
 #include "common/bind.h"
 #include "cpu/launch.h"
 
-#define JAX_DSV4_EXPORT __attribute__((visibility("default")))
-
 namespace jax_dsv4::cpu {
 namespace {
-
-using Out = ffi::Result<Buffer>;
 
 ffi::Future done(const ffi::Error& error) {
   ffi::Promise promise;
@@ -59,18 +55,13 @@ ffi::Future parallel(ffi::ThreadPool pool, int64_t tasks, int64_t max_lanes, Bod
   return future;
 }
 
-ffi::Error plan(Buffer swa_lengths, Buffer extra_lengths, Out kv_lengths, Out work_indptr, Out work_info_set,
-                Out reduce_indptr, Out reduce_final_map, Out reduce_partial_map, int32_t swa_topk, int32_t extra_topk,
-                int32_t active_workers, int32_t granularity, int32_t overhead, int32_t cut_cost) {
+ffi::Error plan(const PlanOperands& o) {
   PlanParams p;
-  ffi::Error error = bind_plan_params(
-      {swa_lengths, extra_lengths, *kv_lengths, *work_indptr, *work_info_set, *reduce_indptr, *reduce_final_map,
-       *reduce_partial_map, swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost},
-      &p);
+  const ffi::Error error = fill_plan_params(o, &p);
   if (!error.success()) return error;
-  std::memset(p.work_info_set, 0, work_info_set->size_bytes());
-  std::memset(p.reduce_final_map, 0, reduce_final_map->size_bytes());
-  std::memset(p.reduce_partial_map, 0, reduce_partial_map->size_bytes());
+  std::memset(p.work_info_set, 0, o.plan.work_info_set.size_bytes());
+  std::memset(p.reduce_final_map, 0, o.plan.reduce_final_map.size_bytes());
+  std::memset(p.reduce_partial_map, 0, o.plan.reduce_partial_map.size_bytes());
   plan_serial(p);
   return ffi::Error::Success();
 }
@@ -85,53 +76,26 @@ int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
   return groups;
 }
 
-ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache, Buffer swa_indices,
-                   Buffer swa_lengths, Buffer extra_cache, Buffer extra_indices, Buffer extra_lengths,
-                   Buffer kv_lengths, Buffer work_indptr, Buffer work_info_set, Buffer reduce_indptr,
-                   Buffer reduce_final_map, Buffer reduce_partial_map, Out out, Out lse, Out partial_out,
-                   Out partial_lse, Out counters, Out workspace, float scale, bool has_sink, int32_t swa_block_size,
-                   int32_t swa_layout, int32_t extra_block_size, int32_t extra_layout) {
+struct CpuDecodeOperands : DecodeOperands {
+  Buffer workspace;
+};
+
+ffi::Future decode(const CpuDecodeOperands& o, ffi::ThreadPool pool) {
   DecodeParams p;
-  ffi::Error error = bind_decode({q,
-                                  sink,
-                                  swa_cache,
-                                  swa_indices,
-                                  swa_lengths,
-                                  extra_cache,
-                                  extra_indices,
-                                  extra_lengths,
-                                  kv_lengths,
-                                  work_indptr,
-                                  work_info_set,
-                                  reduce_indptr,
-                                  reduce_final_map,
-                                  reduce_partial_map,
-                                  *out,
-                                  *lse,
-                                  *partial_out,
-                                  *partial_lse,
-                                  *counters,
-                                  scale,
-                                  has_sink,
-                                  swa_block_size,
-                                  swa_layout,
-                                  extra_block_size,
-                                  extra_layout},
-                                 kTokenCounters, &p, kPartialNumbers);
+  const ffi::Error error = fill_decode_params(o, kTokenCounters, kPartialNumbers, &p);
   if (!error.success()) return done(error);
   // Rows are given to a token by its segments: those that the plan names are only looked at.
-  const int32_t partial_rows = static_cast<int32_t>(partial_out->dimensions()[0]);
-  p.plan.max_partials = static_cast<int32_t>(reduce_partial_map.dimensions()[0]);
+  const int32_t partial_rows = static_cast<int32_t>(o.partial_out.dimensions()[0]);
+  p.plan.max_partials = static_cast<int32_t>(o.plan.reduce_partial_map.dimensions()[0]);
   Checker check("sparse_mla_decode");
-  check.dtype(*workspace, "workspace", ffi::DataType::U8);
-  check.shape(*workspace, "workspace", "(lanes, lane_bytes)", {-1, -1});
+  check.buffer(o.workspace, "workspace", ffi::DataType::U8, "(lanes, lane_bytes)", {-1, -1});
   if (!check.ok()) return done(check.error());
-  const int64_t stride = workspace->dimensions()[1], lanes = workspace->dimensions()[0];
+  const int64_t stride = o.workspace.dimensions()[1], lanes = o.workspace.dimensions()[0];
   check.require(lanes > 0 && stride >= static_cast<int64_t>(lane_bytes(p.heads)) + 64, "workspace",
                 "have lanes of at least " + std::to_string(lane_bytes(p.heads) + 64) + " bytes",
                 std::to_string(stride));
   if (!check.ok()) return done(check.error());
-  uint8_t* scratch = data_of<uint8_t>(*workspace);
+  uint8_t* scratch = data_of<uint8_t>(o.workspace);
 
   const Kernels& kernels = select_kernels(p);
   const int32_t count = p.plan.work_indptr[p.plan.workers];
@@ -144,12 +108,11 @@ ffi::Future decode(ffi::ThreadPool pool, Buffer q, Buffer sink, Buffer swa_cache
                   });
 }
 
-ffi::Future append_rows(ffi::ThreadPool pool, Buffer cache, Buffer latents, Buffer slots, Out updated,
-                        int32_t block_size, int32_t layout) {
+ffi::Future append_rows(const AppendOperands& o, ffi::ThreadPool pool) {
   AppendParams p;
-  ffi::Error error = bind_append(cache, latents, slots, *updated, block_size, layout, &p);
+  const ffi::Error error = fill_append_params(o, &p);
   if (!error.success()) return done(error);
-  if (p.data_out != p.cache.data) std::memcpy(p.data_out, p.cache.data, cache.size_bytes());
+  if (p.data_out != p.cache.data) std::memcpy(p.data_out, p.cache.data, o.cache.size_bytes());
   // Shards own slots, not rows, so that equal slots are written in order whatever the number of threads.
   constexpr int64_t kRowsPerShard = 64;
   const int64_t wanted = (p.count + kRowsPerShard - 1) / kRowsPerShard, threads = pool.num_threads();
@@ -158,77 +121,17 @@ ffi::Future append_rows(ffi::ThreadPool pool, Buffer cache, Buffer latents, Buff
                   [p, shards](int64_t shard, int64_t) { append(p, static_cast<int32_t>(shard), shards); });
 }
 
+auto with_threads() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER(kPlan, plan,
-                       ffi::Ffi::Bind()
-                           .Arg<Buffer>()  // swa_lengths
-                           .Arg<Buffer>()  // extra_lengths
-                           .Ret<Buffer>()  // kv_lengths
-                           .Ret<Buffer>()  // work_indptr
-                           .Ret<Buffer>()  // work_info_set
-                           .Ret<Buffer>()  // reduce_indptr
-                           .Ret<Buffer>()  // reduce_final_map
-                           .Ret<Buffer>()  // reduce_partial_map
-                           .Attr<int32_t>("swa_topk")
-                           .Attr<int32_t>("extra_topk")
-                           .Attr<int32_t>("active_workers")
-                           .Attr<int32_t>("granularity")
-                           .Attr<int32_t>("overhead")
-                           .Attr<int32_t>("cut_cost"));
-
-XLA_FFI_DEFINE_HANDLER(kDecode, decode,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Buffer>()  // q
-                           .Arg<Buffer>()  // attn_sink
-                           .Arg<Buffer>()  // swa.cache
-                           .Arg<Buffer>()  // swa.indices
-                           .Arg<Buffer>()  // swa.lengths
-                           .Arg<Buffer>()  // extra.cache
-                           .Arg<Buffer>()  // extra.indices
-                           .Arg<Buffer>()  // extra.lengths
-                           .Arg<Buffer>()  // plan.kv_lengths
-                           .Arg<Buffer>()  // plan.work_indptr
-                           .Arg<Buffer>()  // plan.work_info_set
-                           .Arg<Buffer>()  // plan.reduce_indptr
-                           .Arg<Buffer>()  // plan.reduce_final_map
-                           .Arg<Buffer>()  // plan.reduce_partial_map
-                           .Ret<Buffer>()  // out
-                           .Ret<Buffer>()  // lse
-                           .Ret<Buffer>()  // partial_out
-                           .Ret<Buffer>()  // partial_lse
-                           .Ret<Buffer>()  // counters
-                           .Ret<Buffer>()  // workspace
-                           .Attr<float>("scale")
-                           .Attr<bool>("has_sink")
-                           .Attr<int32_t>("swa_block_size")
-                           .Attr<int32_t>("swa_layout")
-                           .Attr<int32_t>("extra_block_size")
-                           .Attr<int32_t>("extra_layout"));
-
-XLA_FFI_DEFINE_HANDLER(kAppend, append_rows,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Buffer>()  // cache
-                           .Arg<Buffer>()  // latents
-                           .Arg<Buffer>()  // slots
-                           .Ret<Buffer>()  // updated cache
-                           .Attr<int32_t>("block_size")
-                           .Attr<int32_t>("layout"));
-
-}  // namespace jax_dsv4::cpu
-
-// Found by jax_dsv4/_ffi.py through ctypes.
-extern "C" {
-JAX_DSV4_EXPORT XLA_FFI_Error* dsv4_plan(XLA_FFI_CallFrame* frame) { return jax_dsv4::cpu::kPlan(frame); }
-JAX_DSV4_EXPORT XLA_FFI_Error* dsv4_decode(XLA_FFI_CallFrame* frame) { return jax_dsv4::cpu::kDecode(frame); }
-JAX_DSV4_EXPORT XLA_FFI_Error* dsv4_append(XLA_FFI_CallFrame* frame) { return jax_dsv4::cpu::kAppend(frame); }
+JAX_DSV4_TARGET(dsv4_plan, taking_struct(plan), plan_binding(ffi::Ffi::Bind()))
+JAX_DSV4_TARGET(dsv4_decode, taking_struct(decode), decode_binding(with_threads()).Ret<Buffer>())
+JAX_DSV4_TARGET(dsv4_append, taking_struct(append_rows), append_binding(with_threads()))
 
 // The instruction set that a bf16 call on packed caches uses here.
-JAX_DSV4_EXPORT const char* dsv4_cpu_isa() {
-  jax_dsv4::DecodeParams p{};
-  return jax_dsv4::cpu::select_kernels(p).name;
-}
-JAX_DSV4_EXPORT void dsv4_cpu_limit_isa(int highest) { jax_dsv4::cpu::limit_isa(highest); }
-}
+JAX_DSV4_EXPORT const char* dsv4_cpu_isa() { return select_kernels(DecodeParams{}).name; }
+
+JAX_DSV4_EXPORT void dsv4_cpu_limit_isa(int highest) { limit_isa(highest); }
+
+}  // namespace jax_dsv4::cpu

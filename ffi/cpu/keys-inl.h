@@ -9,21 +9,21 @@ struct Row {
 };
 
 // What is to become of a segment's sum: total = total * keep + sum * take. Without a total: it is stored as it is.
-struct Fold {
+struct Merge {
   float* total = nullptr;       // [heads, 512]
   const float* keep = nullptr;  // [heads]
   const float* take = nullptr;  // [heads]
 
-  Fold at(int32_t h, int d) const {
-    return total == nullptr ? *this : Fold{total + h * kLatentDim + d, keep + h, take + h};
+  Merge at(int32_t h, int d) const {
+    return total == nullptr ? *this : Merge{total + h * kLatentDim + d, keep + h, take + h};
   }
 };
 
-// Stores a block's sums, or folds them into the total.
+// Stores a block's sums, or merges them into the total.
 template <int H, int N>
-__attribute__((always_inline)) inline void store_sums(const Simd::V (&acc)[H][N], float* o, const Fold& fold) {
+__attribute__((always_inline)) inline void store_sums(const Simd::V (&acc)[H][N], float* o, const Merge& merge) {
   constexpr int kL = Simd::kLanes;
-  if (fold.total == nullptr) {
+  if (merge.total == nullptr) {
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h) {
 #pragma GCC unroll 8
@@ -33,11 +33,11 @@ __attribute__((always_inline)) inline void store_sums(const Simd::V (&acc)[H][N]
   }
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
-    const Simd::V keep = Simd::set1(fold.keep[h]), take = Simd::set1(fold.take[h]);
+    const Simd::V keep = Simd::set1(merge.keep[h]), take = Simd::set1(merge.take[h]);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      float* total = fold.total + h * kLatentDim + i * kL;
-      Simd::store(total, Simd::fold(Simd::load(total), keep, acc[h][i], take));
+      float* total = merge.total + h * kLatentDim + i * kL;
+      Simd::store(total, Simd::merge(Simd::load(total), keep, acc[h][i], take));
     }
   }
 }
@@ -46,12 +46,6 @@ struct KeyCursor {
   int32_t at;          // the next key number within the token
   int32_t swa_length;  // key numbers below it are the swa scope's
 };
-
-inline int32_t clamped_length(const Scope& scope, int32_t token) {
-  if (scope.topk == 0) return 0;
-  const int32_t length = scope.lengths[token];
-  return length < 0 ? 0 : length > scope.topk ? scope.topk : length;
-}
 
 inline KeyCursor first_key(const DecodeParams& p, int32_t token, int32_t kv_begin) {
   return {kv_begin, clamped_length(p.scopes[0], token)};

@@ -9,13 +9,13 @@
 
 namespace jax_dsv4::cpu {
 
-// Keys that are dequantised and multiplied together. Also the plan's granularity (jax_dsv4/implementations/native.py).
+// Keys that are dequantised and multiplied together. Also the plan's granularity (jax_dsv4/_implementations/cpu.py).
 constexpr int kTileKeys = 64;
 // Scratch of one lane (one thread's work in progress); native.py sizes the workspace by the same numbers.
 constexpr size_t kLaneBytesFixed = 160 * 1024;
 constexpr size_t kLaneBytesPerHead = 5 * 1024;
-// And of what has been folded so far.
-constexpr size_t kFoldBytesPerHead = 2 * 1024 + 64;
+// And of what has been merged so far.
+constexpr size_t kMergeBytesPerHead = 2 * 1024 + 64;
 constexpr int kMaxHeadGroups = 8;
 // A token's counters: one per head group, then its PartialRows.
 constexpr int kTokenCounters = kMaxHeadGroups + 2;
@@ -23,10 +23,10 @@ constexpr int kTokenCounters = kMaxHeadGroups + 2;
 constexpr int kPartialNumbers = 2;
 
 constexpr size_t lane_bytes(int32_t heads) {
-  return kLaneBytesFixed + (kLaneBytesPerHead + kFoldBytesPerHead) * static_cast<size_t>(heads);
+  return kLaneBytesFixed + (kLaneBytesPerHead + kMergeBytesPerHead) * static_cast<size_t>(heads);
 }
 
-// A token's keys are attended to in segments, each by itself, and the segments folded in order: (((0, 1), 2), ...).
+// A token's keys are attended to in segments, each by itself, and the segments merged in order: (((0, 1), 2), ...).
 // Where they begin depends on the token's length alone, so a result has the same bits wherever a plan cuts the token: a
 // cut moves to the next segment. At most kMaxSegments of them, of whole tiles.
 constexpr int kMaxSegments = 10;
@@ -56,7 +56,7 @@ static_assert(segments_end(kMaxSegments, segment_keys(0x7fffffff), 0x7fffffff) =
 // item, and one for each segment after them.
 struct PartialRows {
   int32_t first;   // -1: there are none left, and its first item does all
-  int32_t folded;  // segments of the first item
+  int32_t merged;  // segments of the first item
 };
 
 // One unit of work: some heads of one work item.
@@ -96,7 +96,7 @@ void limit_isa(int highest);
 // buffers, of which there are `partial_rows`. Returns how many rows of work_info_set hold items.
 int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head_groups);
 
-// Runs tasks on behalf of one lane until `next_task()` is exhausted.
+// Runs one of the `items * head_groups` tasks, with one lane's scratch. The last one of a token's head group combines.
 void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups, int64_t task_index, uint8_t* scratch);
 
 // Latents whose slot s has s % shards == shard.

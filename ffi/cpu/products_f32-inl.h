@@ -117,10 +117,10 @@ inline void scores(const Scratch& s, int32_t heads, int n) {
 // p stays as it is.
 inline void store_weights(const Scratch&, int32_t) {}
 
-// o[h, d .. d + N lanes] += sum_k p[h, k] * rows[k, d ..], or that folded into the total.
+// o[h, d .. d + N lanes] += sum_k p[h, k] * rows[k, d ..], or that merged into the total.
 template <int H>
 inline void accumulate_block(const float* p, const float* rows, const float* alpha, int n, bool first, float* o,
-                             const Fold& fold) {
+                             const Merge& merge) {
   constexpr int N = Simd::kOutVectors;
   V acc[H][N];
 #pragma GCC unroll 8
@@ -143,29 +143,29 @@ inline void accumulate_block(const float* p, const float* rows, const float* alp
       for (int i = 0; i < N; ++i) acc[h][i] = Simd::fma(pv, row[i], acc[h][i]);
     }
   }
-  store_sums(acc, o, fold);
+  store_sums(acc, o, merge);
 }
 
 struct AccumulateHeads {
   const Scratch& s;
   int n, d;
   bool first;
-  const Fold& fold;
+  const Merge& merge;
   template <int H>
   void run(int32_t h) const {
     accumulate_block<H>(s.p + h * kTileKeys, s.rows + d, s.alpha + h, n, first, s.o + h * kLatentDim + d,
-                        fold.at(h, d));
+                        merge.at(h, d));
   }
 };
 
 // The next tile's bytes are fetched meanwhile, a few rows at a time: asked for all at once they would stall what comes
 // after.
-inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const Fold& fold, const Row* next,
+inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const Merge& merge, const Row* next,
                        int next_n) {
   int fetched = 0;
   for (int d = 0; d < kLatentDim; d += Simd::kOutVectors * kL) {
     for (const int due = next_n * (d + Simd::kOutVectors * kL) / kLatentDim; fetched < due; ++fetched)
       prefetch_row(next[fetched]);
-    for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, fold});
+    for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
   }
 }

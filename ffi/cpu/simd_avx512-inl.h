@@ -15,8 +15,7 @@ struct Simd {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  // One way to fold, so that all who do round alike.
-  static V fold(V total, V keep, V part, V take) { return fma(part, take, mul(total, keep)); }
+  static V merge(V total, V keep, V part, V take) { return fma(part, take, mul(total, keep)); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b if either is NaN
   static float hmax(V v) { return _mm512_reduce_max_ps(v); }
   static float hsum(V v) { return _mm512_reduce_add_ps(v); }
@@ -31,19 +30,8 @@ struct Simd {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 
-  // 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
-  static V exp2(V x) {
-    const V clamped = _mm512_max_ps(set1(-127), x);
-    const V n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const V f = sub(clamped, n);
-    V y = set1(1.5252734e-5f);
-    y = fma(y, f, set1(1.5403530e-4f));
-    y = fma(y, f, set1(1.3333558e-3f));
-    y = fma(y, f, set1(9.6181291e-3f));
-    y = fma(y, f, set1(5.5504109e-2f));
-    y = fma(y, f, set1(2.4022651e-1f));
-    y = fma(y, f, set1(6.9314718e-1f));
-    y = fma(y, f, set1(1));
+  static V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V finish_exp2(V y, V n, V x) {
     const __mmask16 tiny = _mm512_cmp_ps_mask(x, set1(-126), _CMP_LT_OQ);
     return _mm512_mask_mov_ps(_mm512_scalef_ps(y, n), tiny, set1(0));
   }

@@ -6,17 +6,81 @@
 #include <type_traits>
 
 #include "cuda/cluster.h"
-#include "cuda/narrow.h"
+#include "cuda/few_heads.h"
 #include "cuda/softmax.h"
 #include "cuda/work.h"
 
 namespace jax_dsv4::cuda {
 
 template <typename Work, int kHeads>
-using AttendShared = std::conditional_t<Work::kCluster, ClusterShared<kHeads>, NarrowShared<kHeads>>;
+using AttendShared = std::conditional_t<Work::kCluster, ClusterShared<kHeads>, FewHeadsShared<kHeads>>;
+
+// The largest score of each of this thread's columns of S^T, whose sums end up in s[0].
+template <typename Memory, int kSums, int kValues>
+__device__ __forceinline__ void column_maxima(Memory& shared, int attending, int warp, int lane, const bool (&valid)[2],
+                                              float (&s)[kSums][kValues], float (&top)[kValues / 2]) {
+  constexpr int kColumns = kValues / 2;
+  // Before anything else the keys nobody attends to: what they have in store may be NaN.
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+#pragma unroll
+    for (int j = 1; j < kSums; ++j) s[0][i] += s[j][i];
+    if (!valid[i / 2 % 2]) s[0][i] = -INFINITY;
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const int at = i / 2 * 4 + i % 2;
+    top[i] = column_max(fmaxf(s[0][at], s[0][at + 2]));
+  }
+  if (lane < 4) {
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) {
+      *reinterpret_cast<float2*>(&shared.tops[attending][warp][4 * i + 2 * lane]) = {top[i], top[i + 1]};
+    }
+  }
+  named_barrier_sync(1 + attending, kWarpgroup);  // also: no warp's products still read the P before
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 2) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 other = *reinterpret_cast<const float2*>(&shared.tops[attending][w][4 * i + 2 * (lane % 4)]);
+      top[i] = fmaxf(top[i], other.x);
+      top[i + 1] = fmaxf(top[i + 1], other.y);
+    }
+  }
+}
+
+// S^T to P^T, in place, with each column's running maximum and sum. -> whether any factor, of what was summed up
+// before, is not 1. Scores are in base 2 from here on.
+template <int kHeads>
+__device__ __forceinline__ bool softmax(float scale_log2, float (&top)[kHeads / 4], float (&s)[kHeads / 2],
+                                        float (&maximum)[kHeads / 4], float (&sum)[kHeads / 4],
+                                        float (&factor)[kHeads / 4]) {
+  constexpr int kColumns = kHeads / 4;
+  // All threads of a column decide alike.
+  bool rescale = false;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    top[i] *= scale_log2;
+    const float old = maximum[i];
+    if (top[i] > old + kRescaleThresholdLog2 || old == -INFINITY) maximum[i] = top[i];
+    factor[i] = old == maximum[i] ? 1.f : exp2_approx(old - maximum[i]);
+    rescale |= factor[i] != 1.f;
+    const float base = maximum[i] == -INFINITY ? 0.f : maximum[i];
+    float added = 0.f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float& x = s[i / 2 * 4 + i % 2 + 2 * r];
+      x = exp2_approx(fmaf(x, scale_log2, -base));
+      added += x;
+    }
+    sum[i] = fmaf(sum[i], factor[i], added);
+  }
+  return rescale;
+}
 
 // Warpgroup number `attending` of two that take an item's tiles in turn, each with a running maximum, sum and O^T of
-// its own, and add up at its end.
+// its own, and add up at its end. In one piece: as further functions its phases would get other registers.
 template <typename Work, int kHeads>
 __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work, kHeads>& shared, int attending) {
   const DecodeParams& params = args.params;
@@ -39,7 +103,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
   Item item;
   bool more = work.next(&item);
   if (more) {
-    copy_narrow_q(params, shared, item.token);
+    copy_q(params, shared, item.token);
     if (attending == 0 && thread < kHeads) shared.sink[thread] = load_sink(params, blockIdx.x * kHeads + thread);
     if constexpr (Work::kCluster) {
       if (attending == 0 && thread == 0) expect_share(shared);
@@ -48,6 +112,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
   int before = 0;  // tiles of the items before
   int held = -1;   // the tile that has this warpgroup's O^T
   while (more) {
+    // --- Q of the item
     copy_async_wait_all();
     fence_proxy_async();
     all_attending_sync();  // Q has come, and the item before is stored
@@ -84,11 +149,12 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
       if (attending >= tiles) send_softmax(shared, attending, false);
     }
     for (int tile = attending; tile < tiles; tile += kAttending) {
+      // --- the scores of a tile
       const bool first = tile == attending, last = tile + kAttending >= tiles;
       const int buffer = (before + tile) % kTiles;
       for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], (before + tile) / kTiles % 2);
       float s[Memory::kScoreSums][kHeads / 2];
-      multiply_narrow_scores(shared, buffer, s);
+      multiply_scores(shared, buffer, s);
       // Read by the lane that will tell this group's producers that the tile is free.
       constexpr int kWarpsPerGroup = kWarps / kGroups;
       uint2 words = {};
@@ -98,58 +164,13 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
       const bool valid[2] = {(words.x >> (lane / 4) & 1) != 0, (words.y >> (lane / 4) & 1) != 0};
       wgmma_wait<0>();
 
-      // Before anything else the keys nobody attends to: what they have in store may be NaN.
+      // --- the softmax
       float top[kColumns];
-#pragma unroll
-      for (int i = 0; i < kHeads / 2; ++i) {
-#pragma unroll
-        for (int j = 1; j < Memory::kScoreSums; ++j) s[0][i] += s[j][i];
-        if (!valid[i / 2 % 2]) s[0][i] = -INFINITY;
-      }
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int at = i / 2 * 4 + i % 2;
-        top[i] = column_max(fmaxf(s[0][at], s[0][at + 2]));
-      }
-      if (lane < 4) {
-#pragma unroll
-        for (int i = 0; i < kColumns; i += 2) {
-          *reinterpret_cast<float2*>(&shared.tops[attending][warp][4 * i + 2 * lane]) = {top[i], top[i + 1]};
-        }
-      }
-      named_barrier_sync(barrier, kWarpgroup);  // also: no warp's products still read the P before
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 2) {
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float2 other = *reinterpret_cast<const float2*>(&shared.tops[attending][w][4 * i + 2 * (lane % 4)]);
-          top[i] = fmaxf(top[i], other.x);
-          top[i + 1] = fmaxf(top[i + 1], other.y);
-        }
-      }
-
-      // All threads of a column decide alike.
+      column_maxima(shared, attending, warp, lane, valid, s, top);
       float factor[kColumns];
-      bool rescale = false;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        top[i] *= scale_log2;
-        const float old = maximum[i];
-        if (top[i] > old + kRescaleThresholdLog2 || old == -INFINITY) maximum[i] = top[i];
-        factor[i] = old == maximum[i] ? 1.f : exp2_approx(old - maximum[i]);
-        rescale |= factor[i] != 1.f;
-        const float base = maximum[i] == -INFINITY ? 0.f : maximum[i];
-        float added = 0.f;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float& x = s[0][i / 2 * 4 + i % 2 + 2 * r];
-          x = exp2_approx(fmaf(x, scale_log2, -base));
-          added += x;
-        }
-        sum[i] = fmaf(sum[i], factor[i], added);
-      }
+      const bool rescale = softmax<kHeads>(scale_log2, top, s[0], maximum, sum, factor);
 
-      // Rows of P are heads; this warp has the 16-byte units 2 * warp and the next.
+      // --- P to shared memory. Its rows are heads; this warp has the 16-byte units 2 * warp and the next.
       uint32_t pairs[kHeads / 4];
 #pragma unroll
       for (int i = 0; i < kHeads / 4; ++i) pairs[i] = pack_bf16x2(s[0][2 * i], s[0][2 * i + 1]);
@@ -164,6 +185,8 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
         }
       }
       fence_proxy_async();
+
+      // --- the values
       if (Work::kCluster && last) put_softmax();  // that is sent while the products run
       if (!first && __any_sync(~0u, rescale)) {
 #pragma unroll
@@ -173,7 +196,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
         }
       }
       named_barrier_sync(barrier, kWarpgroup);
-      accumulate_narrow_values(shared, attending, buffer, o);
+      accumulate_values(shared, attending, buffer, o);
       if constexpr (Work::kCluster) {
         if (last) send_softmax(shared, attending, true);
       }
@@ -185,6 +208,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
       }
     }
 
+    // --- the item's end
     if constexpr (Work::kCluster) {
       share_token(params, shared, work, now, attending, tiles, maximum, o);
       return;
@@ -195,8 +219,8 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
         put_output(o, reinterpret_cast<float*>(shared.k[held]));
       }
       all_attending_sync();  // also: nobody reads this item's Q any more
-      if (more) copy_narrow_q(params, shared, item.token);
-      store_narrow(params, shared, now, attending * kWarps + warp, before, tiles);
+      if (more) copy_q(params, shared, item.token);
+      store_item(params, shared, now, attending * kWarps + warp, before, tiles);
       before += tiles;
     }
   }

@@ -6,22 +6,20 @@
 
 #include <cstdint>
 
-#include "cuda/narrow.h"
+#include "cuda/few_heads.h"
 
 namespace jax_dsv4::cuda {
 
-constexpr int kMostClusterBlocks = 16;
-
-// A slab: 8 heads by 64 dimensions of O^T as a warpgroup holds them. A thread has
+// A slice of the output: 8 heads by 64 dimensions of O^T as a warpgroup holds them. A thread has
 // x = {O[h, d], O[h + 1, d], O[h, d + 8], O[h + 1, d + 8]}.
 template <int kHeads>
-constexpr int kSlabs = kHeads / 8 * (kLatentDim / 64);
+constexpr int kSlices = kHeads / 8 * (kLatentDim / 64);
 
-struct Slab {
+struct OutputSlice {
   int head, dim;
 
   // `thread` of the warpgroup.
-  __device__ Slab(int first_head, int plane, int thread)
+  __device__ OutputSlice(int first_head, int plane, int thread)
       : head(first_head + 2 * (thread % 4)), dim(64 * plane + 16 * (thread / 32) + thread % 32 / 4) {}
 
   // Lanes exchange numbers, so that each has four dimensions of one head, and four lanes fill a sector: stores cost by
@@ -59,24 +57,24 @@ struct Slab {
 };
 
 template <int kHeads>
-struct __align__(1024) ClusterShared : NarrowShared<kHeads> {
-  static_assert(kSlabs<kHeads> <= kMostClusterBlocks);
+struct __align__(1024) ClusterShared : FewHeadsShared<kHeads> {
+  static_assert(kSlices<kHeads> <= kMostClusterBlocks);
 
-  // From each block: the slabs that this block adds up, relative to the block's maxima; and per warpgroup of the block
+  // From each block: the slices that this block adds up, relative to the block's maxima; and per warpgroup of the block
   // and head its softmax's maximum and sum.
-  float4 slabs[kMostClusterBlocks][kWarpgroup];
-  float2 softmax[kMostClusterBlocks][NarrowShared<kHeads>::kAttending][kHeads];
-  uint64_t slabs_sent, softmax_sent, added;
+  float4 slices[kMostClusterBlocks][kWarpgroup];
+  float2 softmax[kMostClusterBlocks][FewHeadsShared<kHeads>::kAttending][kHeads];
+  uint64_t slices_sent, softmax_sent, added;
 };
 
-// Who adds up which slabs of a cluster's token: block i, of the first `owners`, those from i << slabs_log2 on. That
-// `blocks` times so many slabs fit ClusterShared::slabs is best_spread()'s to see to.
+// Who adds up which slices of a cluster's token: block i, of the first `owners`, those from i << slices_log2 on. That
+// `blocks` times so many slices fit ClusterShared::slices is best_cluster_shape()'s to see to.
 template <int kHeads>
-struct SlabOwners {
-  int slabs_log2, owners;
-  __device__ explicit SlabOwners(int blocks) {
-    slabs_log2 = max(0, __clz(blocks) - __clz(kSlabs<kHeads>));
-    owners = kSlabs<kHeads> >> slabs_log2;
+struct SliceOwners {
+  int slices_log2, owners;
+  __device__ explicit SliceOwners(int blocks) {
+    slices_log2 = max(0, __clz(blocks) - __clz(kSlices<kHeads>));
+    owners = kSlices<kHeads> >> slices_log2;
   }
 };
 
@@ -84,18 +82,18 @@ struct SlabOwners {
 template <int kHeads>
 __device__ __forceinline__ void expect_share(ClusterShared<kHeads>& shared) {
   const int blocks = cluster_size();
-  const SlabOwners<kHeads> has(blocks);
+  const SliceOwners<kHeads> has(blocks);
   if (cluster_rank() >= has.owners) return;
   barrier_expect(&shared.softmax_sent, blocks * sizeof(shared.softmax[0]));
-  barrier_expect(&shared.slabs_sent, (blocks << has.slabs_log2) * sizeof(shared.slabs[0]));
+  barrier_expect(&shared.slices_sent, (blocks << has.slices_log2) * sizeof(shared.slices[0]));
 }
 
-// By a warpgroup: its maxima and sums, which lie in shared memory if it has had any keys, to all that have slabs.
+// By a warpgroup: its maxima and sums, which lie in shared memory if it has had any keys, to all that have slices.
 template <int kHeads>
 __device__ __forceinline__ void send_softmax(ClusterShared<kHeads>& shared, int attending, bool any) {
   cluster_wait();  // the other blocks' barriers are there
   const int thread = threadIdx.x % kWarpgroup, head = thread % kHeads,
-            owners = SlabOwners<kHeads>(cluster_size()).owners;
+            owners = SliceOwners<kHeads>(cluster_size()).owners;
   float2 x = {-INFINITY, 0.f};
   if (any) {
     x.x = shared.maxima[attending][head];
@@ -108,17 +106,17 @@ __device__ __forceinline__ void send_softmax(ClusterShared<kHeads>& shared, int 
   }
 }
 
-// By both attending warpgroups: adds up the slabs that this block has, and stores them.
+// By both attending warpgroups: adds up the slices that this block has, and stores them.
 template <int kHeads>
 __device__ __forceinline__ void store_share(const DecodeParams& params, ClusterShared<kHeads>& shared,
                                             const ClusterWork& work, const Item& item, int attending) {
   const int rank = cluster_rank(), thread = threadIdx.x % kWarpgroup, lane = thread % 32, blocks = cluster_size();
-  const SlabOwners<kHeads> has(blocks);
+  const SliceOwners<kHeads> has(blocks);
   if (rank >= has.owners) return;
   barrier_wait(&shared.softmax_sent, 0);
 #pragma unroll 1
-  for (int i = attending; i < 1 << has.slabs_log2; i += 2) {
-    const int number = (rank << has.slabs_log2) + i, plane = number / (kHeads / 8);
+  for (int i = attending; i < 1 << has.slices_log2; i += 2) {
+    const int number = (rank << has.slices_log2) + i, plane = number / (kHeads / 8);
     const int column = number % (kHeads / 8) * 8, head = blockIdx.x * kHeads + column + 2 * (lane % 4);
     // Of two heads. A lane looks at the blocks lane / 4 and lane / 4 + 8; the lanes of a head make one of it.
     constexpr int kEach = kMostClusterBlocks / 8;
@@ -134,7 +132,7 @@ __device__ __forceinline__ void store_share(const DecodeParams& params, ClusterS
           x[j][w] = *reinterpret_cast<const float4*>(&shared.softmax[from][w][column + 2 * (lane % 4)]);
         }
       }
-      weight[j][0] = fmaxf(x[j][0].x, x[j][1].x);  // what the block's slabs are relative to
+      weight[j][0] = fmaxf(x[j][0].x, x[j][1].x);  // what the block's slices are relative to
       weight[j][1] = fmaxf(x[j][0].z, x[j][1].z);
       top[0] = fmaxf(top[0], weight[j][0]);
       top[1] = fmaxf(top[1], weight[j][1]);
@@ -156,29 +154,29 @@ __device__ __forceinline__ void store_share(const DecodeParams& params, ClusterS
       const bool stores = plane == 0 && thread < 4 && head + c < params.heads;
       const float sink = shared.sink[column + 2 * (lane % 4) + c];
       factor[c] = finish_head(params, item, head + c, sink, top[c], column_sum(total[c]), stores);
-      if (!work.sound()) {
+      if (!work.plan_fits()) {
         factor[c] = __int_as_float(0x7fc00000);
         if (stores) params.lse[static_cast<int64_t>(item.token) * params.heads + head + c] = factor[c];
       }
     }
-    if (i < 2) barrier_wait(&shared.slabs_sent, 0);
+    if (i < 2) barrier_wait(&shared.slices_sent, 0);
     float4 sum = {};
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
 #pragma unroll 4
       for (int from = 8 * j; from < min(blocks, 8 * j + 8); ++from) {
-        const float4 y = shared.slabs[(from << has.slabs_log2) + i][thread];
+        const float4 y = shared.slices[(from << has.slices_log2) + i][thread];
         const int lane_of_it = from % 8 * 4 + lane % 4;
         const float w[2] = {__shfl_sync(~0u, weight[j][0], lane_of_it), __shfl_sync(~0u, weight[j][1], lane_of_it)};
         sum = {fmaf(y.x, w[0], sum.x), fmaf(y.y, w[1], sum.y), fmaf(y.z, w[0], sum.z), fmaf(y.w, w[1], sum.w)};
       }
     }
     sum = {sum.x * factor[0], sum.y * factor[1], sum.z * factor[0], sum.w * factor[1]};
-    const Slab slab(blockIdx.x * kHeads + column, plane, thread);
+    const OutputSlice slice(blockIdx.x * kHeads + column, plane, thread);
     if (params.out_dtype == Dtype::kBf16) {
-      slab.store_bf16(params, item.token, sum);
+      slice.store_bf16(params, item.token, sum);
     } else {
-      slab.store_float32(params, item.token, sum);
+      slice.store_float32(params, item.token, sum);
     }
   }
 }
@@ -192,9 +190,9 @@ __device__ __forceinline__ void share_token(const DecodeParams& params, ClusterS
   const int thread = threadIdx.x % kWarpgroup, lane = thread % 32;
   const bool both = tiles > 1, adds = (tiles > 0 ? tiles - 1 : 0) % 2 == attending;
   float4* const other = reinterpret_cast<float4*>(shared.k[tiles % 2]);  // where the last tile but one was
-  auto for_each_slab = [&](auto use) {
+  auto for_each_slice = [&](auto use) {
 #pragma unroll
-    for (int i = 0; i < kSlabs<kHeads>; ++i) {
+    for (int i = 0; i < kSlices<kHeads>; ++i) {
       const float (&x)[kHeads / 2] = o[i / (kHeads / 8)];
       const int at = 4 * (i % (kHeads / 8));
       use(i, float4{x[at], x[at + 1], x[at + 2], x[at + 3]});
@@ -202,7 +200,7 @@ __device__ __forceinline__ void share_token(const DecodeParams& params, ClusterS
   };
   if (both && !adds) {
     named_barrier_sync(1 + attending, kWarpgroup);  // no warp's products still read that tile
-    for_each_slab([&](int i, float4 x) { other[i * kWarpgroup + thread] = x; });
+    for_each_slice([&](int i, float4 x) { other[i * kWarpgroup + thread] = x; });
     barrier_arrive(&shared.added);
   }
   if (adds) {
@@ -216,8 +214,8 @@ __device__ __forceinline__ void share_token(const DecodeParams& params, ClusterS
       mine[i] = exp2_approx(maximum[i] - base);
       theirs[i] = exp2_approx(others - base);
     }
-    const SlabOwners<kHeads> has(cluster_size());
-    for_each_slab([&](int i, float4 x) {
+    const SliceOwners<kHeads> has(cluster_size());
+    for_each_slice([&](int i, float4 x) {
       const int c = 2 * (i % (kHeads / 8));
       x = {x.x * mine[c], x.y * mine[c + 1], x.z * mine[c], x.w * mine[c + 1]};
       if (both) {
@@ -225,8 +223,8 @@ __device__ __forceinline__ void share_token(const DecodeParams& params, ClusterS
         x = {fmaf(y.x, theirs[c], x.x), fmaf(y.y, theirs[c + 1], x.y), fmaf(y.z, theirs[c], x.z),
              fmaf(y.w, theirs[c + 1], x.w)};
       }
-      const int place = (cluster_rank() << has.slabs_log2) + (i & ((1 << has.slabs_log2) - 1));
-      store_cluster(&shared.slabs[place][thread], &shared.slabs_sent, i >> has.slabs_log2, x);
+      const int place = (cluster_rank() << has.slices_log2) + (i & ((1 << has.slices_log2) - 1));
+      store_cluster(&shared.slices[place][thread], &shared.slices_sent, i >> has.slices_log2, x);
     });
   }
   store_share(params, shared, work, item, attending);

@@ -1,97 +1,16 @@
-// Partial outputs to outputs, by a kernel that follows the decoding one.
+// Partial outputs to outputs.
 #ifndef JAX_DSV4_CUDA_COMBINE_H_
 #define JAX_DSV4_CUDA_COMBINE_H_
 
-#include <cstdint>
+#include <cuda_runtime_api.h>
 
-#include "cuda/output.h"
-#include "cuda/work.h"
+#include "common/params.h"
 
 namespace jax_dsv4::cuda {
 
-using namespace sm90;
-
-constexpr int kCombineWarps = 8;
-constexpr int kCombineBlocks = 4 * 132;  // about what runs at once
-
-// out = sum_i exp(lse_i - lse) out_i over a token's partials in key order, a warp per part; and the answer for tokens
-// that have no item (empty: zeros, -inf) or whose plan was made for other lengths or other buffers (NaN).
-// kPartialsAtOnce are in flight per warp: many hide latency where a token is cut into many, few leave room for more
-// blocks where most tokens are not cut.
-template <int kPartialsAtOnce>
-__global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 3)
-    combine_kernel(const __grid_constant__ DecodeParams params) {
-  // The plan and the lengths were there before the decoding kernel: they are looked up while it works.
-  const int token = blockIdx.x, lane = threadIdx.x % 32;
-  const Plan& plan = params.plan;
-  const int length = clamped_length(params.scopes[0], token) + clamped_length(params.scopes[1], token);
-  const int begin = plan.reduce_indptr[token];
-  const int end = length > 0 ? plan.reduce_indptr[token + 1] : begin;
-  bool sound = plan.kv_lengths[token] == length && begin >= 0 && end <= plan.max_partials;
-  // A lane looks up one of the next 32 partials.
-  auto look_up = [&](int first) { return plan.reduce_partial_map[first + min(lane, min(32, end - first) - 1)]; };
-  const int first_rows = sound && begin < end ? look_up(begin) : 0;
-  cudaGridDependencySynchronize();
-  if (sound && length > 0 && begin >= end) return;  // one item wrote the output
-
-  const int units = (params.heads + kPartHeads - 1) / kPartHeads * kParts;
-  for (int unit = blockIdx.y * kCombineWarps + threadIdx.x / 32; unit < units; unit += gridDim.y * kCombineWarps) {
-    const int part = unit % kParts, first_head = unit / kParts * kPartHeads;
-    const int head = min(first_head + lane / 4, params.heads - 1);
-    float2 o[4] = {};
-    float maximum = -INFINITY, sum = 0.f;  // `sum` and `o` are relative to exp(maximum)
-    for (int first = begin; sound && first < end; first += 32) {
-      const int count = min(32, end - first);
-      const int row_of_lane = first == begin ? first_rows : look_up(first);
-      sound = __all_sync(~0u, row_of_lane >= 0 && row_of_lane < plan.max_partials);
-      for (int i = 0; sound && i < count; i += kPartialsAtOnce) {
-        float lse[kPartialsAtOnce];
-        float4 x[kPartialsAtOnce][2];
-#pragma unroll
-        for (int k = 0; k < kPartialsAtOnce; ++k) {
-          const int row = __shfl_sync(~0u, row_of_lane, i + k);
-          lse[k] = -INFINITY;
-          x[k][0] = x[k][1] = {};
-          if (i + k < count) {
-            lse[k] = params.partial_lse[static_cast<int64_t>(row) * params.heads + head];
-            const float4* in = partial_part(params, row, first_head, part, lane);
-            x[k][0] = in[0];
-            x[k][1] = in[32];
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kPartialsAtOnce; ++k) {
-          const float top = fmaxf(maximum, lse[k]), base = top == -INFINITY ? 0.f : top;
-          const float shrink = expf(maximum - base), weight = expf(lse[k] - base);
-          maximum = top;
-          sum = fmaf(sum, shrink, weight);
-          auto add = [&](float2& to, float a, float b) {
-            to = {fmaf(weight, a, to.x * shrink), fmaf(weight, b, to.y * shrink)};
-          };
-          add(o[0], x[k][0].x, x[k][0].y);
-          add(o[1], x[k][0].z, x[k][0].w);
-          add(o[2], x[k][1].x, x[k][1].y);
-          add(o[3], x[k][1].z, x[k][1].w);
-        }
-      }
-    }
-
-    const bool empty = maximum == -INFINITY && sum == 0.f;
-    float lse = empty ? -INFINITY : maximum + logf(sum);
-    float factor = empty ? 0.f : 1.f / (sum + (params.sink ? expf(params.sink[head] - maximum) : 0.f));
-    if (!sound) lse = factor = __int_as_float(0x7fc00000);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) o[j] = {o[j].x * factor, o[j].y * factor};
-    if (params.out_dtype == Dtype::kBf16) {
-      store_bf16(params, token, first_head, part, lane, o);
-    } else {
-      store_float32(params, token, first_head, part, lane, o);
-    }
-    if (part == 0 && lane % 4 == 0 && first_head + lane / 4 < params.heads) {
-      params.lse[static_cast<int64_t>(token) * params.heads + head] = lse;
-    }
-  }
-}
+cudaError_t prepare_combine();
+// Follows a decoding kernel on the stream, which had so many workers.
+cudaError_t launch_combine(const DecodeParams& params, int workers, cudaStream_t stream);
 
 }  // namespace jax_dsv4::cuda
 

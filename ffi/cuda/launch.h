@@ -11,8 +11,10 @@
 
 namespace jax_dsv4::cuda {
 
-// Heads that one thread block attends with; a token with more is spread over neighbouring blocks.
-constexpr int kHeadsPerBlock = 64;
+// jax_dsv4/_implementations/cuda.py states these too.
+constexpr int kHeadsPerBlock = 64;    // that one thread block attends with; a token with more has neighbouring blocks
+constexpr int kFewHeads = 32;         // up to which a block of the kernels for few heads has them all
+constexpr int kMostProcessors = 132;  // multiprocessors of the largest Hopper
 // Keys that pass through the tensor cores at a time. Splits at multiples of it waste nothing.
 constexpr int kKeyTile = 64;
 // Partial outputs are stored for heads in groups of so many. The last group may reach past DecodeParams.heads:

@@ -10,10 +10,10 @@
 namespace jax_dsv4::cuda {
 namespace {
 
-constexpr int kMaxPieces = 16;                 // finding where the last one begins takes as many dependent look-ups
-constexpr int kMinPiece = 8;                   // tokens: shorter ones cost more to chain than to scan
-constexpr int kParts = 4;                      // of a piece
-constexpr int kPadding = kMaxPieces * kParts;  // parts, of equal length, may reach past the tokens so far
+constexpr int kMaxPieces = 16;  // finding where the last one begins takes as many dependent look-ups
+constexpr int kMinPiece = 8;    // tokens: shorter ones cost more to chain than to scan
+constexpr int kPieceParts = 4;  // of a piece
+constexpr int kPadding = kMaxPieces * kPieceParts;  // parts, of equal length, may reach past the tokens so far
 
 // What the tokens of a cursor's past have opened and filled.
 struct Counts {
@@ -39,6 +39,64 @@ __device__ PlanTotals totals_of_warp(PlanTotals x) {
   return {__reduce_add_sync(~0u, x.cost), __reduce_max_sync(~0u, x.largest), __reduce_add_sync(~0u, x.tokens)};
 }
 
+// The room before each of so many tokens, and after the last, whose steps are there, from the room before the first.
+template <int kThreads>
+__device__ __forceinline__ void scan_rooms(const PlanParams& p, PlanShare share, int32_t num_rooms, int32_t first_room,
+                                           int count, const PlanStep* steps, int32_t (*ends)[kThreads],
+                                           int32_t* rooms) {
+  const int thread = threadIdx.x;
+  // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
+  const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
+  int pieces = min(min(kMaxPieces, count / kMinPiece), num_rooms <= kThreads ? kThreads * reciprocal >> 20 : 0);
+  int parts = kPieceParts;
+  if (pieces < 2) pieces = parts = 1;
+  const int scanners = pieces * parts, size = (count + scanners - 1) / scanners;  // a part's
+  if (pieces > 1) {
+    const int piece = thread * reciprocal >> 20;
+    if (piece < pieces) {
+      const PlanStep* step = steps + piece * kPieceParts * size;
+      int32_t r = thread - piece * num_rooms;
+#pragma unroll 1
+      for (int part = 0; part < kPieceParts; ++part, step += size) {
+#pragma unroll 4
+        for (int i = 0; i < size; ++i) r = plan_room_after(step[i], share, r);
+        ends[part][thread] = r;
+      }
+    }
+    __syncthreads();
+  }
+  if (thread < scanners) {
+    const int piece = thread / kPieceParts, part = thread % kPieceParts;
+    int32_t r = first_room;
+#pragma unroll 1
+    for (int i = 0; i < piece; ++i) r = ends[kPieceParts - 1][i * num_rooms + r];
+    if (part > 0) r = ends[part - 1][piece * num_rooms + r];
+    const int begin = thread * size, end = begin + size;
+#pragma unroll 4
+    for (int i = begin; i < end; ++i) {
+      rooms[i] = r;
+      r = plan_room_after(steps[i], share, r);
+    }
+    if (thread == scanners - 1) rooms[end] = r;
+  }
+}
+
+// What lies past the plan, which ends at the cursor.
+template <int kThreads>
+__device__ __forceinline__ void write_rest(const PlanParams& p, PlanCursor end) {
+  const int thread = threadIdx.x;
+  // Rows past those in use are zeros; workers that no token came to end where the last one does.
+#pragma unroll 1
+  for (int i = end.items * 2 + thread; i < 2 * p.max_items; i += kThreads) {
+    reinterpret_cast<int4*>(p.work_info_set)[i] = {};
+  }
+#pragma unroll 1
+  for (int i = end.partials + thread; i < p.max_partials; i += kThreads) p.reduce_partial_map[i] = 0;
+#pragma unroll 1
+  for (int w = end.worker + 1 + thread; w <= p.workers; w += kThreads) p.work_indptr[w] = end.items;
+  if (thread == 0) p.reduce_indptr[0] = 0;
+}
+
 // Code that runs once costs what fetching it costs: no loop is unrolled that rarely runs twice, and few numbers are
 // divided.
 template <int kThreads>
@@ -49,13 +107,15 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   __shared__ int32_t warp_tokens[kWarps];
   __shared__ Counts warp_counts[kWarps];
   __shared__ PlanStep steps[kThreads + kPadding];
-  __shared__ int32_t ends[kParts][kThreads];  // [part][piece, room at the piece's begin] the room at the part's end
+  // [part][piece, room at the piece's begin] the room at the part's end
+  __shared__ int32_t ends[kPieceParts][kThreads];
   __shared__ int32_t rooms[kThreads + kPadding + 1];
   __shared__ int32_t lengths[kThreads];
   __shared__ PlanCursor places[kThreads];
   __shared__ PlanCut cuts[kThreads];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
+  // --- the sums over all tokens
   // Backwards, so that the first tokens are at hand in the end. The sum fits 32 bits: common/bind.h sees to that.
   PlanTotals totals{};
   int32_t length = 0, blocks = 0;
@@ -86,6 +146,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
       blocks = plan_blocks(p, length);
     }
     lengths[thread] = length;
+
+    // --- the room before each token
     int32_t room;
     if (alike) {
       const uint32_t some = __ballot_sync(~0u, blocks > 0);
@@ -102,44 +164,12 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     } else {
       steps[thread] = plan_step(p, share, blocks);
       __syncthreads();
-      // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
-      const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
-      int pieces = min(min(kMaxPieces, count / kMinPiece), num_rooms <= kThreads ? kThreads * reciprocal >> 20 : 0);
-      int parts = kParts;
-      if (pieces < 2) pieces = parts = 1;
-      const int scanners = pieces * parts, size = (count + scanners - 1) / scanners;  // a part's
-      if (pieces > 1) {
-        const int piece = thread * reciprocal >> 20;
-        if (piece < pieces) {
-          const PlanStep* step = steps + piece * kParts * size;
-          int32_t r = thread - piece * num_rooms;
-#pragma unroll 1
-          for (int part = 0; part < kParts; ++part, step += size) {
-#pragma unroll 4
-            for (int i = 0; i < size; ++i) r = plan_room_after(step[i], share, r);
-            ends[part][thread] = r;
-          }
-        }
-        __syncthreads();
-      }
-      if (thread < scanners) {
-        const int piece = thread / kParts, part = thread % kParts;
-        int32_t r = start.room;
-#pragma unroll 1
-        for (int i = 0; i < piece; ++i) r = ends[kParts - 1][i * num_rooms + r];
-        if (part > 0) r = ends[part - 1][piece * num_rooms + r];
-        const int begin = thread * size, end = begin + size;
-#pragma unroll 4
-        for (int i = begin; i < end; ++i) {
-          rooms[i] = r;
-          r = plan_room_after(steps[i], share, r);
-        }
-        if (thread == scanners - 1) rooms[end] = r;
-      }
+      scan_rooms<kThreads>(p, share, num_rooms, start.room, count, steps, ends, rooms);
       __syncthreads();
       room = thread < count ? rooms[thread] : 0;
     }
 
+    // --- where each token goes: counts of all before
     const PlanCut cut = plan_cut(share, blocks, room);
     const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
     if (lane == 31) warp_counts[warp] = sums;
@@ -158,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     start = {all.worker, alike ? 0 : rooms[count], all.items, all.partials};
     __syncthreads();
 
-    // As many threads to a token as there are.
+    // --- the items, by as many threads to a token as there are
     const int group_log2 = __clz(count - 1) + __ffs(kThreads) - 33, token = thread >> group_log2;
     if (token < count) {
 #pragma unroll 1
@@ -168,16 +198,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     }
   }
 
-  // Rows past those in use are zeros; workers that no token came to end where the last one does.
-#pragma unroll 1
-  for (int i = start.items * 2 + thread; i < 2 * p.max_items; i += kThreads) {
-    reinterpret_cast<int4*>(p.work_info_set)[i] = {};
-  }
-#pragma unroll 1
-  for (int i = start.partials + thread; i < p.max_partials; i += kThreads) p.reduce_partial_map[i] = 0;
-#pragma unroll 1
-  for (int w = start.worker + 1 + thread; w <= p.workers; w += kThreads) p.work_indptr[w] = start.items;
-  if (thread == 0) p.reduce_indptr[0] = 0;
+  write_rest<kThreads>(p, start);
 }
 
 constexpr int kFewThreads = 256, kManyThreads = 512;

@@ -139,9 +139,27 @@ __device__ __forceinline__ bool needs_any_scale(uint2 scales) {
           __vcmpgtu4(scales.y & 0xffffffu, kLargestScale * 0x01010101u)) != 0;
 }
 
+// A lane's piece j of a key, as bf16, to its place in the tile.
+template <bool kAnyScale>
+__device__ __forceinline__ void store_piece(uint4 packed, uint2 scales, int j, int key, int quarter, uint8_t* rows) {
+  if (j < kScaleTiles) {
+    uint4 wide[2];
+    expand_scaled<kAnyScale>(packed, (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
+    // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and
+    // the odd units: no conflicts.
+    uint8_t* const dst = rows + j * kPlaneBytes + key * kRowBytes;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + 16 * ((2 * quarter + u) ^ key)) = wide[u];
+  } else {
+    const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
+    *reinterpret_cast<uint4*>(rows + (kPlanes - 1) * kPlaneBytes + key * kRowBytes + 16 * (unit ^ key)) = packed;
+  }
+}
+
 // A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
 // the store: no other thread has to know when the bytes arrive. It fills `group` of every tile. Copies run some pieces
-// ahead, from rows that were asked into L2 half a group before, or a whole group ahead.
+// ahead, from rows that were asked into L2 half a group before, or a whole group ahead. In one piece: its phases share
+// where the copies are.
 template <typename Work, int kAlign, typename Memory>
 __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, int group) {
   constexpr int kTiles = Memory::kTiles, kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
@@ -160,19 +178,21 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
   KeySlot slot{-1, false, false};  // of the group after the one that copies are at, or will be next
   const uint8_t* row;              // that copies are at, from this lane's quarter of the first piece on
   uint32_t real = 0, more = 0;     // bit i: group n + 1 - i has this lane's key; there is such a group
-  uint32_t turn;                   // of the ring: where group n's first piece lies
+  uint32_t ring_begin;             // where group n's first piece lies in the ring
   auto start_row = [&](const uint8_t* start) { row = (start ? start : nowhere) + 16 * quarter; };
-  auto place = [&](int j) { return kWholeGroup ? turn + j % kPieces : (turn + j) % kAhead; };
+  auto place = [&](int j) { return kWholeGroup ? ring_begin + j % kPieces : (ring_begin + j) % kAhead; };
   auto copy_piece = [&](int j) {  // those past a group's last are the next one's
     copy<16, kAlign>(&ring[place(j)][lane], row + 16 * kLanesPerKey * (j % kPieces), real >> (1 - j / kPieces) & 1);
   };
 
-  // The first turns only fill the pipeline.
+  // The first rounds only fill the pipeline.
   for (int n = -2; n < 0 || more & 1; ++n) {
-    // One more group, and the slots of the one after it.
+    // --- slots: one more group, and those of the one after it
     const KeySlot next_slot = slot;
     slot = groups.fetch();
     if (n == -2) continue;
+
+    // --- copies of the next group: its scales now, its pieces as the ring has room
     const KeyRow next = locate(args, next_slot);
     const bool next_real = next.row != nullptr;
     real = real << 1 | next_real;
@@ -184,7 +204,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
       prefetch_l2(next.row + 128 * quarter);
       if (quarter == 0) prefetch_l2(next.row + 512);
     }
-    turn = kWholeGroup ? 0 : n * kPieces;
+    ring_begin = kWholeGroup ? 0 : n * kPieces;
     if (n < 0) {
       start_row(next.row);
 #pragma unroll
@@ -195,6 +215,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
       continue;
     }
 
+    // --- this group's scales are here, and its place in the tile is free
     const int buffer = n % kTiles;
     uint8_t* const rows = shared.k[buffer][0] + word * (kKeysPerWarp * kRowBytes);
     const uint32_t lanes = __ballot_sync(~0u, real >> 1 & 1);
@@ -209,6 +230,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
       shared.valid[buffer][word] = keys;
     }
 
+    // --- pieces to bf16, in the tile
     auto expand_group = [&](auto any_scale) {
       constexpr bool kAnyScale = decltype(any_scale)::value;
 #pragma unroll
@@ -226,19 +248,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
         copy_async_commit();
 #pragma unroll
         for (int j = first; j < end; ++j) {
-          if (j < kScaleTiles) {
-            uint4 wide[2];
-            expand_scaled<kAnyScale>(packed[j - first], (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
-            // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and
-            // the odd units: no conflicts.
-            uint8_t* const dst = rows + j * kPlaneBytes + key * kRowBytes;
-#pragma unroll
-            for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + 16 * ((2 * quarter + u) ^ key)) = wide[u];
-          } else {
-            const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
-            *reinterpret_cast<uint4*>(rows + (kPlanes - 1) * kPlaneBytes + key * kRowBytes + 16 * (unit ^ key)) =
-                packed[j - first];
-          }
+          store_piece<kAnyScale>(packed[j - first], scales, j, key, quarter, rows);
         }
       }
     };

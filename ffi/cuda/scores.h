@@ -11,7 +11,7 @@
 namespace jax_dsv4::cuda {
 
 // Q of one token: rows at and past the number of heads are zeros.
-__device__ __forceinline__ void load_q(const DecodeParams& params, Shared& shared, int token, int first_head) {
+__device__ __forceinline__ void load_q(const DecodeParams& params, ManyHeadsShared& shared, int token, int first_head) {
   named_barrier_sync(1, kWarpgroup);  // no warp's products still read the previous Q
   const int thread = threadIdx.x % kWarpgroup;
   const int heads = min(kHeadsPerBlock, params.heads - first_head);
@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_q(const DecodeParams& params, Shared& share
   named_barrier_sync(1, kWarpgroup);
 }
 
-__device__ __forceinline__ void multiply_scores(const Shared& shared, int buffer, float (&s)[32]) {
+__device__ __forceinline__ void multiply_scores(const ManyHeadsShared& shared, int buffer, float (&s)[32]) {
   const uint64_t q = matrix_descriptor(smem_address(shared.q), 0, 8 * kRowBytes);
   const uint64_t k = matrix_descriptor(smem_address(shared.k[buffer]), 0, 8 * kRowBytes);
   wgmma_fence();
@@ -51,7 +51,31 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-__device__ __forceinline__ void score(const DecodeArgs& args, Shared& shared) {
+// S to P, in place, with each row's running maximum and sum, and the factor of what was summed up before.
+__device__ __forceinline__ void softmax(float scale_log2, float (&s)[32], float (&maximum)[2], float (&sum)[2],
+                                        float (&factor)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = s[2 * r];
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+    top = quad_max(top) * scale_log2;
+    const float before = maximum[r];
+    if (top > before + kRescaleThresholdLog2 || before == -INFINITY) maximum[r] = top;
+    factor[r] = before == maximum[r] ? 1.f : exp2_approx(before - maximum[r]);
+    const float base = maximum[r] == -INFINITY ? 0.f : maximum[r];
+    float added = 0.f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (i / 2 % 2 != r) continue;
+      s[i] = exp2_approx(fmaf(s[i], scale_log2, -base));
+      added += s[i];
+    }
+    sum[r] = fmaf(sum[r], factor[r], added);
+  }
+}
+
+__device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& shared) {
   const DecodeParams& params = args.params;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int first_head = blockIdx.x * kHeadsPerBlock;
@@ -61,8 +85,8 @@ __device__ __forceinline__ void score(const DecodeArgs& args, Shared& shared) {
   PlannedWork work(args);
   Item item;
   const float sink[2] = {load_sink(params, first_head + rows[0]), load_sink(params, first_head + rows[1])};
-  Turn<Shared::kTiles> tile;
-  Turn<2> handoff;
+  RingCursor<ManyHeadsShared::kTiles> tile;
+  RingCursor<2> handoff;
   while (work.next(&item)) {
     load_q(params, shared, item.token, first_head);
     // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's columns.
@@ -88,25 +112,7 @@ __device__ __forceinline__ void score(const DecodeArgs& args, Shared& shared) {
       }
 
       float factor[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float top = s[2 * r];
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-        top = quad_max(top) * scale_log2;
-        const float before = maximum[r];
-        if (top > before + kRescaleThresholdLog2 || before == -INFINITY) maximum[r] = top;
-        factor[r] = before == maximum[r] ? 1.f : exp2_approx(before - maximum[r]);
-        const float base = maximum[r] == -INFINITY ? 0.f : maximum[r];
-        float added = 0.f;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          if (i / 2 % 2 != r) continue;
-          s[i] = exp2_approx(fmaf(s[i], scale_log2, -base));
-          added += s[i];
-        }
-        sum[r] = fmaf(sum[r], factor[r], added);
-      }
+      softmax(scale_log2, s, maximum, sum, factor);
 
       const int to = handoff.place();
       barrier_wait(&shared.p_free[to], handoff.freed());

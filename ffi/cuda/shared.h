@@ -23,7 +23,13 @@ constexpr int kWarps = kWarpgroup / 32;
 constexpr int kKeysPerWarp = kGroupKeys / kWarps;
 static_assert(kKeysPerWarp == 8, "a row of swizzled units, and a word of `valid`");
 
-struct __align__(1024) Shared {
+// What a thread has of the multiprocessor's registers when a block of so many is launched.
+constexpr int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
+
+// So that the compiler knows warps to be of one role.
+__device__ __forceinline__ int role_of_warp() { return __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0); }
+
+struct __align__(1024) ManyHeadsShared {
   static constexpr int kTiles = 2;
   static constexpr int kProducers = 2;     // warpgroups, one to each group of a tile
   static constexpr int kPiecesAhead = 4;   // copies that a producing lane has on their way, in this group or the next
@@ -43,11 +49,11 @@ struct __align__(1024) Shared {
   uint64_t p_full[2], p_free[2];
 };
 constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block on Hopper
-static_assert(sizeof(Shared) <= kMostSharedBytes);
+static_assert(sizeof(ManyHeadsShared) <= kMostSharedBytes);
 
-// The uses of a ring of `kSize` places in turn. A place's barriers complete a phase per use.
+// Where a role is in a ring of `kSize` places. A place's barriers complete a phase per use.
 template <int kSize>
-struct Turn {
+struct RingCursor {
   int count = 0;
   __device__ int place() const { return count % kSize; }
   __device__ uint32_t filled() const { return count / kSize % 2; }     // parity to wait for before reading

@@ -12,8 +12,6 @@ namespace jax_dsv4::cuda {
 
 using namespace sm90;
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // The running maximum is raised only when a score exceeds it by 2^8: P then stays far inside bf16's and fp32's range,
 // its relative rounding is the same, and the accumulators are hardly ever rescaled.
 constexpr float kRescaleThresholdLog2 = 8.f;

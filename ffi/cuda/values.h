@@ -10,8 +10,8 @@
 
 namespace jax_dsv4::cuda {
 
-__device__ __forceinline__ void accumulate_values(const Shared& shared, int p_buffer, int buffer, int group, int half,
-                                                  bool accumulate, float (&o)[128]) {
+__device__ __forceinline__ void accumulate_values(const ManyHeadsShared& shared, int p_buffer, int buffer, int group,
+                                                  int half, bool accumulate, float (&o)[128]) {
   const uint64_t p = matrix_descriptor(smem_address(shared.p[p_buffer]), 0, 8 * kRowBytes);
   const uint64_t v = matrix_descriptor(smem_address(shared.k[buffer][half * kPlanes / 2]), kPlaneBytes, 8 * kRowBytes);
   wgmma_fence();
@@ -26,15 +26,15 @@ __device__ __forceinline__ void accumulate_values(const Shared& shared, int p_bu
 }
 
 // `half` of the dimensions.
-__device__ __forceinline__ void value(const DecodeArgs& args, Shared& shared, int half) {
+__device__ __forceinline__ void value(const DecodeArgs& args, ManyHeadsShared& shared, int half) {
   const DecodeParams& params = args.params;
   const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
   const int first_head = blockIdx.x * kHeadsPerBlock;
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   PlannedWork work(args);
   Item item;
-  Turn<Shared::kTiles> tile;
-  Turn<2> handoff;
+  RingCursor<ManyHeadsShared::kTiles> tile;
+  RingCursor<2> handoff;
   while (work.next(&item)) {
     float o[128];
     for (int begin = item.begin; begin < item.end; begin += kKeyTile) {

@@ -30,10 +30,6 @@ struct DecodeArgs {
   Divisor cluster_blocks;
 };
 
-__device__ __forceinline__ int clamped_length(const Scope& scope, int token) {
-  return scope.topk > 0 ? max(0, min(scope.lengths[token], scope.topk)) : 0;
-}
-
 // A work item: keys begin <= k < end of the token's, of which the first swa_length are the first scope's.
 struct Item {
   int token, partial, begin, end, swa_length;
@@ -61,8 +57,8 @@ class PlannedWork {
     const int token = row[0].x;
     const int64_t first = static_cast<int64_t>(token) * (topk + params_.scopes[1].topk);
     const int64_t begin = row[1].x - first, end = row[1].y - first;
-    const bool sound = token >= 0 && token < params_.tokens && begin >= 0 && begin < end;
-    if (!sound || end > topk + params_.scopes[1].topk) return {};
+    const bool in_bounds = token >= 0 && token < params_.tokens && begin >= 0 && begin < end;
+    if (!in_bounds || end > topk + params_.scopes[1].topk) return {};
     return {token, -1, static_cast<int>(begin), static_cast<int>(end), topk};
   }
 
@@ -89,6 +85,8 @@ class PlannedWork {
   int next_, end_;
 };
 
+constexpr int kMostClusterBlocks = 16;
+
 // One item: this block's even share of the keys of a token that a cluster has, block z of the grid. Maybe none.
 class ClusterWork {
  public:
@@ -102,7 +100,7 @@ class ClusterWork {
     const int token = blockIdx.z;
     const int swa = clamped_length(args_.params.scopes[0], token),
               extra = clamped_length(args_.params.scopes[1], token);
-    sound_ = args_.params.plan.kv_lengths[token] == swa + extra;
+    plan_fits_ = args_.params.plan.kv_lengths[token] == swa + extra;
     *item = share(swa, extra);
     return true;
   }
@@ -110,7 +108,7 @@ class ClusterWork {
   // What the item is if the token has as many keys as fit: known before its lengths are.
   __device__ Item guess() const { return share(args_.params.scopes[0].topk, args_.params.scopes[1].topk); }
   // Whether the plan, which is not followed, is of these lengths.
-  __device__ bool sound() const { return sound_; }
+  __device__ bool plan_fits() const { return plan_fits_; }
 
  private:
   __device__ Item share(int swa, int extra) const {
@@ -121,7 +119,7 @@ class ClusterWork {
   }
 
   const DecodeArgs& args_;
-  bool done_ = false, sound_ = false;
+  bool done_ = false, plan_fits_ = false;
 };
 
 }  // namespace jax_dsv4::cuda

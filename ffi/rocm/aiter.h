@@ -29,7 +29,7 @@ void set_aiter_directory(const std::string& hsa);
 const AiterKernel* choose_kernel(const std::string& architecture, int heads, int64_t pool_bytes, std::string* reason);
 
 // How many times a kernel runs over a token to cover its heads.
-inline int folds_of(const AiterKernel& kernel, int heads) { return (heads + kernel.heads - 1) / kernel.heads; }
+inline int head_passes(const AiterKernel& kernel, int heads) { return (heads + kernel.heads - 1) / kernel.heads; }
 
 // The arguments as the kernel wants them, kernel.kernarg_bytes of them.
 std::vector<uint8_t> pack_arguments(const AiterKernel& kernel, const DecodeScopeParams& p);

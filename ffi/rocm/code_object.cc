@@ -147,10 +147,7 @@ class MsgPack {
 KernelNotes describe(const Value& kernel) {
   KernelNotes k;
   k.name = kernel.string(".name");
-  k.descriptor = kernel.string(".symbol");
   k.kernarg_bytes = kernel.integer(".kernarg_segment_size", 0);
-  k.lds_bytes = kernel.integer(".group_segment_fixed_size", 0);
-  k.private_bytes = kernel.integer(".private_segment_fixed_size", 0);
   k.max_workgroup = kernel.integer(".max_flat_workgroup_size", 1024);
   if (const Value* required = kernel.field(".reqd_workgroup_size")) {
     for (size_t d = 0; d < 3 && d < required->items.size(); ++d) {

@@ -15,9 +15,8 @@ struct KernelArgument {
 };
 
 struct KernelNotes {
-  std::string name;        // what hipModuleGetFunction wants
-  std::string descriptor;  // the symbol of its 64-byte descriptor
-  int kernarg_bytes = 0, lds_bytes = 0, private_bytes = 0, max_workgroup = 1024;
+  std::string name;  // what hipModuleGetFunction wants
+  int kernarg_bytes = 0, max_workgroup = 1024;
   int required_workgroup[3] = {0, 0, 0};
   std::vector<KernelArgument> arguments;
 };

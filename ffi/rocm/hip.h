@@ -10,52 +10,17 @@
 struct ihipStream_t;
 struct ihipModule_t;
 struct ihipModuleSymbol_t;
-struct ihipEvent_t;
-struct ihipGraph;
-struct hipGraphExec;
 
 namespace jax_dsv4::hip {
 
 using Stream = ihipStream_t*;
 using Module = ihipModule_t*;
 using Function = ihipModuleSymbol_t*;
-using Event = ihipEvent_t*;
-using Graph = ihipGraph*;
-using GraphExec = hipGraphExec*;
 
-enum Error : int {
-  kSuccess = 0,
-  kErrorInvalidValue = 1,
-  kErrorOutOfMemory = 2,
-  kErrorInvalidConfiguration = 9,
-  kErrorInvalidDevice = 101,
-  kErrorInvalidImage = 200,
-  kErrorNoBinaryForGpu = 209,
-  kErrorInvalidHandle = 400,
-  kErrorIllegalState = 401,
-  kErrorNotFound = 500,
-  kErrorIllegalAddress = 700,
-  kErrorLaunchFailure = 719,
-  kErrorStreamCaptureUnsupported = 900,
-  kErrorStreamCaptureInvalidated = 901,
-  kErrorStreamCaptureMerge = 902,
-  kErrorStreamCaptureUnmatched = 903,
-  kErrorStreamCaptureUnjoined = 904,
-  kErrorStreamCaptureIsolation = 905,
-  kErrorStreamCaptureImplicit = 906,
-  kErrorCapturedEvent = 907,
-  kErrorStreamCaptureWrongThread = 908,
-};
-
+enum Error : int { kSuccess = 0 };  // any other: what GetErrorString says
 enum DeviceAttribute : int { kAttributeMultiprocessorCount = 63 };
-enum MemcpyKind : int {
-  kMemcpyHostToDevice = 1,
-  kMemcpyDeviceToHost = 2,
-  kMemcpyDeviceToDevice = 3,
-  kMemcpyDefault = 4
-};
-enum CaptureMode : int { kCaptureModeGlobal = 0, kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2 };
-enum CaptureStatus : int { kCaptureStatusNone = 0, kCaptureStatusActive = 1, kCaptureStatusInvalidated = 2 };
+enum MemcpyKind : int { kMemcpyHostToDevice = 1, kMemcpyDeviceToDevice = 3 };
+enum CaptureStatus : int { kCaptureStatusNone = 0, kCaptureStatusActive = 1 };
 
 // Markers in hipModuleLaunchKernel's `extra`: the arguments come as one packed buffer.
 inline void* const kLaunchParamBufferPointer = reinterpret_cast<void*>(1);

@@ -18,8 +18,6 @@ namespace {
 #define JAX_DSV4_KERNEL extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(kThreads, kThreads)))
 
 constexpr int kWave = 64;
-constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 __device__ int thread_id() { return __builtin_amdgcn_workitem_id_x(); }
 // Which group of so many threads this one belongs to. Whole waves make a group, and the compiler is told that it is the
@@ -184,7 +182,7 @@ JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
 
 // One wave per token and padded head.
 JAX_DSV4_KERNEL void dsv4_pack_q(DecodeScopeParams p) {
-  const uint32_t lane = thread_id() % kWave, padded = p.folds * p.kernel_heads;
+  const uint32_t lane = thread_id() % kWave, padded = p.head_passes * p.kernel_heads;
   const uint32_t row = group_id(kWave);
   if (row >= p.tokens * padded) return;
   const uint32_t token = row / padded, head = row % padded;
@@ -204,7 +202,7 @@ JAX_DSV4_KERNEL void dsv4_pack_slots(DecodeScopeParams p) {
   const int lane = thread_id() % kWave;
   const int32_t token = group_id(kWave);
   if (token >= p.tokens) return;
-  const int32_t length = plan_max(0, plan_min(p.lengths[token], p.topk));
+  const int32_t length = clamp_length(p.lengths[token], p.topk);
   const int32_t* slots = p.indices + static_cast<int64_t>(token) * p.topk;
   int32_t* rows = p.rows + static_cast<int64_t>(token) * p.row_stride;
   int32_t valid = 0;
@@ -226,12 +224,12 @@ JAX_DSV4_KERNEL void dsv4_pack_slots(DecodeScopeParams p) {
 //
 // The kernel ends a whole worker at an empty item and reads wherever an item points, so every item is checked here. One
 // that is out of bounds, or that holes among the slots left without keys, is made to attend to one row and to write
-// where nobody reads; each fold gets a copy of all items. A token whose items are bad or do not cover it is answered
-// with NaN.
+// where nobody reads; each pass over the heads gets a copy of all items. A token whose items are bad or do not cover it
+// is answered with NaN.
 JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
   const int t = thread_id();
   const int32_t* indptr = p.plan.work_indptr;
-  const int padded = p.folds * p.kernel_heads;
+  const int padded = p.head_passes * p.kernel_heads;
   const int32_t nobody = p.plan.max_partials + p.tokens;
   int64_t disorder = 0;
   for (int32_t w = t; w < p.workers; w += kThreads) {
@@ -240,14 +238,14 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
   const bool usable = sum_over_threads(disorder) == 0 && indptr[0] == 0;
   const int32_t items = usable ? indptr[p.workers] : 0;
 
-  for (int32_t f = 0; f < p.folds; ++f) {
+  for (int32_t pass = 0; pass < p.head_passes; ++pass) {
     for (int32_t w = t; w < p.workers; w += kThreads) {
-      p.work_indptr[f * p.workers + w] = f * items + (usable ? indptr[w] : 0);
+      p.work_indptr[pass * p.workers + w] = pass * items + (usable ? indptr[w] : 0);
     }
   }
-  for (int32_t i = t; i <= p.tokens * p.folds; i += kThreads) p.qo_indptr[i] = i;
+  for (int32_t i = t; i <= p.tokens * p.head_passes; i += kThreads) p.qo_indptr[i] = i;
   if (t == 0) {
-    p.work_indptr[p.folds * p.workers] = p.folds * items;
+    p.work_indptr[p.head_passes * p.workers] = p.head_passes * items;
     p.work_pointers[0] = reinterpret_cast<uint64_t>(p.work_indptr);
     p.work_pointers[1] = reinterpret_cast<uint64_t>(p.work_info_set);
   }
@@ -255,33 +253,38 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
   for (int32_t i = t; i < items; i += kThreads) {
     const WorkInfo info = reinterpret_cast<const WorkInfo*>(p.plan.work_info_set)[i];
     const int32_t token = info.batch_idx;
-    bool sound = token >= 0 && token < p.tokens && info.partial_qo_loc < p.plan.max_partials;
+    bool attends = token >= 0 && token < p.tokens && info.partial_qo_loc < p.plan.max_partials;
     int32_t begin = 0, end = 0, partial = nobody;
-    if (sound) {
+    if (attends) {
       TokenState& state = p.state[token];
       begin = info.kv_start - token * p.topk;
       end = info.kv_end - token * p.topk;
-      sound = state.length >= 0 && begin >= 0 && begin < end && end <= state.length;
-      if (sound) {
+      attends = state.length >= 0 && begin >= 0 && begin < end && end <= state.length;
+      if (attends) {
         __atomic_fetch_add(&state.covered, end - begin, __ATOMIC_RELAXED);
         partial = info.partial_qo_loc;
         if (partial < 0) partial = p.direct ? -1 : p.plan.max_partials + token;
-        end = plan_min(end, state.valid);
+        end = min_int(end, state.valid);
         if (end <= begin) {
           // Nothing but holes. Its partial counts for nothing; an unsplit token without any key is answered by combine.
           for (int h = 0; partial >= 0 && h < padded; ++h)
             p.partial_lse[static_cast<int64_t>(partial) * padded + h] = -infinity();
-          sound = false, partial = nobody;
+          attends = false, partial = nobody;
         }
       }
     }
-    for (int32_t f = 0; f < p.folds; ++f) {
-      const int32_t owner = (sound ? token : 0) * p.folds + f, at = (sound ? token : 0) * p.row_stride;
-      const int32_t row = partial < 0 ? -1 : partial * p.folds + f;
-      const int32_t last = sound ? end : 1;
-      p.work_info_set[f * items + i] = {
-          owner, row, owner, owner + 1, at + (sound ? begin : 0), at + last, sound ? p.state[token].valid - last : 0,
-          0};
+    for (int32_t pass = 0; pass < p.head_passes; ++pass) {
+      const int32_t owner = (attends ? token : 0) * p.head_passes + pass, at = (attends ? token : 0) * p.row_stride;
+      const int32_t row = partial < 0 ? -1 : partial * p.head_passes + pass;
+      const int32_t last = attends ? end : 1;
+      p.work_info_set[pass * items + i] = {owner,
+                                           row,
+                                           owner,
+                                           owner + 1,
+                                           at + (attends ? begin : 0),
+                                           at + last,
+                                           attends ? p.state[token].valid - last : 0,
+                                           0};
     }
   }
 }
@@ -297,35 +300,35 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
   const uint32_t row = group_id(kThreadsPerRow);
   if (row >= static_cast<uint32_t>(p.tokens * p.heads)) return;
   const int32_t token = row / static_cast<uint32_t>(p.heads), head = row % static_cast<uint32_t>(p.heads);
-  const int32_t padded = p.folds * p.kernel_heads;
+  const int32_t padded = p.head_passes * p.kernel_heads;
   const TokenState state = p.state[token];
   int32_t first = p.plan.reduce_indptr[token], last = p.plan.reduce_indptr[token + 1];
-  bool sound =
+  bool plan_fits =
       state.length >= 0 && state.covered == state.length && first >= 0 && first <= last && last <= p.plan.max_partials;
   const bool split = first < last;
   if (!split) first = 0, last = 1;
 
   float top = -infinity(), total = 0;
-  if (sound && state.valid > 0) {
+  if (plan_fits && state.valid > 0) {
     if (!split && p.direct) return;
     for (int32_t i = first; i < last; ++i) {
       const int32_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
       if (split && (partial < 0 || partial >= p.plan.max_partials)) {
-        sound = false;
+        plan_fits = false;
         break;
       }
       const float lse = p.partial_lse[partial * padded + head];
       if (lse != lse || lse > top) top = lse;
     }
   }
-  const bool empty = sound && top == -infinity();
+  const bool empty = plan_fits && top == -infinity();
   // exp(lse - lse) is 1 for the only partial of a token, so an unsplit one comes out as the kernel wrote it.
   Four sum = {};
-  for (int32_t i = first; sound && !empty && i < last; ++i) {
+  for (int32_t i = first; plan_fits && !empty && i < last; ++i) {
     const int32_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
     const float lse = p.partial_lse[partial * padded + head];
     if (lse == -infinity()) continue;  // no keys: its output was never written
-    const float weight = __builtin_amdgcn_exp2f((lse - top) * kLog2E);
+    const float weight = __builtin_amdgcn_exp2f((lse - top) * kLog2e);
     total += weight;
     const Four* values =
         reinterpret_cast<const Four*>(p.partial_out + static_cast<int64_t>(partial * padded + head) * kLatentDim);
@@ -334,7 +337,7 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
   }
   const int64_t to = static_cast<int64_t>(row) * kLatentDim + 4 * t;
   const float inverse = 1 / total;
-  for (int k = 0; k < 4; ++k) sum.values[k] = !sound ? quiet_nan() : empty ? 0 : sum.values[k] * inverse;
+  for (int k = 0; k < 4; ++k) sum.values[k] = !plan_fits ? quiet_nan() : empty ? 0 : sum.values[k] * inverse;
   if (p.out_dtype == Dtype::kFloat32) {
     *reinterpret_cast<Four*>(static_cast<float*>(p.out) + to) = sum;
   } else {
@@ -342,7 +345,7 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
     for (int k = 0; k < 4; ++k) halves |= static_cast<uint64_t>(float_to_bf16(sum.values[k])) << (16 * k);
     *reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.out) + to) = halves;
   }
-  if (t == 0) p.lse[row] = !sound ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;
+  if (t == 0) p.lse[row] = !plan_fits ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;
 }
 
 // ---- Append: one wave per latent.

@@ -277,12 +277,12 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   if (!error.empty() || p.tokens == 0) return error;
   error = launch(own, kAmax, kAmaxBlocks, stream, p);
   if (error.empty())
-    error = launch(own, kPackQ, blocks_of(int64_t{p.tokens} * p.folds * p.kernel_heads, kWave), stream, p);
+    error = launch(own, kPackQ, blocks_of(int64_t{p.tokens} * p.head_passes * p.kernel_heads, kWave), stream, p);
   if (error.empty()) error = launch(own, kPackSlots, blocks_of(p.tokens, kWave), stream, p);
   if (error.empty()) error = launch(own, kCheckItems, 1, stream, p);
   if (error.empty()) {
     std::vector<uint8_t> arguments = pack_arguments(kernel, p);
-    error = launch_bytes(aiter, kernel.symbol.c_str(), static_cast<int64_t>(p.folds) * p.workers, stream,
+    error = launch_bytes(aiter, kernel.symbol.c_str(), static_cast<int64_t>(p.head_passes) * p.workers, stream,
                          arguments.data(), arguments.size());
   }
   if (error.empty()) error = launch(own, kCombine, blocks_of(int64_t{p.tokens} * p.heads, kLatentDim / 4), stream, p);

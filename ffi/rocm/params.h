@@ -30,9 +30,9 @@ struct TokenState {
   int32_t covered;  // keys that its items cover
 };
 
-// One scope of one call. Heads are padded to folds * kernel_heads; fold f of token t is the kernel's token t * folds +
-// f. Rows of the partial buffers: the plan's own, then one per token (an unsplit item whose kernel cannot report its
-// lse), then one that nobody reads.
+// One scope of one call. Heads are padded to head_passes * kernel_heads; the kernel passes over a token once for every
+// kernel_heads of them: pass i of token t is its token t * head_passes + i. Rows of the partial buffers: the plan's
+// own, then one per token (an unsplit item whose kernel cannot report its lse), then one that nobody reads.
 struct DecodeScopeParams {
   const void* q;           // [tokens, heads, 512] of q_dtype
   const uint8_t* pool;     // [rows, 576]
@@ -42,23 +42,23 @@ struct DecodeScopeParams {
   void* out;   // [tokens, heads, 512] of out_dtype
   float* lse;  // [tokens, heads]
   // Workspaces, all uninitialised.
-  uint8_t* q_packed;        // [tokens, folds * kernel_heads, 576] e4m3
+  uint8_t* q_packed;        // [tokens, head_passes * kernel_heads, 576] e4m3
   int32_t* rows;            // [tokens, row_stride] rows of the pool, valid ones first
   TokenState* state;        // [tokens]
-  int32_t* work_indptr;     // [folds * workers + 1]
-  WorkInfo* work_info_set;  // [folds * plan.max_items]
-  int32_t* qo_indptr;       // [tokens * folds + 1] 0, 1, 2, ...
+  int32_t* work_indptr;     // [head_passes * workers + 1]
+  WorkInfo* work_info_set;  // [head_passes * plan.max_items]
+  int32_t* qo_indptr;       // [tokens * head_passes + 1] 0, 1, 2, ...
   uint64_t* work_pointers;  // [2] where work_indptr and work_info_set are
   float* scales;            // [2] of q and of the cache
   float* amax;              // [kAmaxBlocks]
-  float* partial_out;       // [max_partials + tokens + 1, folds * kernel_heads, 512]
-  float* partial_lse;       // [max_partials + tokens + 1, folds * kernel_heads]
+  float* partial_out;       // [max_partials + tokens + 1, head_passes * kernel_heads, 512]
+  float* partial_lse;       // [max_partials + tokens + 1, head_passes * kernel_heads]
   int64_t num_slots;
   int32_t block_size;
   int32_t tokens;
   int32_t heads;
   int32_t kernel_heads;
-  int32_t folds;
+  int32_t head_passes;
   int32_t topk;
   int32_t row_stride;  // max(topk, 1)
   int32_t workers;     // of the plan that get work

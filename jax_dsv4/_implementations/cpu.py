@@ -19,7 +19,7 @@ class _CPU:
     name = "cpu"
     platforms: tuple[str, ...] = ("cpu",)
     fuses = True
-    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kFoldBytesPerHead, kTokenCounters, kMaxSegments, kPartialNumbers; 64 bytes
+    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kTokenCounters, kMaxSegments, kPartialNumbers; 64 bytes
     # more to align.
     lane_bytes_fixed = 160 * 1024 + 64
     lane_bytes_per_head = 7 * 1024 + 64

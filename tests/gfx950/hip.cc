@@ -18,8 +18,8 @@
 #include <tuple>
 #include <utility>
 
+#include "hip_codes.h"
 #include "machine.h"
-#include "rocm/hip.h"
 
 using namespace gfx950;
 using namespace jax_dsv4::hip;

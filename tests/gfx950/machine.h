@@ -78,7 +78,7 @@ struct Instruction {
 // A kernel: what its notes say (ffi/rocm/code_object.h), and what its descriptor says.
 struct Kernel : jax_dsv4::rocm::KernelNotes {
   int entry = 0;  // index into Program::instructions
-  uint32_t rsrc1 = 0, rsrc2 = 0;
+  uint32_t lds_bytes = 0, rsrc1 = 0, rsrc2 = 0;
   uint16_t properties = 0, preload = 0;
 };
 

@@ -359,10 +359,11 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
       const std::string name = at<char>(elf, size, strings->sh_offset + symbol->st_name);
       if (name.size() < 3 || name.substr(name.size() - 3) != ".kd") continue;
       for (const jax_dsv4::rocm::KernelNotes& described : notes.kernels) {
-        if (described.descriptor != name) continue;
+        if (described.name + ".kd" != name) continue;
         Kernel kernel{described};
         const uint8_t* kd = program->image.get() + symbol->st_value;
         int64_t entry;
+        memcpy(&kernel.lds_bytes, kd, 4);
         memcpy(&entry, kd + 16, 8);
         memcpy(&kernel.rsrc1, kd + 48, 4);
         memcpy(&kernel.rsrc2, kd + 52, 4);

@@ -19,7 +19,6 @@ import numpy as np
 
 HERE = Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
-KERNELS = ("decode", "plan", "append")
 FLAGS = ("-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas")
 MOST_WORKERS = 132
 CLUSTER_MISTAKES = ("no_fence", "no_cluster_wait", "no_wait", "plain")  # of cluster.cc, bits 0, 1, ...
@@ -55,7 +54,7 @@ def library(sanitize: str = "", edit: tuple[str, str, str] | None = None) -> Pat
     sanitize: "thread", "address" or "address,undefined". What the machine itself does is not watched by the former, only what kernels do.
     edit: a file of ffi/cuda, a text that it has once or more, and what to compile instead.
     """
-    inputs = [*sorted(HERE.rglob("*.h")), *sorted(HERE.glob("*.cc")), *sorted(FFI.glob("c*/*.h")), *(FFI / f"cuda/{k}.cu" for k in KERNELS)]
+    inputs = [*sorted(HERE.rglob("*.h")), *sorted(HERE.glob("*.cc")), *sorted(FFI.glob("c*/*.h")), *sorted(FFI.glob("cuda/*.cu"))]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in inputs) + repr((FLAGS, sanitize, edit)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("JAX_DSV4_TEST_CACHE", Path(tempfile.gettempdir()) / "jax_dsv4_tests"))
     out = cache / f"hopper-{digest}" / "libhopper.so"
@@ -85,10 +84,11 @@ def _build(scratch: Path, sanitize: str, edit: tuple[str, str, str] | None) -> N
         (HERE / "cluster.cc", watch),
         (HERE / "machine.cc", strict + (["-O2"] if sanitize == "thread" else watch)),
     ]
-    for kernel in KERNELS:
-        source = scratch / "ffi/cuda" / f"{kernel}.cc"
-        source.write_text(as_cpp(source.with_suffix(".cu").read_text()))
-        sources.append((source, watch))
+    for source in (*scratch.glob("ffi/cuda/*.cu"), *scratch.glob("ffi/cuda/*.h")):
+        source.write_text(as_cpp(source.read_text()))
+    kernels = scratch / "kernels.cc"  # in one piece: their headers take g++ longer than they do
+    kernels.write_text("".join(f'#include "cuda/{source.name}"\n' for source in sorted(scratch.glob("ffi/cuda/*.cu"))))
+    sources.append((kernels, watch))
     objects = [scratch / f"{path.stem}.o" for path, _ in sources]
     compiling = [
         subprocess.Popen(

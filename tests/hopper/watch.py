@@ -57,9 +57,9 @@ CONTROLS = (
     Control("cluster.h", "if (both) barrier_wait(&shared.added, 0);", "one_scope_no_sink", RACE, CLUSTER_PROCESSORS),
     # What the blocks of a cluster send each other.
     Control("cluster.h", "barrier_wait(&shared.softmax_sent, 0);", "heads8", RACE, CLUSTER_PROCESSORS),
-    Control("cluster.h", "if (i < 2) barrier_wait(&shared.slabs_sent, 0);", "heads8", RACE, CLUSTER_PROCESSORS),
+    Control("cluster.h", "if (i < 2) barrier_wait(&shared.slices_sent, 0);", "heads8", RACE, CLUSTER_PROCESSORS),
     Control("cluster.h", "cluster_wait();", "heads8", "has waited for the cluster", CLUSTER_PROCESSORS),
-    Control("decode.cu", "barrier_init_fence();", "heads8", "no fence shows", CLUSTER_PROCESSORS),
+    Control("few_heads_kernel.h", "barrier_init_fence();", "heads8", "no fence shows", CLUSTER_PROCESSORS),
     Control("producer.h", "if (key.slot < 0 || block >= cache.num_blocks) return {nullptr, nullptr};", "heads16", "AddressSanitizer"),
 )
 # Of cluster.cc, by its mistake: "no_wait" where the stores report, or "plain" ones, which those that report do not take along.

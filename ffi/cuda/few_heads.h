@@ -4,8 +4,8 @@
 //   S^T[64 keys, heads] = K . Q^T,   O^T[512, heads] += V^T . P^T,   A being the very same tile of K both times
 //
 // So a tile costs what reading it costs, and one warpgroup attends to it all the way: the softmax runs over its rows.
-#ifndef JAX_DSV4_CUDA_NARROW_H_
-#define JAX_DSV4_CUDA_NARROW_H_
+#ifndef JAX_DSV4_CUDA_FEW_HEADS_H_
+#define JAX_DSV4_CUDA_FEW_HEADS_H_
 
 #include <cstdint>
 
@@ -19,7 +19,7 @@ namespace jax_dsv4::cuda {
 
 // For up to kHeads heads, 8, 16 or 32; of a token with more, block x has those from x * kHeads on.
 template <int kHeads>
-struct __align__(1024) NarrowShared {
+struct __align__(1024) FewHeadsShared {
   static constexpr int kTiles = 2;
   static constexpr int kProducers = 2;          // warpgroups, one to each group of a tile
   static constexpr int kPiecesAhead = kPieces;  // copies that a producing lane has on their way
@@ -65,8 +65,8 @@ __device__ __forceinline__ float column_sum(float x) {
 
 // By all attending threads: asks for Q of a token, rows past the number of heads being zeros.
 template <int kHeads>
-__device__ __forceinline__ void copy_narrow_q(const DecodeParams& params, NarrowShared<kHeads>& shared, int token) {
-  constexpr int kThreads = NarrowShared<kHeads>::kAttending * kWarpgroup;
+__device__ __forceinline__ void copy_q(const DecodeParams& params, FewHeadsShared<kHeads>& shared, int token) {
+  constexpr int kThreads = FewHeadsShared<kHeads>::kAttending * kWarpgroup;
   constexpr int kUnits = 2 * kLatentDim / 16;  // per row
   const int thread = threadIdx.x % kThreads;   // in any order
   const int block_head = blockIdx.x * kHeads;
@@ -83,8 +83,8 @@ __device__ __forceinline__ void copy_narrow_q(const DecodeParams& params, Narrow
 
 // S^T[k, h] = sum_d K[k, d] Q[h, d] as kSums sums, each of every kSums-th step.
 template <int kHeads, int kSums>
-__device__ __forceinline__ void multiply_narrow_scores(const NarrowShared<kHeads>& shared, int buffer,
-                                                       float (&s)[kSums][kHeads / 2]) {
+__device__ __forceinline__ void multiply_scores(const FewHeadsShared<kHeads>& shared, int buffer,
+                                                float (&s)[kSums][kHeads / 2]) {
   const uint64_t q = matrix_descriptor(smem_address(shared.q), 0, 8 * kRowBytes);
   const uint64_t k = matrix_descriptor(smem_address(shared.k[buffer]), 0, 8 * kRowBytes);
   wgmma_fence();
@@ -101,8 +101,8 @@ __device__ __forceinline__ void multiply_narrow_scores(const NarrowShared<kHeads
 
 // O^T[d, h] += sum_k V[k, d] P[h, k]
 template <int kHeads>
-__device__ __forceinline__ void accumulate_narrow_values(const NarrowShared<kHeads>& shared, int attending, int buffer,
-                                                         float (&o)[kPlanes][kHeads / 2]) {
+__device__ __forceinline__ void accumulate_values(const FewHeadsShared<kHeads>& shared, int attending, int buffer,
+                                                  float (&o)[kPlanes][kHeads / 2]) {
   const uint64_t p = matrix_descriptor(smem_address(shared.p[attending]), 0, 8 * kRowBytes);
   const uint64_t v = matrix_descriptor(smem_address(shared.k[buffer]), kPlaneBytes, 8 * kRowBytes);
   wgmma_fence();
@@ -139,9 +139,9 @@ __device__ __forceinline__ void put_output(const float (&o)[kPlanes][kValues], f
 
 // Adds up the warpgroups' O^T of an item of so many tiles, normalises and stores: a warp has 8 heads of some parts.
 template <int kHeads>
-__device__ __forceinline__ void store_narrow(const DecodeParams& params, const NarrowShared<kHeads>& shared,
-                                             const Item& item, int warp, int first_tile, int tiles) {
-  using Memory = NarrowShared<kHeads>;
+__device__ __forceinline__ void store_item(const DecodeParams& params, const FewHeadsShared<kHeads>& shared,
+                                           const Item& item, int warp, int first_tile, int tiles) {
+  using Memory = FewHeadsShared<kHeads>;
   constexpr int kAttending = Memory::kAttending, kHeadGroups = kHeads / kPartHeads;
   const int lane = threadIdx.x % 32;
   const int group_head = warp % kHeadGroups * kPartHeads, first_part = warp / kHeadGroups;  // of the block's heads
@@ -206,4 +206,4 @@ __device__ __forceinline__ void store_narrow(const DecodeParams& params, const N
 
 }  // namespace jax_dsv4::cuda
 
-#endif  // JAX_DSV4_CUDA_NARROW_H_
+#endif  // JAX_DSV4_CUDA_FEW_HEADS_H_
