@@ -18,9 +18,10 @@ class _CUDA:
     name = "cuda"
     platforms: tuple[str, ...] = ("cuda",)
     fuses = True
-    heads_per_block = 64  # ffi/cuda/launch.h: kHeadsPerBlock
-    partial_heads = 8  # and kPartialHeads
-    few_heads = 32  # up to which the kernel for few heads takes all: ffi/cuda/decode.cu
+    # ffi/cuda/launch.h: kHeadsPerBlock, kFewHeads, kPartialHeads, kMostProcessors.
+    heads_per_block = 64
+    few_heads = 32
+    partial_heads = 8
     # Of the largest Hopper, so that a program does not depend on the device; ffi/cuda/handlers.cc plans for the one it runs on.
     multiprocessors = 132
 
