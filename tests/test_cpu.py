@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, make, tagged
+from cases import Case, Problem, make, tagged
 from compare import OUT_BF16, assert_close, assert_same_bits
-from conformance import NativeConformance, attend, named, plan_of, with_work
+from conformance import NativeConformance, attend, named, one_token, plan_of, with_work
+from programs import assert_same
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
@@ -75,22 +76,15 @@ def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
         indices, lengths = rng.integers(-20, 256, (tokens, topk)), rng.integers(0, topk + 1, tokens)
         return dsv4.Scope(cache, jnp.asarray(indices, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
-    def attend(q, scopes, work):
-        return native.CPU.decode(q, scopes, sink, 0.05, work, q.dtype)
-
     scopes = scope(128), scope(topk)
     q, sink = jnp.asarray(rng.standard_normal((tokens, heads, 512)), jnp.bfloat16), jnp.asarray(rng.standard_normal(heads), jnp.float32)
-    call, lengths = jax.jit(attend), [s.lengths for s in scopes]
-    want = call(q, scopes, native.CPU.plan(lengths, (128, topk), heads))
+    p = Problem(q, *scopes, sink, 0.05, out=np.zeros(tokens), lse=np.zeros(tokens))
+    plan, want = plan_of(p, "cpu"), attend(p, "cpu")
     for geometry in [(1, 64, 2), (5, 64, 2), (16, 64, 0), (320, 64, 2), (97, 1, 0), (40, 100, 3)]:
-        got = call(q, scopes, native.plan_call(lengths, (128, topk), native.Geometry(*geometry)))
-        for name, one, expected in zip(("out", "lse"), got, want):
-            assert_same_bits(f"{name}, {geometry}", one, expected)
+        work = native.plan_call([s.lengths for s in scopes], (128, topk), native.Geometry(*geometry))
+        assert_same(attend(p, "cpu", plan=with_work(plan, work)), want)
     for t in range(0, tokens, 7):
-        alone = tuple(dsv4.Scope(cache, s.indices[t : t + 1], s.lengths[t : t + 1]) for s in scopes)
-        got = call(q[t : t + 1], alone, native.CPU.plan([s.lengths for s in alone], (128, topk), heads))
-        for name, one, expected in zip(("out", "lse"), got, want):
-            assert_same_bits(f"{name} of token {t}", one, expected[t : t + 1])
+        assert_same(attend(one_token(p, t), "cpu"), [x[t : t + 1] for x in want])
 
 
 @pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens == 16], ids=str)
