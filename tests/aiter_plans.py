@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_dsv4._work import Geometry
+
 ARRAYS = ("work_indptr", "work_info_set", "reduce_indptr", "reduce_final_map", "reduce_partial_map")
 # What AITER's builder counts an item as, in blocks.
 OVERHEAD = 16
@@ -35,7 +37,8 @@ def load() -> tuple[tuple[dict[str, Any], Plan], ...]:
     return tuple(plans)
 
 
-def active_workers(case: dict[str, Any]) -> int:
-    """max_split_per_batch, unless negative, bounds the number of workers that get any work."""
+def geometry(case: dict[str, Any]) -> Geometry:
+    """What AITER's builder was asked for. max_split_per_batch, unless negative, bounds the number of workers that get any work."""
     bound = case["max_split_per_batch"] * case["tokens"]
-    return case["M"] if bound < 0 else min(case["M"], bound)
+    workers = case["M"] if bound < 0 else min(case["M"], bound)
+    return Geometry(workers, case["kv_granularity"], OVERHEAD)

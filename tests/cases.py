@@ -29,7 +29,7 @@ class ScopeCase:
     block_size: int = 64
     layout: str = "fp8_ds_mla"
     stride_extra_bytes: int = 0
-    lengths: str = "hostile"  # full, random, hostile, zero
+    lengths: str = "hostile"  # full, random, hostile, gaps, zero
     holes: float = 0.1  # share of entries that name no slot
 
 
@@ -88,6 +88,7 @@ def _grid() -> list[Case]:
         Case("topk_zero", 8, 3, ScopeCase(0), ScopeCase(64), tags=("ci", "corner")),
         Case("no_keys_at_all", 8, 3, ScopeCase(0), tags=("ci", "corner")),
         Case("one_token_split", 128, 1, ScopeCase(128, lengths="full"), ScopeCase(1024, slots=2048, lengths="full")),
+        Case("few_long_tokens", 16, 3, ScopeCase(600), ScopeCase(500)),
         # More than get clusters on Hopper, and cut there.
         Case("many_tokens", 16, 70, ScopeCase(128), ScopeCase(256)),
         Case("many_tokens_of_32_heads", 32, 40, ScopeCase(128), ScopeCase(256)),
@@ -95,6 +96,7 @@ def _grid() -> list[Case]:
         Case("sharp_scores", 16, 4, ScopeCase(128), ScopeCase(64), scale=2.0, tags=("ci", "corner")),
         Case("no_tokens", 16, 0, ScopeCase(128), ScopeCase(64), tags=("ci", "corner")),
         Case("odd_stride", 16, 4, ScopeCase(128, stride_extra_bytes=1), ScopeCase(100, block_size=5), tags=("ci", "corner")),
+        Case("empty_first_last_and_between", 16, 13, ScopeCase(150, lengths="gaps")),
         Case("odd_strides_many_tokens", 128, 24, ScopeCase(64, stride_extra_bytes=4), ScopeCase(128, stride_extra_bytes=3)),
     ]
     # FlashMLA's tests (tests/test_flash_mla_sparse_decoding.py), MODEL1: batch, heads, query length, (keys, topk, block size).
@@ -151,12 +153,6 @@ def make(case: Case, seed: int = 0, log2_magnitude: int = 0) -> Problem:
     return Problem(jnp.asarray(q), arrays[0], arrays[1] if len(arrays) > 1 else None, as_array, case.scale, out, lse)
 
 
-def plan_of(p: Problem) -> dsv4.DecodePlan:
-    """A plan for a problem of two scopes."""
-    topks = dict(swa_topk=p.swa.indices.shape[-1], extra_topk=p.extra.indices.shape[-1])
-    return dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=p.q.shape[-2], **topks)
-
-
 def _make_scope(
     case: ScopeCase, tokens: int, rng: np.random.Generator, log2_magnitude: int
 ) -> tuple[tuple[dsv4.KVCache, np.ndarray, np.ndarray], reference.ReferenceScope]:
@@ -169,6 +165,7 @@ def _make_scope(
     lengths = {
         "full": np.full(tokens, case.topk),
         "random": rng.integers(0, case.topk + 1, tokens),
+        "gaps": np.where(np.arange(tokens) % 3, 37 * np.arange(tokens) % (case.topk + 1), 0),
         "zero": np.zeros(tokens, np.int64),
         "hostile": rng.choice(np.array([case.topk, case.topk, case.topk // 2, 1, 0, -5, 10**9, INT_MIN, INT_MAX, case.topk - 1]), tokens),
     }[case.lengths]
@@ -183,12 +180,14 @@ def _make_scope(
     # Different from tile to tile, so that scales differ.
     spread = np.exp2(log2_magnitude + rng.integers(-8, 1, (slots, 8))).repeat(64, axis=1)
     latents = (rng.standard_normal((slots, 512)) * spread).astype(np.float32)
-    cache, values = _make_cache(case, latents, attended, blocks)
+    cache, values = _make_cache(case, latents, attended, blocks, rng)
     as_int32 = (indices.astype(np.int32), lengths.astype(np.int32))
     return (cache, *as_int32), reference.ReferenceScope(values, *as_int32)
 
 
-def _make_cache(case: ScopeCase, latents: np.ndarray, attended: np.ndarray, blocks: int) -> tuple[dsv4.KVCache, np.ndarray]:
+def _make_cache(
+    case: ScopeCase, latents: np.ndarray, attended: np.ndarray, blocks: int, rng: np.random.Generator
+) -> tuple[dsv4.KVCache, np.ndarray]:
     """The cache with every byte that nobody attends to set (NaN in every format), and its values in float64."""
     if case.layout == "fp8_ds_mla":
         stride = -(-case.block_size * 584 // 576) * 576 + case.stride_extra_bytes
@@ -203,7 +202,7 @@ def _make_cache(case: ScopeCase, latents: np.ndarray, attended: np.ndarray, bloc
         cache = dsv4.KVCache(jnp.asarray(packed), block_size=case.block_size)
         return cache, reference.unpack_fp8_ds_mla(packed, case.block_size)
     if case.layout == "aiter_fp8":
-        scale = 2.0**-6
+        scale = rng.uniform(0.012, 0.03)
         codes = np.where(attended[:, None], latents / scale, np.nan).astype(ml_dtypes.float8_e4m3fn)
         data = np.full((1 + blocks, case.block_size, 576), 0x7F, np.uint8)
         data[0], data[1:, :, :512], data[1:, :, 512:] = 0, codes.view(np.uint8).reshape(blocks, case.block_size, 512), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -9,6 +11,12 @@ import pytest
 jax.config.update("jax_compiler_enable_remat_pass", False)
 # Devices of one process, for the tests of meshes; the others use the first.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    """Warnings of the tests' own modules are errors, as pyproject.toml has it for the rest of our code."""
+    modules = "|".join(sorted({path.stem for path in Path(__file__).parent.rglob("*.py")}))
+    config.addinivalue_line("filterwarnings", rf"error:::({modules})(\.|$)")
 
 
 @pytest.fixture(autouse=True)

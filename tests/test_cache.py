@@ -10,18 +10,15 @@ import ml_dtypes
 import numpy as np
 import packed_example
 import pytest
+from hostile import KINDS, draw_rows, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import every_implementation
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi, reference
+from jax_dsv4 import reference
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-IMPLEMENTATIONS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")),
-    "xla",
-]
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 # block_size, stride: as small as can be, an odd padding, FlashMLA's own.
 SHAPES = ((1, 584), (5, 2921), (64, 37440))
 COUNT = 8  # rows an append writes here
@@ -35,25 +32,6 @@ def appender(implementation: str):
 @functools.cache
 def reader():
     return jax.jit(dsv4.dequantize)
-
-
-def written(data: np.ndarray, latents: np.ndarray, slots: np.ndarray, block_size: int, layout: str) -> np.ndarray:
-    """What append must leave, row by row: the oracle's bytes where a slot is, the old ones elsewhere."""
-    data = data.copy()
-    for row, slot in zip(latents, slots.tolist()):
-        if not 0 <= slot < data.shape[0] * block_size:
-            continue
-        block, at = divmod(slot, block_size)
-        if layout == "fp8_ds_mla":
-            packed = reference.pack_fp8_ds_mla(row[None].astype(np.float32), 1, 584)[0]
-            data[block, 576 * at : 576 * at + 576] = packed[:576]
-            scales = 576 * block_size + 8 * at
-            data[block, scales : scales + 8] = packed[576:]
-        elif layout == "bf16":
-            data[block, at] = reference.float_to_bf16(row.astype(np.float32)).view(data.dtype)
-        else:
-            data[block, at] = row
-    return data
 
 
 def as_bytes(data: object) -> np.ndarray:
@@ -75,80 +53,33 @@ def test_dequantize_hand_written_block() -> None:
     np.testing.assert_array_equal(reader()(cache), want)
 
 
-def draw_tile(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """64 float32 of a kind that some step of the quantiser may get wrong."""
-    sign = rng.choice(np.array([-1, 1], np.float32), 64)
-    normal = rng.standard_normal(64).astype(np.float32)
-    power = np.float32(2.0 ** rng.integers(-30, 118))
-    if kind == "zeros":
-        return sign * np.float32(0)
-    if kind == "denormal":
-        return sign * rng.integers(1, 1 << 23, 64).astype(np.uint32).view(np.float32)
-    if kind == "tiny":
-        return sign * np.float32(1e-4) * np.float32(2.0) ** rng.integers(-40, 2, 64).astype(np.float32)
-    if kind == "huge":
-        return sign * np.float32(3.4e38) * rng.random(64).astype(np.float32)
-    if kind == "scale_boundary":  # an amax of 448 * 2^k, or a float32 next to it
-        amax = np.float32(448) * power
-        return np.append(normal[1:].clip(-1, 1) * amax * np.float32(0.5), rng.choice([amax, np.nextafter(amax, np.float32(np.inf)), -amax]))
-    if kind == "floor_boundary":  # an amax of 1e-4, or a float32 next to it
-        floor = np.float32(1e-4)
-        return np.append(
-            normal[1:].clip(-1, 1) * floor, rng.choice([floor, np.nextafter(floor, np.float32(1)), np.nextafter(floor, np.float32(0))])
-        )
-    if kind == "ties":  # with amax = 448 * 2^k every number lies midway between two codes, or a float32 beside that
-        grid = reference.e4m3_to_float(np.arange(127, dtype=np.uint8)).astype(np.float32)
-        middle = rng.choice((grid[1:] + grid[:-1]) / 2, 63)
-        middle = np.where(rng.random(63) < 0.5, middle, np.nextafter(middle, rng.choice(np.array([0, np.inf], np.float32), 63)))
-        return np.append(sign[1:] * middle, np.float32(448)) * np.float32(2.0 ** rng.integers(-20, 117))
-    values = normal * power
-    specials = {"infinities": [np.inf, -np.inf], "nan": [np.nan], "all": [np.inf, -np.inf, np.nan, 0.0, -0.0]}
-    if kind in specials:
-        values[rng.integers(0, 64, 3)] = rng.choice(np.array(specials[kind], np.float32), 3)
-    return values
-
-
-KINDS = ("normal", "zeros", "denormal", "tiny", "huge", "scale_boundary", "floor_boundary", "ties", "infinities", "nan", "all")
 SLOTS = st.sampled_from([0, 1, 2, 3, 4, 5, 63, 64, 100, -1, -5, INT_MIN, INT_MAX, 10**9])
 
 
 @every_implementation
+@pytest.mark.parametrize("layout", ["fp8_ds_mla", "bf16", "float32"])
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     shape=st.sampled_from(SHAPES),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16]),
     kinds=st.lists(st.sampled_from(KINDS), min_size=8, max_size=8),
     slots=st.lists(SLOTS, min_size=COUNT, max_size=COUNT),
 )
-def test_append_packed(implementation: str, seed: int, shape: tuple[int, int], dtype: str, kinds: list[str], slots: list[int]) -> None:
+def test_append(
+    implementation: str, layout: str, seed: int, shape: tuple[int, int], dtype: type, kinds: list[str], slots: list[int]
+) -> None:
     """Whatever is written wherever: every byte of the cache, written or not, is the oracle's."""
     rng = np.random.default_rng(seed)
     block_size, stride = shape
     before = rng.integers(0, 256, (3, stride), dtype=np.uint8)
-    latents = np.stack([np.concatenate([draw_tile(kinds[(t + row) % 8], rng) for t in range(8)]) for row in range(COUNT)])
-    latents = latents.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    cache = dsv4.KVCache(jnp.asarray(before), block_size=block_size)
+    if layout != "fp8_ds_mla":
+        before = np.full((3, block_size, 512), np.nan, np.float32).astype(ml_dtypes.bfloat16 if layout == "bf16" else np.float32)
+    latents = draw_rows(kinds, rng, COUNT).astype(dtype)
+    cache = dsv4.KVCache(jnp.asarray(before), block_size=block_size, layout=layout)
     after = appender(implementation)(cache, jnp.asarray(latents), jnp.asarray(slots, jnp.int32))
-    want = written(before, latents, np.array(slots), block_size, "fp8_ds_mla")
-    np.testing.assert_array_equal(after.data, want)
-
-
-@every_implementation
-@pytest.mark.parametrize("layout", ["bf16", "float32"])
-@settings(max_examples=10, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    kinds=st.lists(st.sampled_from(KINDS), min_size=8, max_size=8),
-    slots=st.lists(SLOTS, min_size=COUNT, max_size=COUNT),
-)
-def test_append_unpacked(implementation: str, layout: str, seed: int, kinds: list[str], slots: list[int]) -> None:
-    rng = np.random.default_rng(seed)
-    before = np.full((3, 2, 512), np.nan, np.float32).astype(ml_dtypes.bfloat16 if layout == "bf16" else np.float32)
-    latents = np.stack([np.concatenate([draw_tile(kinds[(t + row) % 8], rng) for t in range(8)]) for row in range(COUNT)])
-    cache = dsv4.KVCache(jnp.asarray(before), block_size=2, layout=layout)
-    after = appender(implementation)(cache, jnp.asarray(latents), jnp.asarray(slots, jnp.int32))
-    np.testing.assert_array_equal(as_bytes(after.data), as_bytes(written(before, latents, np.array(slots), 2, layout)))
+    want = written(before, latents, np.array(slots), block_size, layout)
+    np.testing.assert_array_equal(as_bytes(after.data), as_bytes(want))
 
 
 @every_implementation
@@ -260,19 +191,3 @@ def test_append_keeps_what_is_not_donated(implementation: str) -> None:
     after = appender(implementation)(cache, jnp.ones((1, 512), jnp.float32), jnp.zeros(1, jnp.int32))
     assert not np.asarray(cache.data).any()
     assert np.asarray(after.data).any()
-
-
-@every_implementation
-def test_append_in_scan(implementation: str) -> None:
-    rng = np.random.default_rng(0)
-    latents = rng.standard_normal((5, 2, 512)).astype(np.float32)
-    slots = np.array([[0, 1], [1, 2], [7, -1], [3, 3], [9, 0]], np.int32)
-
-    @jax.jit
-    def fill(cache, latents, slots):
-        step = lambda cache, row: (dsv4.append(cache, *row, implementation=implementation), None)  # noqa: E731
-        return jax.lax.scan(step, cache, (latents, slots))[0]
-
-    after = fill(dsv4.KVCache.create(2, 4), jnp.asarray(latents), jnp.asarray(slots))
-    want = written(np.zeros(after.data.shape, np.uint8), latents.reshape(-1, 512), slots.reshape(-1), 4, "fp8_ds_mla")
-    np.testing.assert_array_equal(after.data, want)

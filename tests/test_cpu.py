@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, make, plan_of, tagged
-from compare import LSE, OUT_BF16, assert_close, assert_same_bits
-from conformance import Conformance, check, run
+from cases import Case, Problem, make, tagged
+from compare import OUT_BF16, assert_close, assert_same_bits
+from conformance import NativeConformance, attend, named, one_token, plan_of, with_work
+from programs import assert_same
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi
-from jax_dsv4 import _work
-from jax_dsv4._implementations import cpu, native
-from jax_dsv4._implementations.interface import KernelCall
+from jax_dsv4 import _ffi, _work
+from jax_dsv4._implementations import native
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
 
 
-class TestCPU(Conformance):
+class TestCPU(NativeConformance):
     implementation = "cpu"
-
-    @pytest.mark.parametrize("case", tagged("flashmla-large"), ids=str)
-    def test_flashmla_grid_large(self, case: Case) -> None:
-        check(case, *run(case, "cpu"))
 
 
 @pytest.fixture(params=_ffi.CPU_ISAS[:-1])
@@ -47,24 +41,24 @@ def test_lower_instruction_sets(isa: str, case: Case) -> None:
     used = _ffi.cpu_isa(LIBRARY)
     if used != isa:
         pytest.skip(f"this processor has no {isa}: {used} would run again")
-    check(case, *run(case, "cpu"))
+    TestCPU().hold(case)
 
 
 def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
     """The same call in a process with one thread gives the same bits, split tokens and head groups included."""
-    cases = [c for c in tagged("ci") if c.name in ("one_token_split", "many_tokens", "heads127", "one_scope")]
+    cases = [named(name) for name in ("one_token_split", "many_tokens", "heads127", "one_scope")]
     script = (
         "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import numpy as np\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import cases, conformance\n"
         f"for name in {[c.name for c in cases]!r}:\n"
         "  case = next(c for c in cases.CASES if c.name == name)\n"
-        "  out, lse = conformance.run(case, 'cpu')\n"
+        "  out, lse = conformance.attend(cases.make(case), 'cpu')\n"
         f"  np.savez({str(tmp_path)!r} + '/' + name, out=np.asarray(out).view(np.uint16), lse=np.asarray(lse))\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     for case in cases:
         alone = np.load(tmp_path / f"{case.name}.npz")
-        out, lse = run(case, "cpu")
+        out, lse = attend(make(case), "cpu")
         assert_same_bits("out", np.asarray(out).view(np.uint16), alone["out"])
         assert_same_bits("lse", lse, alone["lse"])
 
@@ -82,22 +76,15 @@ def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
         indices, lengths = rng.integers(-20, 256, (tokens, topk)), rng.integers(0, topk + 1, tokens)
         return dsv4.Scope(cache, jnp.asarray(indices, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
-    def attend(q, scopes, work):
-        return cpu.CPU.decode(KernelCall(q, tuple(scopes), sink, work, 0.05, q.dtype))
-
     scopes = scope(128), scope(topk)
     q, sink = jnp.asarray(rng.standard_normal((tokens, heads, 512)), jnp.bfloat16), jnp.asarray(rng.standard_normal(heads), jnp.float32)
-    call, lengths = jax.jit(attend), [s.lengths for s in scopes]
-    want = call(q, scopes, cpu.CPU.plan(lengths, (128, topk), heads))
+    p = Problem(q, *scopes, sink, 0.05, out=np.zeros(tokens), lse=np.zeros(tokens))
+    plan, want = plan_of(p, "cpu"), attend(p, "cpu")
     for geometry in [(1, 64, 2), (5, 64, 2), (16, 64, 0), (320, 64, 2), (97, 1, 0), (40, 100, 3)]:
-        got = call(q, scopes, native.plan_call(lengths, (128, topk), _work.Geometry(*geometry)))
-        for name, one, expected in zip(("out", "lse"), got, want):
-            assert_same_bits(f"{name}, {geometry}", one, expected)
+        work = native.plan_call([s.lengths for s in scopes], (128, topk), _work.Geometry(*geometry))
+        assert_same(attend(p, "cpu", plan=with_work(plan, work)), want)
     for t in range(0, tokens, 7):
-        alone = tuple(dsv4.Scope(cache, s.indices[t : t + 1], s.lengths[t : t + 1]) for s in scopes)
-        got = call(q[t : t + 1], alone, cpu.CPU.plan([s.lengths for s in alone], (128, topk), heads))
-        for name, one, expected in zip(("out", "lse"), got, want):
-            assert_same_bits(f"{name} of token {t}", one, expected[t : t + 1])
+        assert_same(attend(one_token(p, t), "cpu"), [x[t : t + 1] for x in want])
 
 
 @pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens == 16], ids=str)
@@ -112,61 +99,10 @@ def test_workspace_is_small(case: Case) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
 
 
-def test_a_call_is_its_custom_calls() -> None:
-    """What is absent (sink, scope) costs no instruction of its own."""
-    p = make(next(c for c in tagged("ci") if c.name == "one_scope"))
-
-    def call(q, swa):
-        return dsv4.sparse_mla_decode(q, swa, implementation="cpu", return_lse=True)
-
-    text = jax.jit(call).lower(p.q, p.swa).compile().as_text()
-    operations = re.findall(r" = .*? ([a-z][a-z-]*)\(", text)
-    assert operations.count("custom-call") == 2
-    assert set(operations) <= {"custom-call", "parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
-
-
-def test_stale_plan_is_answered_with_nan() -> None:
-    """A plan made for other lengths never reaches the kernel: those tokens are NaN, the others right."""
-    case = next(c for c in tagged("ci") if c.name == "many_tokens")
-    p = make(case)
-    plan = plan_of(p)
-    shorter = jnp.maximum(jnp.clip(p.swa.lengths, 0, 128) - 1, 0)
-    changed = shorter != jnp.clip(p.swa.lengths, 0, 128)
-    stale = dsv4.sparse_mla_decode(p.q, p.swa._replace(lengths=shorter), p.extra, attn_sink=p.attn_sink, plan=plan)
-    fresh = dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=plan)
-    assert 0 < int(changed.sum()) < changed.size
-    np.testing.assert_array_equal(np.isnan(np.asarray(stale, np.float32)).all((1, 2)), changed)
-    assert_same_bits("unchanged tokens", np.asarray(stale)[~changed], np.asarray(fresh)[~changed])
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_garbage_plan(seed: int) -> None:
-    """Whatever one of the plan's arrays holds, the call returns, and each token is right or NaN."""
-    rng = np.random.default_rng(seed)
-    case = next(c for c in tagged("ci") if c.name == "heads16")
-    p = make(case)
-    plan = plan_of(p)
-    values = np.array([-(2**31), -1, 0, 1, 2, 3, 64, 319, 320, 1000, 2**31 - 1])
-    work = plan.work[0]
-    field = work._fields[seed % len(work)]
-    array = np.array(getattr(work, field))
-    hit = rng.random(array.shape) < (0.5 if seed % 2 else 0.02)
-    array = np.where(hit, rng.choice(values, array.shape), array).astype(np.int32)
-    broken = dsv4.DecodePlan((work._replace(**{field: jnp.asarray(array)}),), plan.made_for)
-    answer = dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=broken, return_lse=True)
-    out, lse = (np.asarray(x, np.float64) for x in answer)
-    nan = np.isnan(lse).any(-1)
-    assert np.isnan(out[nan]).all()
-    assert np.isnan(lse[nan]).all()
-    assert_close("out", out[~nan], p.out[~nan], OUT_BF16)
-    assert_close("lse", lse[~nan], p.lse[~nan], LSE)
-
-
 def test_plan_that_contradicts_itself() -> None:
     """Arrays in bounds, and each token covered, but not by items that fit together: NaN there, the others right."""
-    case = next(c for c in tagged("ci") if c.name == "many_tokens")
-    p = make(case)
-    plan = plan_of(p)
+    p = make(named("many_tokens"))
+    plan = plan_of(p, "cpu")
     work = native.plan_call((p.swa.lengths, p.extra.lengths), (128, 256), _work.Geometry(16, 64, 2))
     items, rows = np.array(work.work_info_set), np.array(work.reduce_partial_map)
     split = np.flatnonzero(np.diff(work.reduce_indptr))
@@ -178,9 +114,7 @@ def test_plan_that_contradicts_itself() -> None:
     items[np.flatnonzero(items[:, 0] == b)[:2], 1] = rows[work.reduce_indptr[b]]  # two partials in one row
     rows[work.reduce_indptr[c]] = rows[work.reduce_indptr[a]]  # merges another token's
     broken = work._replace(work_info_set=jnp.asarray(items), reduce_partial_map=jnp.asarray(rows))
-    out = np.asarray(
-        dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=dsv4.DecodePlan((broken,), plan.made_for)), np.float64
-    )
-    hit = np.isin(np.arange(case.tokens), [whole, a, b, c])
+    out = np.asarray(attend(p, "cpu", plan=with_work(plan, broken))[0], np.float64)
+    hit = np.isin(np.arange(len(out)), [whole, a, b, c])
     np.testing.assert_array_equal(np.isnan(out).all((1, 2)), hit)
     assert_close("out", out[~hit], p.out[~hit], OUT_BF16)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import functools
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Problem, make, plan_of, tagged
-from compare import LSE, OUT_BF16, assert_close, assert_same_bits
-from conformance import Conformance
-from test_cache import KINDS, draw_tile, written
+from cases import Case, make, tagged
+from compare import OUT_BF16, assert_close, assert_same_bits
+from conformance import NativeConformance, attend, named, plan_of, with_work
+from cuda_steps import LAYERS, calls, decode_step, step_arguments
+from hostile import KINDS, draw_rows, written
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi
 from jax_dsv4 import _work
 from jax_dsv4._implementations import native
 
@@ -29,32 +26,26 @@ AVAILABLE, DETAIL = dsv4.implementations()["cuda"]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=DETAIL)]
 
 
-def takes(case: Case) -> bool:
-    """Whether the kernels take such a call at all; `implementations()` and the error say so where they do not."""
-    layouts = {scope.layout for scope in (case.swa, case.extra) if scope is not None}
-    return case.dtype == "bfloat16" and layouts == {"fp8_ds_mla"}
-
-
-class TestCUDA(Conformance):
+class TestCUDA(NativeConformance):
     implementation = "cuda"
     log2_magnitude = -3  # the tensor cores multiply bf16 weights, as FlashMLA's do
+    nan_in_lse = False  # the maximum of its scores passes over NaN
+    # Unlike the CPU's, the kernels do not look whether a token's items fit together.
+    guarded = ("kv_lengths", "reduce_final_map")
 
-    def supports(self, case: Case) -> bool:
-        return takes(case)
-
-    @pytest.mark.parametrize("case", tagged("flashmla-large"), ids=str)
-    def test_flashmla_grid_large(self, case: Case) -> None:
-        self.hold(case)
+    def refusal(self, case: Case) -> str | None:
+        """As `implementations()` and the error say (below)."""
+        layouts = {scope.layout for scope in (case.swa, case.extra) if scope is not None}
+        return None if case.dtype == "bfloat16" and layouts == {"fp8_ds_mla"} else "it takes q in bfloat16 and layout fp8_ds_mla"
 
     @pytest.mark.parametrize("seed", range(100, 300))
     def test_many_seeds(self, seed: int) -> None:
-        cases = [case for case in tagged("ci") if takes(case)]
+        cases = [case for case in tagged("ci") if not self.refusal(case)]
         self.hold(cases[seed % len(cases)], seed)
 
 
 def test_what_it_cannot_take_is_said() -> None:
-    case = next(c for c in tagged("ci") if c.name == "fp8_ds_mla-q_float32")
-    p = make(case)
+    p = make(named("fp8_ds_mla-q_float32"))
     with pytest.raises(NotImplementedError, match=r"cuda: its kernels take q in bfloat16, not float32"):
         dsv4.sparse_mla_decode(p.q, p.swa, p.extra, implementation="cuda")
     with pytest.raises(NotImplementedError, match=r"cuda: its kernels read caches in layout 'fp8_ds_mla', not 'bf16'"):
@@ -107,7 +98,7 @@ def test_append_writes_the_oracles_bytes(block_size: int, stride: int, dtype: st
     """Latents of every kind that some step of the quantiser may get wrong, infinities and NaN among them."""
     rng = np.random.default_rng(block_size)
     rows = 256
-    latents = np.stack([np.concatenate([draw_tile(KINDS[(row + t) % len(KINDS)], rng) for t in range(8)]) for row in range(rows)])
+    latents = draw_rows(KINDS, rng, rows)
     latents = latents.astype(jnp.bfloat16 if dtype == "bfloat16" else np.float32)
     before = rng.integers(0, 256, (-(-2 * rows // block_size), stride), dtype=np.uint8)
     slots = rng.integers(-2, 2 * rows + block_size, rows).astype(np.int32)  # some invalid, some equal
@@ -133,126 +124,21 @@ def test_last_of_equal_slots_wins(count: int) -> None:
         assert_same_bits(f"{distinct} slots", cuda, cpu)
 
 
-def test_a_call_is_its_custom_calls() -> None:
-    """No kernel beside ours: nothing is copied, and what is absent (sink, scope) costs nothing."""
-    p = make(next(c for c in tagged("ci") if c.name == "one_scope"))
-    call = jax.jit(lambda q, swa: dsv4.sparse_mla_decode(q, swa, implementation="cuda", return_lse=True))
-    operations = re.findall(r" = .*? ([a-z][a-z-]*)\(", call.lower(p.q, p.swa).compile().as_text())
-    assert operations.count("custom-call") == 2
-    assert set(operations) <= {"custom-call", "parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
-
-
-@pytest.mark.parametrize("tokens", [70, 5])  # 5: a token to a cluster, which does not follow the plan
-def test_stale_plan_is_answered_with_nan(tokens: int) -> None:
-    """A plan made for other lengths never reaches a key: those tokens are NaN, the others right."""
-    case = dataclasses.replace(next(c for c in tagged("ci") if c.name == "many_tokens"), tokens=tokens)
-    p = make(case, log2_magnitude=TestCUDA.log2_magnitude)
-    plan = plan_of(p)
-    shorter = jnp.maximum(jnp.clip(p.swa.lengths, 0, 128) - 1, 0)
-    changed = np.asarray(shorter != jnp.clip(p.swa.lengths, 0, 128))
-    stale = dsv4.sparse_mla_decode(p.q, p.swa._replace(lengths=shorter), p.extra, attn_sink=p.attn_sink, plan=plan)
-    fresh = dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=plan)
-    assert 0 < changed.sum() < changed.size
-    np.testing.assert_array_equal(np.isnan(np.asarray(stale, np.float32)).all((1, 2)), changed)
-    assert_same_bits("unchanged tokens", np.asarray(stale)[~changed], np.asarray(fresh)[~changed])
-
-
-# A token to a cluster; then two kernels that follow the plan, which cuts tokens.
-@pytest.mark.parametrize(("name", "tokens"), [("heads16", 3), ("many_tokens", 70), ("flashmla-b4q3h128k576x2048bs2", 12)])
-@pytest.mark.parametrize("seed", range(36))
-def test_garbage_plan(seed: int, name: str, tokens: int) -> None:
-    """Whatever one of the plan's arrays holds, the call returns and leaves everything else alone (compute-sanitizer sees the rest).
-
-    What it returns is right or NaN where the lengths or the rows to merge are garbage. Where items are, a token may be anything:
-    unlike the CPU's, the kernels do not look whether a token's items fit together.
-    """
-    rng = np.random.default_rng(seed)
-    case = dataclasses.replace(next(c for c in tagged("ci", "flashmla") if c.name == name), tokens=tokens)
-    p = make(case, log2_magnitude=TestCUDA.log2_magnitude)
-    plan = plan_of(p)
-    assert tokens == 3 or np.diff(plan.work[0].reduce_indptr).any()
-    values = np.array([-(2**31), -1, 0, 1, 2, 3, 64, 319, 320, 1000, 2**31 - 1])
-    work = plan.work[0]
-    field = work._fields[seed % len(work)]
-    array = np.array(getattr(work, field))
-    hit = rng.random(array.shape) < (0.5 if seed // len(work) % 2 else 0.02)
-    array = np.where(hit, rng.choice(values, array.shape), array).astype(np.int32)
-    broken = dsv4.DecodePlan((work._replace(**{field: jnp.asarray(array)}),), plan.made_for)
-    out, lse = call(p, broken)
-    if field in ("kv_lengths", "reduce_final_map"):
-        nan = np.isnan(lse).any(-1)
-        assert np.isnan(out[nan]).all()
-        assert_close("out", out[~nan], p.out[~nan], OUT_BF16)
-        assert_close("lse", lse[~nan], p.lse[~nan], LSE)
-    out, lse = call(p, plan)
-    assert_close("out, sound plan", out, p.out, OUT_BF16)
-    assert_close("lse, sound plan", lse, p.lse, LSE)
-
-
-def call(p: Problem, plan: dsv4.DecodePlan) -> tuple[np.ndarray, np.ndarray]:
-    answer = dsv4.sparse_mla_decode(p.q, p.swa, p.extra, attn_sink=p.attn_sink, plan=plan, return_lse=True, implementation=None)
-    with np.errstate(invalid="ignore"):  # with a garbage plan a number may be anything, signalling NaN included
-        return tuple(np.asarray(x, np.float64) for x in answer)
-
-
 def test_plan_that_names_rows_outside_its_buffers() -> None:
     """Rows to merge that do not exist: NaN for that token, the others right."""
-    case = next(c for c in tagged("ci") if c.name == "many_tokens")
-    p = make(case, log2_magnitude=TestCUDA.log2_magnitude)
-    plan = plan_of(p)
+    p = make(named("many_tokens"), log2_magnitude=TestCUDA.log2_magnitude)
+    plan = plan_of(p, "cuda")
     work = plan.work[0]
     split = np.flatnonzero(np.diff(work.reduce_indptr))
     rows = np.array(work.reduce_partial_map)
     for token, row in zip(split, (-1, rows.size, 2**31 - 1)):
         rows[work.reduce_indptr[token + 1] - 1] = row
-    broken = dsv4.DecodePlan((work._replace(reduce_partial_map=jnp.asarray(rows)),), plan.made_for)
-    out, _ = call(p, broken)
-    hit = np.isin(np.arange(case.tokens), split[:3])
+    broken = work._replace(reduce_partial_map=jnp.asarray(rows))
+    out = np.asarray(attend(p, "cuda", plan=with_work(plan, broken))[0], np.float64)
+    hit = np.isin(np.arange(len(out)), split[:3])
     assert hit.any()
     np.testing.assert_array_equal(np.isnan(out).all((1, 2)), hit)
     assert_close("out", out[~hit], p.out[~hit], OUT_BF16)
-
-
-def calls() -> tuple[int, int]:
-    """Handler calls so far, and those during capture."""
-    library, _ = _ffi.load("libdsv4_cuda", "CUDA")
-    counts = (ctypes.c_int64(), ctypes.c_int64())
-    library.dsv4_cuda_calls(*(ctypes.byref(c) for c in counts))
-    return counts[0].value, counts[1].value
-
-
-LAYERS = 8
-
-
-@functools.cache
-def decode_step():
-    """A step of LAYERS layers under one plan, each of which appends to its cache, in place, and attends."""
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(q, caches, indices, lengths, latents, slots):
-        plan = dsv4.plan_decode(lengths, num_heads=q.shape[1], swa_topk=indices.shape[1])
-        caches = [dsv4.append(cache, latents, slots) for cache in caches]
-        outs = [dsv4.sparse_mla_decode(q, dsv4.Scope(cache, indices, lengths), plan=plan) for cache in caches]
-        return jnp.stack(outs), caches
-
-    return step
-
-
-def step_arguments(seed: int, tokens: int = 3):
-    """q, caches, and four variants of what changes from step to step: slots to read, lengths, what is appended and where."""
-    rng = np.random.default_rng(seed)
-    rows = jnp.asarray(rng.standard_normal((LAYERS, 640, 512)), jnp.bfloat16)
-    caches = [dsv4.append(dsv4.KVCache.create(10, 64), rows[i], jnp.arange(640, dtype=jnp.int32)) for i in range(LAYERS)]
-    variants = [
-        (
-            jnp.asarray(rng.integers(-1, 640, (tokens, 128)), jnp.int32),
-            jnp.asarray(rng.integers(1, 129, tokens), jnp.int32),
-            jnp.asarray(rng.standard_normal((tokens, 512)), jnp.bfloat16),
-            jnp.asarray(rng.permutation(640)[:tokens], jnp.int32),
-        )
-        for _ in range(4)
-    ]
-    return jnp.asarray(rng.standard_normal((tokens, 64, 512)), jnp.bfloat16), caches, variants
 
 
 def test_steps_are_captured() -> None:
@@ -290,7 +176,7 @@ def test_captured_bits_are_eager_bits() -> None:
 def test_control_without_command_buffers() -> None:
     """With command buffers off every step calls its handlers, none of them during capture: the counters mean what they say."""
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cuda as t\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cuda_steps as t\n"
         "step = t.decode_step(); q, caches, variants = t.step_arguments(0); before = t.calls()\n"
         "for _ in range(10): out, caches = step(q, caches, *variants[0]); out.block_until_ready()\n"
         "print(t.calls()[0] - before[0], t.calls()[1])\n"

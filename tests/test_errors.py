@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import needs_cpu
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
@@ -29,7 +31,8 @@ u8 = lambda *shape: array(jnp.uint8, *shape)  # noqa: E731
 
 # 8 slots; q of 4 tokens and 16 heads; a window of 6 entries.
 CACHE = dsv4.KVCache(u8(2, 4 * 584), block_size=4)
-Q, SWA = bf16(4, 16, 512), dsv4.Scope(CACHE, i32(4, 6), i32(4))
+scope = partial(dsv4.Scope, CACHE)
+Q, SWA = bf16(4, 16, 512), scope(i32(4, 6), i32(4))
 DECODE, APPEND, PLAN = "sparse_mla_decode", "append", "plan_decode"
 
 
@@ -61,201 +64,134 @@ KNOWN = ", ".join(repr(name) for name in dsv4.implementations())
 INT32 = "at most 2147483647"
 
 # (call, the whole message)
-VALUE_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
+VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     # q
-    "q no array": (lambda: decode(q="q"), f"{DECODE}: q must be an array, got str"),
-    "q dtype": (lambda: decode(q=array(jnp.float16, 4, 16, 512)), f"{DECODE}: q must have dtype bfloat16 or float32, got float16"),
-    "q rank": (lambda: decode(q=bf16(512)), f"{DECODE}: q must have shape (*batch, heads, 512), got (512,)"),
-    "q dim": (lambda: decode(q=bf16(4, 16, 576)), f"{DECODE}: q must have shape (*batch, heads, 512) = (4, 16, 512), got (4, 16, 576)"),
-    "no heads": (lambda: decode(q=bf16(4, 0, 512)), f"{DECODE}: q must have 1 to 128 heads, got 0"),
-    "many heads": (lambda: decode(q=bf16(4, 129, 512)), f"{DECODE}: q must have 1 to 128 heads, got 129"),
+    (lambda: decode(q="q"), f"{DECODE}: q must be an array, got str"),
+    (lambda: decode(q=array(jnp.float16, 4, 16, 512)), f"{DECODE}: q must have dtype bfloat16 or float32, got float16"),
+    (lambda: decode(q=bf16(512)), f"{DECODE}: q must have shape (*batch, heads, 512), got (512,)"),
+    (lambda: decode(q=bf16(4, 16, 576)), f"{DECODE}: q must have shape (*batch, heads, 512) = (4, 16, 512), got (4, 16, 576)"),
+    (lambda: decode(q=bf16(4, 0, 512)), f"{DECODE}: q must have 1 to 128 heads, got 0"),
+    (lambda: decode(q=bf16(4, 129, 512)), f"{DECODE}: q must have 1 to 128 heads, got 129"),
     # scopes
-    "swa no scope": (lambda: decode(swa="swa"), f"{DECODE}: swa must be a Scope, got str"),
-    "swa a pair": (lambda: decode(swa=tuple(SWA[:2])), f"{DECODE}: swa must be a Scope, got tuple"),
-    "extra no cache": (
+    (lambda: decode(swa="swa"), f"{DECODE}: swa must be a Scope, got str"),
+    (lambda: decode(swa=tuple(SWA[:2])), f"{DECODE}: swa must be a Scope, got tuple"),
+    (
         lambda: decode(extra=dsv4.Scope(u8(2, 4 * 584), i32(4, 6), i32(4))),
         f"{DECODE}: extra.cache must be a KVCache, got DynamicJaxprTracer",
     ),
-    "indices dtype": (
-        lambda: decode(swa=dsv4.Scope(CACHE, array(jnp.uint32, 4, 6))),
-        f"{DECODE}: swa.indices must have dtype int32, got uint32",
-    ),
-    "indices rank": (
-        lambda: decode(swa=dsv4.Scope(CACHE, i32(4, 1, 6))),
-        f"{DECODE}: swa.indices must have shape (*batch, topk) = (4, 6), got (4, 1, 6)",
-    ),
-    "indices rank 0": (
-        lambda: decode(swa=dsv4.Scope(CACHE, i32())),
-        f"{DECODE}: swa.indices must have shape (*batch, topk) = (4, 0), got ()",
-    ),
-    "indices batch": (
-        lambda: decode(extra=dsv4.Scope(CACHE, i32(5, 6))),
-        f"{DECODE}: extra.indices must have shape (*batch, topk) = (4, 6), got (5, 6)",
-    ),
-    "lengths dtype": (
-        lambda: decode(swa=dsv4.Scope(CACHE, i32(4, 6), f32(4))),
-        f"{DECODE}: swa.lengths must have dtype int32, got float32",
-    ),
-    "lengths shape": (
-        lambda: decode(extra=dsv4.Scope(CACHE, i32(4, 6), i32(4, 1))),
-        f"{DECODE}: extra.lengths must have shape (*batch,) = (4,), got (4, 1)",
-    ),
-    "too many keys": (
-        lambda: decode(swa=dsv4.Scope(CACHE, i32(4, 2**29), i32(4))),
-        f"{DECODE}: tokens * topk must fit int32 ({INT32}), got 2147483648",
-    ),
+    (lambda: decode(swa=scope(array(jnp.uint32, 4, 6))), f"{DECODE}: swa.indices must have dtype int32, got uint32"),
+    (lambda: decode(swa=scope(i32(4, 1, 6))), f"{DECODE}: swa.indices must have shape (*batch, topk) = (4, 6), got (4, 1, 6)"),
+    (lambda: decode(swa=scope(i32())), f"{DECODE}: swa.indices must have shape (*batch, topk) = (4, 0), got ()"),
+    (lambda: decode(extra=scope(i32(5, 6))), f"{DECODE}: extra.indices must have shape (*batch, topk) = (4, 6), got (5, 6)"),
+    (lambda: decode(swa=scope(i32(4, 6), f32(4))), f"{DECODE}: swa.lengths must have dtype int32, got float32"),
+    (lambda: decode(extra=scope(i32(4, 6), i32(4, 1))), f"{DECODE}: extra.lengths must have shape (*batch,) = (4,), got (4, 1)"),
+    (lambda: decode(swa=scope(i32(4, 2**29), i32(4))), f"{DECODE}: tokens * topk must fit int32 ({INT32}), got 2147483648"),
     # the rest of a decode
-    "sink dtype": (lambda: decode(attn_sink=bf16(16)), f"{DECODE}: attn_sink must have dtype float32, got bfloat16"),
-    "sink shape": (lambda: decode(attn_sink=f32(15)), f"{DECODE}: attn_sink must have shape (heads,) = (16,), got (15,)"),
-    "scale kind": (lambda: decode(scale="1"), f"{DECODE}: scale must be a Python float, got str '1'"),
-    "scale bool": (lambda: decode(scale=True), f"{DECODE}: scale must be a Python float, got bool True"),
-    "scale 0": (lambda: decode(scale=0.0), f"{DECODE}: scale must be positive and finite, got 0.0"),
-    "scale nan": (lambda: decode(scale=float("nan")), f"{DECODE}: scale must be positive and finite, got nan"),
-    "scale inf": (lambda: decode(scale=float("inf")), f"{DECODE}: scale must be positive and finite, got inf"),
-    "no such implementation": (
-        lambda: decode(implementation="triton"),
-        f"{DECODE}: implementation must be None or name {KNOWN}, got 'triton'",
-    ),
-    "no such implementation among several": (
-        lambda: decode(implementation=("xla", "triton")),
-        f"{DECODE}: implementation must be None or name {KNOWN}, got 'triton'",
-    ),
+    (lambda: decode(attn_sink=bf16(16)), f"{DECODE}: attn_sink must have dtype float32, got bfloat16"),
+    (lambda: decode(attn_sink=f32(15)), f"{DECODE}: attn_sink must have shape (heads,) = (16,), got (15,)"),
+    (lambda: decode(scale="1"), f"{DECODE}: scale must be a Python float, got str '1'"),
+    (lambda: decode(scale=True), f"{DECODE}: scale must be a Python float, got bool True"),
+    (lambda: decode(scale=0.0), f"{DECODE}: scale must be positive and finite, got 0.0"),
+    (lambda: decode(scale=float("nan")), f"{DECODE}: scale must be positive and finite, got nan"),
+    (lambda: decode(scale=float("inf")), f"{DECODE}: scale must be positive and finite, got inf"),
+    (lambda: decode(implementation="triton"), f"{DECODE}: implementation must be None or name {KNOWN}, got 'triton'"),
+    (lambda: decode(implementation=("xla", "triton")), f"{DECODE}: implementation must be None or name {KNOWN}, got 'triton'"),
     # plans
-    "plan no plan": (lambda: decode(plan=()), f"{DECODE}: plan must be a DecodePlan, got tuple"),
-    "plan tokens": (lambda: decode_with_plan(tokens=3), f"{DECODE}: plan must be made for this call's tokens = 4, got 3"),
-    "plan heads": (lambda: decode_with_plan(num_heads=8), f"{DECODE}: plan must be made for this call's num_heads = 16, got 8"),
-    "plan topk": (lambda: decode_with_plan(swa_topk=7), f"{DECODE}: plan must be made for this call's swa_topk = 6, got 7"),
-    "plan extra_topk": (
+    (lambda: decode(plan=()), f"{DECODE}: plan must be a DecodePlan, got tuple"),
+    (lambda: decode_with_plan(tokens=3), f"{DECODE}: plan must be made for this call's tokens = 4, got 3"),
+    (lambda: decode_with_plan(num_heads=8), f"{DECODE}: plan must be made for this call's num_heads = 16, got 8"),
+    (lambda: decode_with_plan(swa_topk=7), f"{DECODE}: plan must be made for this call's swa_topk = 6, got 7"),
+    (
         lambda: decode_with_plan(extra_lengths=jnp.zeros(4, jnp.int32), extra_topk=2),
         f"{DECODE}: plan must be made for this call's extra_topk = 0, got 2",
     ),
-    "plan implementation": (
-        lambda: decode_with_plan(implementation=None),
-        f"{DECODE}: plan must be made for this call's implementation = 'xla', got None",
-    ),
-    "plan fused": (lambda: decode_with_plan(fused=False), f"{DECODE}: plan must be made for this call's fused = None, got False"),
-    "swa_lengths dtype": (lambda: plan(f32(4)), f"{PLAN}: swa_lengths must have dtype int32, got float32"),
-    "extra_lengths dtype": (lambda: plan(i32(4), f32(4)), f"{PLAN}: extra_lengths must have dtype int32, got float32"),
-    "extra_lengths shape": (
-        lambda: plan(i32(4), i32(5), extra_topk=3),
-        f"{PLAN}: extra_lengths must have shape (*batch,) of swa_lengths = (4,), got (5,)",
-    ),
-    "extra_topk alone": (lambda: plan(extra_topk=3), f"{PLAN}: extra_topk must be 0 without extra_lengths, got 3"),
-    "num_heads": (lambda: plan(num_heads=129), f"{PLAN}: num_heads must be from 1 to 128, got 129"),
-    "num_heads kind": (lambda: plan(num_heads=16.0), f"{PLAN}: num_heads must be a Python int, got float 16.0"),
-    "swa_topk": (lambda: plan(swa_topk=-1), f"{PLAN}: swa_topk must be from 0 to 2147483647, got -1"),
-    "extra_topk": (lambda: plan(i32(4), i32(4), extra_topk=-1), f"{PLAN}: extra_topk must be from 0 to 2147483647, got -1"),
-    "plan too many keys": (
-        lambda: plan(swa_topk=2**29),
-        f"{PLAN}: tokens * (swa_topk + extra_topk) must fit int32 ({INT32}), got 2147483648",
-    ),
-    "plan implementation unknown": (
-        lambda: plan(implementation="triton"),
-        f"{PLAN}: implementation must be None or name {KNOWN}, got 'triton'",
-    ),
+    (lambda: decode_with_plan(implementation=None), f"{DECODE}: plan must be made for this call's implementation = 'xla', got None"),
+    (lambda: decode_with_plan(fused=False), f"{DECODE}: plan must be made for this call's fused = None, got False"),
+    (lambda: plan(f32(4)), f"{PLAN}: swa_lengths must have dtype int32, got float32"),
+    (lambda: plan(i32(4), f32(4)), f"{PLAN}: extra_lengths must have dtype int32, got float32"),
+    (lambda: plan(i32(4), i32(5), extra_topk=3), f"{PLAN}: extra_lengths must have shape (*batch,) of swa_lengths = (4,), got (5,)"),
+    (lambda: plan(extra_topk=3), f"{PLAN}: extra_topk must be 0 without extra_lengths, got 3"),
+    (lambda: plan(num_heads=129), f"{PLAN}: num_heads must be from 1 to 128, got 129"),
+    (lambda: plan(num_heads=16.0), f"{PLAN}: num_heads must be a Python int, got float 16.0"),
+    (lambda: plan(swa_topk=-1), f"{PLAN}: swa_topk must be from 0 to 2147483647, got -1"),
+    (lambda: plan(i32(4), i32(4), extra_topk=-1), f"{PLAN}: extra_topk must be from 0 to 2147483647, got -1"),
+    (lambda: plan(swa_topk=2**29), f"{PLAN}: tokens * (swa_topk + extra_topk) must fit int32 ({INT32}), got 2147483648"),
+    (lambda: plan(implementation="triton"), f"{PLAN}: implementation must be None or name {KNOWN}, got 'triton'"),
     # caches
-    "layout": (
+    (
         lambda: dsv4.KVCache.create(1, 1, "fp4"),
         "KVCache.create: layout must be one of " + ", ".join(map(repr, dsv4.cache.LAYOUTS)) + ", got 'fp4'",
     ),
-    "layout of bytes": (
+    (
         lambda: dsv4.KVCache(u8(1, 584), block_size=1, layout=0),
         "KVCache: layout must be one of " + ", ".join(map(repr, dsv4.cache.LAYOUTS)) + ", got 0",
     ),
-    "negative block_size": (
-        lambda: dsv4.KVCache(u8(1, 584), block_size=-64),
-        "KVCache: block_size must be from 1 to 2147483647, got -64",
-    ),
-    "block_size 0": (lambda: dsv4.KVCache.create(1, 0), "KVCache.create: block_size must be from 1 to 2147483647, got 0"),
-    "block_size kind": (
-        lambda: dsv4.KVCache(u8(1, 584), block_size=1.0),
-        "KVCache: block_size must be a Python int, got float 1.0",
-    ),
-    "block_size bool": (lambda: dsv4.KVCache.create(1, True), "KVCache.create: block_size must be a Python int, got bool True"),
-    "num_blocks": (lambda: dsv4.KVCache.create(-1, 64), "KVCache.create: num_blocks must be from 0 to 2147483647, got -1"),
-    "cache no array": (lambda: dsv4.KVCache([0], block_size=1), "KVCache: data must be an array, got list"),
-    "cache dtype": (lambda: dsv4.KVCache(array(jnp.int8, 1, 584), block_size=1), "KVCache: data must have dtype uint8, got int8"),
-    "cache rank": (
+    (lambda: dsv4.KVCache(u8(1, 584), block_size=-64), "KVCache: block_size must be from 1 to 2147483647, got -64"),
+    (lambda: dsv4.KVCache.create(1, 0), "KVCache.create: block_size must be from 1 to 2147483647, got 0"),
+    (lambda: dsv4.KVCache(u8(1, 584), block_size=1.0), "KVCache: block_size must be a Python int, got float 1.0"),
+    (lambda: dsv4.KVCache.create(1, True), "KVCache.create: block_size must be a Python int, got bool True"),
+    (lambda: dsv4.KVCache.create(-1, 64), "KVCache.create: num_blocks must be from 0 to 2147483647, got -1"),
+    (lambda: dsv4.KVCache([0], block_size=1), "KVCache: data must be an array, got list"),
+    (lambda: dsv4.KVCache(array(jnp.int8, 1, 584), block_size=1), "KVCache: data must have dtype uint8, got int8"),
+    (
         lambda: dsv4.KVCache(u8(1, 1, 584), block_size=1),
         "KVCache: data must have shape (num_blocks, block_stride_bytes) = (*, *), got (1, 1, 584)",
     ),
-    "stride too small": (
+    (
         lambda: dsv4.KVCache(u8(3, 64 * 584 - 1), block_size=64),
         "KVCache: data's block stride must be at least block_size * 584 = 37376 bytes, got 37375",
     ),
-    "create stride too small": (
+    (
         lambda: dsv4.KVCache.create(3, 64, block_stride_bytes=37375),
         "KVCache.create: block_stride_bytes must be from 37376 to 2147483647, got 37375",
     ),
-    "stride of bf16": (
+    (
         lambda: dsv4.KVCache.create(3, 64, "bf16", block_stride_bytes=65536),
         "KVCache.create: block_stride_bytes must be left out for layout 'bf16', got 65536",
     ),
-    "bf16 shape": (
+    (
         lambda: dsv4.KVCache(bf16(3, 32, 512), block_size=64, layout="bf16"),
         "KVCache: data must have shape (num_blocks, block_size, 512) = (*, 64, 512), got (3, 32, 512)",
     ),
-    "slots beyond int32": (
-        lambda: dsv4.KVCache.create(2**25, 64),
-        f"KVCache.create: num_blocks * block_size must fit int32 ({INT32}), got 2147483648",
-    ),
-    "wrapped slots beyond int32": (
+    (lambda: dsv4.KVCache.create(2**25, 64), f"KVCache.create: num_blocks * block_size must fit int32 ({INT32}), got 2147483648"),
+    (
         lambda: dsv4.KVCache(u8(2**25, 64 * 584), block_size=64),
         f"KVCache: num_blocks * block_size must fit int32 ({INT32}), got 2147483648",
     ),
     # append and dequantize
-    "append to bytes": (lambda: append("cache"), f"{APPEND}: cache must be a KVCache, got str"),
-    "latents dtype": (
-        lambda: append(latents=array(jnp.float16, 3, 512)),
-        f"{APPEND}: latents must have dtype bfloat16 or float32, got float16",
-    ),
-    "latents dim": (
-        lambda: append(latents=f32(3, 576)),
-        f"{APPEND}: latents must have shape (*batch, 512) = (3, 512), got (3, 576)",
-    ),
-    "slots dtype": (lambda: append(slots=array(jnp.uint32, 3)), f"{APPEND}: slots must have dtype int32, got uint32"),
-    "slots shape": (lambda: append(slots=i32(3, 1)), f"{APPEND}: slots must have shape (*batch,) = (3,), got (3, 1)"),
-    "append implementation": (
-        lambda: append(implementation="triton"),
-        f"{APPEND}: implementation must be None or name {KNOWN}, got 'triton'",
-    ),
-    "dequantize bytes": (lambda: dsv4.dequantize("cache"), "dequantize: cache must be a KVCache, got str"),
-    "dequantize slots": (
-        lambda: jax.eval_shape(dsv4.dequantize, CACHE, f32(3)),
-        "dequantize: slots must have dtype int32, got float32",
-    ),
+    (lambda: append("cache"), f"{APPEND}: cache must be a KVCache, got str"),
+    (lambda: append(latents=array(jnp.float16, 3, 512)), f"{APPEND}: latents must have dtype bfloat16 or float32, got float16"),
+    (lambda: append(latents=f32(3, 576)), f"{APPEND}: latents must have shape (*batch, 512) = (3, 512), got (3, 576)"),
+    (lambda: append(slots=array(jnp.uint32, 3)), f"{APPEND}: slots must have dtype int32, got uint32"),
+    (lambda: append(slots=i32(3, 1)), f"{APPEND}: slots must have shape (*batch,) = (3,), got (3, 1)"),
+    (lambda: append(implementation="triton"), f"{APPEND}: implementation must be None or name {KNOWN}, got 'triton'"),
+    (lambda: dsv4.dequantize("cache"), "dequantize: cache must be a KVCache, got str"),
+    (lambda: jax.eval_shape(dsv4.dequantize, CACHE, f32(3)), "dequantize: slots must have dtype int32, got float32"),
     # merging
-    "merge nothing": (
-        lambda: dsv4.merge_scopes([], []),
-        "merge_scopes: outs and lses must be as many, at least one, got (0, 0)",
-    ),
-    "merge counts": (
-        lambda: dsv4.merge_scopes([f32(4, 16, 512)], []),
-        "merge_scopes: outs and lses must be as many, at least one, got (1, 0)",
-    ),
-    "merge outs": (
+    (lambda: dsv4.merge_scopes([], []), "merge_scopes: outs and lses must be as many, at least one, got (0, 0)"),
+    (lambda: dsv4.merge_scopes([f32(4, 16, 512)], []), "merge_scopes: outs and lses must be as many, at least one, got (1, 0)"),
+    (
         lambda: dsv4.merge_scopes([f32(4, 16, 512), f32(4, 15, 512)], [f32(4, 16)] * 2),
         "merge_scopes: outs[1] must have shape outs[0].shape = (4, 16, 512), got (4, 15, 512)",
     ),
-    "merge lses": (
+    (
         lambda: dsv4.merge_scopes([f32(4, 16, 512)] * 2, [f32(4, 16), f32(16, 4)]),
         "merge_scopes: lses[1] must have shape (*batch, heads) = (4, 16), got (16, 4)",
     ),
-    "sink of no array": (lambda: dsv4.apply_attn_sink(1.0, 1.0, 1.0), "apply_attn_sink: out must be an array, got float"),
-    "sink's lse": (
+    (lambda: dsv4.apply_attn_sink(1.0, 1.0, 1.0), "apply_attn_sink: out must be an array, got float"),
+    (
         lambda: dsv4.apply_attn_sink(f32(4, 16, 512), f32(4), f32(16)),
         "apply_attn_sink: lse must have shape (*batch, heads) = (4, 16), got (4,)",
     ),
-    "sink's heads": (
+    (
         lambda: dsv4.apply_attn_sink(f32(4, 16, 512), f32(4, 16), f32(1)),
         "apply_attn_sink: attn_sink must have shape (heads,) = (16,), got (1,)",
     ),
-}
+)
 
 
-@pytest.mark.parametrize("name", VALUE_ERRORS)
-def test_bad_input(name: str) -> None:
-    call, message = VALUE_ERRORS[name]
+@pytest.mark.parametrize(("call", "message"), VALUE_ERRORS, ids=[message for _, message in VALUE_ERRORS])
+def test_bad_input(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value) == message
@@ -270,7 +206,7 @@ def test_the_same_calls_pass_without_the_fault() -> None:
     assert plan(i32(4), i32(4), extra_topk=3).made_for.extra_topk == 3
 
 
-@pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")
+@needs_cpu
 @pytest.mark.parametrize("name", ["dsv4", "AVX2", "sse"])
 def test_unknown_instruction_set(name: str) -> None:
     script = "import jax_dsv4; jax_dsv4.implementations()"
@@ -280,7 +216,7 @@ def test_unknown_instruction_set(name: str) -> None:
     assert result.stderr.strip().splitlines()[-1] == expected
 
 
-@pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")
+@needs_cpu
 def test_no_derivative_of_native_code() -> None:
     q, latents = jnp.ones((1, 1, 512)), jnp.ones((1, 512))
     cache = dsv4.KVCache.create(1, 4, "float32")

@@ -6,38 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import make, tagged
-from compare import LSE, OUT_FLOAT32, Tolerance, assert_close
+from cases import make
+from compare import LSE, MERGED, OUT_FLOAT32, assert_close
+from conformance import named
+from hostile import SHAPE, draw_parts, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import reference
 
-# fp32 exponentials of differences of order 10: some ulps of their argument.
-MERGED = Tolerance(abs=1e-6, rel=1e-5, cosine=1e-10)
 merge = jax.jit(dsv4.merge_scopes)
 apply = jax.jit(dsv4.apply_attn_sink)
-SHAPE = (3, 4, 8)  # tokens, heads, dim
-
-
-def draw_parts(seed: int, parts: int, empty: float = 0.3, spread: float = 10) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Partial results; an empty part has lse -inf and anything, NaN included, in its out."""
-    rng = np.random.default_rng(seed)
-    outs, lses = [], []
-    for _ in range(parts):
-        lse = (rng.standard_normal(SHAPE[:2]) * spread).astype(np.float32)
-        lse[rng.random(SHAPE[:2]) < empty] = -np.inf
-        out = rng.standard_normal(SHAPE).astype(np.float32)
-        out[np.isneginf(lse)] = np.nan
-        outs.append(out)
-        lses.append(lse)
-    return outs, lses
-
-
-def expected(outs: list[np.ndarray], lses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle, which wants zeros where a part is empty."""
-    return reference.merge([np.where(np.isneginf(lse)[..., None], 0, out) for out, lse in zip(outs, lses)], lses)
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,14 +52,6 @@ def test_one_part_is_itself() -> None:
     got = merge([out], [lse])
     np.testing.assert_array_equal(got[0], out)
     np.testing.assert_array_equal(got[1], lse)
-
-
-def test_all_parts_empty() -> None:
-    outs, lses = draw_parts(0, 2, empty=1)
-    out, lse = merge(outs, lses)
-    assert not np.asarray(out).any()
-    assert np.isneginf(lse).all()
-    assert not np.asarray(apply(out, lse, jnp.full(4, -jnp.inf))).any()
 
 
 def test_nan_is_not_hidden() -> None:
@@ -136,12 +107,11 @@ def test_equals_the_fused_op(name: str) -> None:
     """Scopes attended to one at a time, merged and given the sink, against one call of both.
 
     In float32, for bfloat16 parts are rounded twice."""
-    case = next(c for c in tagged("ci") if c.name == name)
-    p = make(case)
+    p = make(named(name))
 
     @jax.jit
     def both_ways(q, swa, extra, sink):
-        decode = lambda *scopes, **options: dsv4.sparse_mla_decode(q, *scopes, scale=case.scale, return_lse=True, **options)  # noqa: E731
+        decode = lambda *scopes, **options: dsv4.sparse_mla_decode(q, *scopes, scale=p.scale, return_lse=True, **options)  # noqa: E731
         out, lse = dsv4.merge_scopes(*zip(decode(swa), decode(extra)))
         return (dsv4.apply_attn_sink(out, lse, sink), lse), decode(swa, extra, attn_sink=sink)
 

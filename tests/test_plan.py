@@ -12,15 +12,14 @@ import pytest
 from aiter_plans import Plan
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from marks import needs_cpu
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi, reference
-from jax_dsv4 import _work
+from jax_dsv4 import _work, reference
 from jax_dsv4._implementations import cpu, native
 from jax_dsv4._work import Geometry
 
-LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
+pytestmark = needs_cpu
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
@@ -89,23 +88,20 @@ def assert_sound(plan: Plan, lengths: np.ndarray, stride: int, geometry: Geometr
     assert (np.diff(cost[indptr]) <= share).all()
 
 
-def aiter_geometry(case: dict) -> Geometry:
-    return Geometry(aiter_plans.active_workers(case), case["kv_granularity"], aiter_plans.OVERHEAD)
-
-
 @pytest.mark.parametrize("workers", sorted({case["M"] for case, _ in aiter_plans.load()}))
 def test_aiter_plans(workers: int) -> None:
     """Where no token is empty, the very arrays. AITER gives an empty token an item, and its cost: we leave it out."""
     for case, want in aiter_plans.load():
         if case["M"] != workers:
             continue
-        geometry, lengths = aiter_geometry(case), np.minimum(want["lengths"], case["topk"])
+        geometry, lengths = aiter_plans.geometry(case), np.minimum(want["lengths"], case["topk"])
         got = make_plan([lengths], (case["topk"],), geometry, workers)
         assert_sound(got, lengths, case["topk"], geometry, workers)
         if (lengths > 0).all():
             assert_same_plan(got, want)
         else:
-            kept = np.flatnonzero(lengths)
+            kept, items = np.flatnonzero(lengths), want["work_info_set"]
+            assert (items[:, 4] == items[:, 5]).sum() == (lengths == 0).sum()
             assert_same_plan(without_empty(got, kept, case["topk"]), make_plan([lengths[kept]], (case["topk"],), geometry, workers))
 
 

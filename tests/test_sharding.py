@@ -9,33 +9,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
-from compare import OUT_BF16, OUT_FLOAT32, Tolerance, assert_close, assert_same_bits
+from compare import MERGED, OUT_BF16, OUT_FLOAT32, Tolerance, assert_close, assert_same_bits
 from hlo import Collective, collectives
+from hostile import draw_parts, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_merge import MERGED, draw_parts, expected
-from test_transforms import (
-    BLOCK,
-    OUR_CALLS,
-    SHARED,
-    STRIDE,
-    SWA_BLOCKS,
-    TOPK,
-    assert_near,
-    assert_same,
-    attend,
-    copies,
-    every_implementation,
-    jitted,
-    loop_arguments,
-    native,
-    one_by_one,
-    scanned,
-)
-from test_transforms import problem as two_heads_problem
+from marks import every_implementation, needs_cpu
+from programs import BLOCK, SHARED, TOPK, assert_near, assert_same, attend, copies, jitted
 
 import jax_dsv4 as dsv4
 
@@ -44,7 +28,7 @@ every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 DATA, MODEL = 4, 2
 # Several a device: of a single head XLA makes a product of another kind, with other rounding.
 HEADS = 8
-problem = partial(two_heads_problem, heads=HEADS)
+problem = partial(programs.problem, heads=HEADS)
 
 
 @functools.cache
@@ -52,12 +36,22 @@ def mesh_of(mode: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=(mode,) * 2)
 
 
+def put(mesh: jax.sharding.Mesh, x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
 def placed(mesh, arguments, batch: tuple, heads: str | None = None):
     """The arguments of a call on a mesh: `batch` names the axes of the batch axes, `heads` that of the heads; caches are replicated."""
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
     q, swa, extra, sink = arguments
-    scopes = [dsv4.Scope(jax.tree.map(put, s.cache), put(s.indices, *batch), put(s.lengths, *batch)) for s in (swa, extra)]
-    return put(q, *batch, *[None] * (q.ndim - 2 - len(batch)), heads), *scopes, put(sink, heads)
+    scopes = [dsv4.Scope(put(mesh, s.cache), put(mesh, s.indices, *batch), put(mesh, s.lengths, *batch)) for s in (swa, extra)]
+    return put(mesh, q, *batch, *[None] * (q.ndim - 2 - len(batch)), heads), *scopes, put(mesh, sink, heads)
+
+
+def without_collectives(function, *operands, donate: tuple[int, ...] = ()):
+    """The compiled program of a function, in which devices send each other nothing."""
+    program = jax.jit(function, donate_argnums=donate).lower(*operands).compile()
+    assert collectives(program) == []
+    return program
 
 
 def in_groups(function, arguments, groups: int):
@@ -83,9 +77,7 @@ def test_requests_and_heads(mode: AxisType, implementation: str, batch: tuple, h
     gives a device's requests, whichever heads it has."""
     arguments, groups = problem(8), {None: 1, "data": DATA, ("data", "model"): DATA * MODEL}[batch[0]]
     operands = placed(mesh_of(mode), arguments, batch, heads)
-    program = jax.jit(partial(attend, implementation)).lower(*operands).compile()
-    assert collectives(program) == []
-    out, lse = program(*operands)
+    out, lse = without_collectives(partial(attend, implementation), *operands)(*operands)
     assert out.sharding.is_equivalent_to(operands[0].sharding, 3)
     assert lse.sharding.is_equivalent_to(NamedSharding(mesh_of(mode), P(*batch, heads)), 2)
     assert_same((out, lse), in_groups(jitted(implementation), arguments, groups))
@@ -94,7 +86,7 @@ def test_requests_and_heads(mode: AxisType, implementation: str, batch: tuple, h
     assert_near((out, lse), jitted(implementation)(*arguments))
 
 
-@native
+@needs_cpu
 @every_mode
 @pytest.mark.parametrize(("batch", "heads"), [(("data",), None), (("data",), "model"), ((("data", "model"),), None)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
@@ -115,8 +107,7 @@ def test_two_batch_axes(mode: AxisType, implementation: str) -> None:
     """The second split too, which a reshape to one axis would have to gather."""
     arguments = problem(2, 4)
     operands = placed(mesh_of(mode), arguments, ("model", "data"))
-    program = jax.jit(partial(attend, implementation)).lower(*operands).compile()
-    assert collectives(program) == []
+    program = without_collectives(partial(attend, implementation), *operands)
     assert_near(program(*operands), jitted(implementation)(*arguments))
 
 
@@ -135,7 +126,7 @@ def test_operands_that_are_not_split_alike(unplaced: str) -> None:
         swa = whole[1]
     elif unplaced == "head_dim":
         q, allowed = (
-            jax.device_put(q, NamedSharding(mesh, P(None, None, ("data", "model")))),
+            put(mesh, q, None, None, ("data", "model")),
             {"all-to-all", "all-gather", "collective-permute"},
         )
     else:
@@ -151,9 +142,8 @@ def test_lengths_left_out(mode: AxisType) -> None:
     q, swa, extra, sink = problem(8)
     arguments = q, *(s._replace(lengths=jnp.full(8, TOPK, jnp.int32)) for s in (swa, extra)), sink
     q, swa, extra, sink = placed(mesh_of(mode), arguments, ("data",), "model")
-    program = jax.jit(partial(attend, "xla")).lower(q, swa._replace(lengths=None), extra._replace(lengths=None), sink).compile()
-    assert collectives(program) == []
-    assert_same(program(q, swa._replace(lengths=None), extra._replace(lengths=None), sink), jitted("xla")(*arguments))
+    operands = q, swa._replace(lengths=None), extra._replace(lengths=None), sink
+    assert_same(without_collectives(partial(attend, "xla"), *operands)(*operands), jitted("xla")(*arguments))
 
 
 @every_mode
@@ -161,8 +151,7 @@ def test_lengths_left_out(mode: AxisType) -> None:
 def test_vmap(mode: AxisType, implementation: str) -> None:
     arguments = problem(4, 2)
     operands = placed(mesh_of(mode), arguments, ("data",), "model")
-    program = jax.jit(jax.vmap(partial(attend, implementation), (0, SHARED, SHARED, None))).lower(*operands).compile()
-    assert collectives(program) == []
+    program = without_collectives(jax.vmap(partial(attend, implementation), (0, SHARED, SHARED, None)), *operands)
     assert_near(program(*operands), jitted(implementation)(*arguments))
 
 
@@ -183,31 +172,29 @@ def planned(implementation: str, layers: int, heads: int, q, swa, extra, sink):
     return [dsv4.sparse_mla_decode(q + layer, swa, extra, **options) for layer in range(layers)]
 
 
-@native
+@needs_cpu
 @every_mode
 def test_plan_of_a_split_call(mode: AxisType) -> None:
     """A plan is of one kernel call: devices that have a part of it plan that for themselves, and the plan made for all, with the gather of
     lengths it would need, is not in the program."""
     operands = placed(mesh_of(mode), problem(8), ("data",), "model")
-    program = jax.jit(partial(planned, "cpu", 1, HEADS)).lower(*operands).compile()
-    assert collectives(program) == []
+    program = without_collectives(partial(planned, "cpu", 1, HEADS), *operands)
     assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
     assert_same(program(*operands)[0], jitted("cpu")(*operands))
 
 
-@native
+@needs_cpu
 @every_mode
 def test_plan_of_a_whole_call(mode: AxisType) -> None:
     """Where every device makes the whole call, they use it."""
     arguments = problem(8)
     operands = placed(mesh_of(mode), arguments, (None,))
-    program = jax.jit(partial(planned, "cpu", 2, HEADS)).lower(*operands).compile()
-    assert collectives(program) == []
+    program = without_collectives(partial(planned, "cpu", 2, HEADS), *operands)
     assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
     assert_same(program(*operands)[0], jitted("cpu")(*arguments))
 
 
-@native
+@needs_cpu
 @every_mode
 @pytest.mark.parametrize("implementation", ["cpu", None])
 def test_plan_in_shard_map(mode: AxisType, implementation: str | None) -> None:
@@ -216,8 +203,7 @@ def test_plan_in_shard_map(mode: AxisType, implementation: str | None) -> None:
     operands = placed(mesh, arguments, ("data",), "model")
     scope = dsv4.Scope(P(), P("data"), P("data"))
     over = partial(jax.shard_map, mesh=mesh, in_specs=(P("data", "model"), scope, scope, P("model")), out_specs=P("data", "model"))
-    program = jax.jit(over(partial(planned, implementation, 2, HEADS // MODEL))).lower(*operands).compile()
-    assert collectives(program) == []
+    program = without_collectives(over(partial(planned, implementation, 2, HEADS // MODEL)), *operands)
     assert program.as_text().count('custom_call_target="dsv4_plan"') == 1
     assert_same(program(*operands)[0], jitted("cpu")(*operands))
     with pytest.raises(ValueError, match=r"plan must be made for this call's num_heads = 4, got 8"):
@@ -239,7 +225,7 @@ def test_results_in_shard_map_differ_between_devices(mode: AxisType, implementat
         return out
 
     q, swa, _, sink = placed(mesh, problem(8), ("data",))
-    latents = jax.device_put(jnp.ones((2, 512)), NamedSharding(mesh, P("model")))
+    latents = put(mesh, jnp.ones((2, 512)), "model")
     specs = P("data"), dsv4.Scope(P(), P("data"), P("data")), P(), P("model")
     jax.eval_shape(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("data")), q, swa, sink, latents)
 
@@ -253,9 +239,9 @@ def test_append(mode: AxisType, implementation: str) -> None:
     """To a cache that every device has whole: in place; what moves are the new latents and their slots."""
     mesh, rng = mesh_of(mode), np.random.default_rng(0)
     latents, slots = jnp.asarray(rng.standard_normal((8, 512)), jnp.float32), jnp.arange(-1, 7, dtype=jnp.int32)
-    cache = lambda: dsv4.KVCache(jnp.zeros((SWA_BLOCKS, STRIDE), jnp.uint8), block_size=BLOCK)  # noqa: E731
+    cache = lambda: dsv4.KVCache(jnp.zeros((programs.SWA_BLOCKS, programs.STRIDE), jnp.uint8), block_size=BLOCK)  # noqa: E731
     append = jax.jit(partial(dsv4.append, implementation=implementation), donate_argnums=0)
-    operands = [jax.device_put(x, NamedSharding(mesh, P(*spec))) for x, spec in ((cache(), ()), (latents, ("data",)), (slots, ("data",)))]
+    operands = [put(mesh, cache()), put(mesh, latents, "data"), put(mesh, slots, "data")]
     program = append.lower(*operands).compile()
     assert collectives(program) == [Collective("all-gather", ("f32[8,512]",)), Collective("all-gather", ("s32[8]",))]
     assert copies(program) == []
@@ -270,14 +256,13 @@ def test_append(mode: AxisType, implementation: str) -> None:
 def test_loop(mode: AxisType, implementation: str) -> None:
     """Steps of append, plan and decode with heads split: no collective, no copy of a cache, and one device's bits."""
     mesh = mesh_of(mode)
-    caches, latents, slots, q = jax.device_put(loop_arguments(), NamedSharding(mesh, P()))
-    operands = caches, latents, slots, jax.device_put(q, NamedSharding(mesh, P(None, "model")))
-    program = jax.jit(partial(scanned, implementation), donate_argnums=0).lower(*operands).compile()
-    assert collectives(program) == []
+    caches, latents, slots, q = put(mesh, programs.loop_arguments())
+    operands = caches, latents, slots, put(mesh, q, None, "model")
+    program = without_collectives(partial(programs.scanned, implementation), *operands, donate=(0,))
     assert copies(program) == []
     got = program(*operands)
     assert all(c.data.is_deleted() for c in caches)
-    want = one_by_one(implementation, *loop_arguments())
+    want = programs.one_by_one(implementation, *programs.loop_arguments())
     assert_same(got[0], want[0])
     assert_close("outs", got[1], np.asarray(want[1], np.float64), OUT_FLOAT32)
     if implementation == "cpu":
@@ -287,7 +272,7 @@ def test_loop(mode: AxisType, implementation: str) -> None:
 # --- Export
 
 
-@native
+@needs_cpu
 def test_export() -> None:
     """For 8 devices, in explicit mode and of a shard_map; what automatic mode needs while it compiles, JAX does not serialise."""
     scope, both = dsv4.Scope(P(), P("data"), P("data")), P("data", "model")
@@ -295,11 +280,11 @@ def test_export() -> None:
     call = partial(attend, "cpu")
     for mode, program in ((AxisType.Explicit, call), (AxisType.Auto, over(call))):
         operands = placed(mesh_of(mode), problem(8), ("data",), "model")
-        exported = jax.export.export(jax.jit(program), disabled_checks=OUR_CALLS)(*operands)
+        exported = jax.export.export(jax.jit(program), disabled_checks=programs.OUR_CALLS)(*operands)
         assert exported.nr_devices == 8
         assert_same(jax.jit(jax.export.deserialize(exported.serialize()).call)(*operands), jitted("cpu")(*operands))
     with pytest.raises(NotImplementedError, match="serialization of host_callbacks"):
-        jax.export.export(jax.jit(call), disabled_checks=OUR_CALLS)(*operands)
+        jax.export.export(jax.jit(call), disabled_checks=programs.OUR_CALLS)(*operands)
 
 
 # --- What cannot be
@@ -311,7 +296,7 @@ def test_a_cache_is_never_gathered(mode: AxisType, op: str) -> None:
     """Blocks spread over devices: an error that says what to do."""
     mesh = mesh_of(mode)
     q, swa, extra, sink = placed(mesh, problem(8), ("data",))
-    spread = dsv4.KVCache(jax.device_put(jnp.zeros((16, STRIDE), jnp.uint8), NamedSharding(mesh, P("data"))), block_size=BLOCK)
+    spread = dsv4.KVCache(put(mesh, jnp.zeros((16, programs.STRIDE), jnp.uint8), "data"), block_size=BLOCK)
     name = "swa.cache" if op == "sparse_mla_decode" else "cache"
     message = (
         f"{op}: {name}'s data must be whole on every device here .*under jax.shard_map, with local_scope and merge_over_axis.*, got .*data"
@@ -355,8 +340,7 @@ def test_shard_map_over_one_of_two_axes(implementation: str) -> None:
     specs = P("data"), scope, scope, P()
     over = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P("data"), axis_names={"data"}, check_vma=False)
     operands = placed(mesh, arguments, ("data",), "model")
-    program = jax.jit(over(partial(attend, implementation))).lower(*operands).compile()
-    assert collectives(program) == []
+    program = without_collectives(over(partial(attend, implementation)), *operands)
     assert_same(program(*operands), jitted(implementation)(*operands))
 
 
@@ -539,10 +523,9 @@ def test_context(mode: AxisType, implementation: str, placement: str, layout: st
     q, swa, extra, sink = context_problem(layout, placement)
     want = jitted(implementation)(q, swa, extra, sink)
     mesh = jax.make_mesh((2, DEVICES), ("data", "context"), axis_types=(mode,) * 2)
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
-    spread = extra.cache.replace(put(extra.cache.data[whole_order(placement, DEVICES, BLOCKS)], "context"))
-    rows = lambda s: (put(s.indices, "data"), put(s.lengths, "data"))  # noqa: E731
-    operands = put(q, "data"), dsv4.Scope(jax.tree.map(put, swa.cache), *rows(swa)), dsv4.Scope(spread, *rows(extra)), put(sink)
+    q, swa, extra, sink = placed(mesh, (q, swa, extra, sink), ("data",))
+    spread = put(mesh, extra.cache.data[whole_order(placement, DEVICES, BLOCKS)], "context")
+    operands = q, swa, extra._replace(cache=extra.cache.replace(spread)), sink
     specs = jax.tree.map(lambda x: x.sharding.spec, operands)
     out_spec = {None: P("data"), -2: P("data", "context"), 0: P(("data", "context"))}[way]
     over = jax.shard_map(partial(over_context, implementation, placement, way), mesh=mesh, in_specs=specs, out_specs=out_spec)
@@ -584,8 +567,7 @@ def test_context_in_bfloat16(implementation: str, way: int | None, travels: jnp.
 
     specs = P(), dsv4.Scope(P(), P(), P()), dsv4.Scope(P("context"), P(), P()), P()
     over = jax.jit(jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=P() if way is None else P("context")))
-    put = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))  # noqa: E731
-    operands = jax.tree.map(put, specs, (q, swa, extra, sink), is_leaf=is_spec)
+    operands = jax.tree.map(lambda spec, x: put(mesh, x, *spec), specs, (q, swa, extra, sink), is_leaf=lambda x: isinstance(x, P))
     program, rows = over.lower(*operands).compile(), len(q) * HEADS
     word, numbers = ("u32", 512 + 1) if travels == jnp.float32 else ("u16", 512 + 2)
     gathers = [Collective("all-gather", (f"u16[{rows},512]",)), Collective("all-gather", (f"u32[{rows}]",))] if way is None else []
@@ -593,10 +575,6 @@ def test_context_in_bfloat16(implementation: str, way: int | None, travels: jnp.
     out = program(*operands)
     assert out.dtype == jnp.bfloat16
     assert_close("out", out, np.asarray(want, np.float64), tolerance)
-
-
-def is_spec(x: object) -> bool:
-    return isinstance(x, P)
 
 
 @every_implementation
@@ -615,61 +593,52 @@ def test_append_to_a_spread_cache(implementation: str) -> None:
 
         cache = dsv4.KVCache.create(DEVICES * BLOCKS, BLOCK)
         over = jax.shard_map(append, mesh=mesh, in_specs=(P("context"), P(), P()), out_specs=P("context"))
-        spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("context"))), cache)
-        rows = [jax.device_put(x, NamedSharding(mesh, P())) for x in (latents, jnp.asarray(slots))]
-        program = jax.jit(over, donate_argnums=0).lower(spread, *rows).compile()
-        assert collectives(program) == []
-        whole = np.asarray(program(spread, *rows).data)[np.argsort(whole_order(placement, DEVICES, BLOCKS))]
+        operands = put(mesh, cache, "context"), put(mesh, latents), put(mesh, jnp.asarray(slots))
+        program = without_collectives(over, *operands, donate=(0,))
+        whole = np.asarray(program(*operands).data)[np.argsort(whole_order(placement, DEVICES, BLOCKS))]
         want = jax.jit(partial(dsv4.append, implementation=implementation))(cache, latents, jnp.asarray(slots))
         np.testing.assert_array_equal(whole, want.data)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda c, s: dsv4.local_slots(c, s, "context"),
-            "local_slots: axis_name must be an axis of the jax.shard_map around it, got 'context'",
-        ),
-        (
-            lambda c, s: dsv4.local_scope(dsv4.Scope(c, s), "x"),
-            "local_scope: axis_name must be an axis of the jax.shard_map around it, got 'x'",
-        ),
-        (
-            lambda c, s: dsv4.local_slots(c, s, "x", placement="y"),
-            "local_slots: placement must be one of 'contiguous', 'interleaved', got 'y'",
-        ),
-        (lambda c, s: dsv4.local_slots(c, s.astype(jnp.int8), "x"), "local_slots: slots must have dtype int32, got int8"),
-        (lambda c, s: dsv4.local_slots(s, s, "x"), "local_slots: cache must be a KVCache, got"),
-        (
-            lambda c, s: dsv4.local_scope(dsv4.Scope(c, s, s), "x"),
-            "local_scope: lengths must have shape (*batch,) = (2,), got (2, 3)",
-        ),
-        (lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "y"), "merge_over_axis: axis_name must be an axis of"),
-        (lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones(2), "y"), "merge_over_axis: lse must have shape"),
-        (lambda c, s: dsv4.merge_over_axis(s, s, "x"), "merge_over_axis: out must have dtype float32 or bfloat16 or float16, got int32"),
-        (
-            lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "x", scatter_dimension=-2),
-            "merge_over_axis: out.shape[-2] must be divided by the 2 devices of the axis, got 3",
-        ),
-        (
-            lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "x", scatter_dimension=-1),
-            "merge_over_axis: scatter_dimension must be a batch axis or the heads of out, got -1",
-        ),
-        (
-            lambda c, s: dsv4.merge_over_axis(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "x", scatter_dimension=3),
-            "merge_over_axis: scatter_dimension must be from -3 to 2, got 3",
-        ),
-        (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s), "y"), "split_scope: axis_name must be an axis of the jax.shard_map around it"),
-        (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s, s), "x"), "split_scope: lengths must have shape (*batch,) = (2,), got (2, 3)"),
-    ],
+OUT, OUT_LSE = jnp.ones((2, 3, 4)), jnp.ones((2, 3))
+NO_AXIS = "axis_name must be an axis of the jax.shard_map around it, got"
+CONTEXT_ERRORS = (
+    (lambda c, s: dsv4.local_slots(c, s, "context"), f"local_slots: {NO_AXIS} 'context'"),
+    (lambda c, s: dsv4.local_scope(dsv4.Scope(c, s), "y"), f"local_scope: {NO_AXIS} 'y'"),
+    (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s), "y"), f"split_scope: {NO_AXIS} 'y'"),
+    (lambda c, s: dsv4.merge_over_axis(OUT, OUT_LSE, "y"), f"merge_over_axis: {NO_AXIS} 'y'"),
+    (
+        lambda c, s: dsv4.local_slots(c, s, "x", placement="y"),
+        "local_slots: placement must be one of 'contiguous', 'interleaved', got 'y'",
+    ),
+    (lambda c, s: dsv4.local_slots(c, s.astype(jnp.int8), "x"), "local_slots: slots must have dtype int32, got int8"),
+    (lambda c, s: dsv4.local_slots(s, s, "x"), "local_slots: cache must be a KVCache, got"),
+    (lambda c, s: dsv4.local_scope(dsv4.Scope(c, s, s), "x"), "local_scope: lengths must have shape (*batch,) = (2,), got (2, 3)"),
+    (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s, s), "x"), "split_scope: lengths must have shape (*batch,) = (2,), got (2, 3)"),
+    (lambda c, s: dsv4.merge_over_axis(OUT, jnp.ones(2), "x"), "merge_over_axis: lse must have shape"),
+    (lambda c, s: dsv4.merge_over_axis(s, s, "x"), "merge_over_axis: out must have dtype float32 or bfloat16 or float16, got int32"),
+    *(
+        (lambda c, s, way=way: dsv4.merge_over_axis(OUT, OUT_LSE, "x", scatter_dimension=way), f"merge_over_axis: {message}")
+        for way, message in (
+            (-2, "out.shape[-2] must be divided by the 2 devices of the axis, got 3"),
+            (-1, "scatter_dimension must be a batch axis or the heads of out, got -1"),
+            (3, "scatter_dimension must be from -3 to 2, got 3"),
+        )
+    ),
 )
+
+
+@pytest.mark.parametrize(("call", "message"), CONTEXT_ERRORS, ids=[message for _, message in CONTEXT_ERRORS])
 def test_context_errors(call, message: str) -> None:
     cache, slots = dsv4.KVCache.create(2, 4), jnp.zeros((2, 3), jnp.int32)
-    alone = "axis_name" in message or "placement" in message or "KVCache" in message or "int8" in message
-    wrapped = (lambda _: call(cache, slots)) if alone else jax.vmap(lambda _: call(cache, slots), axis_name="x")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        wrapped(jnp.arange(2))
+        jax.vmap(lambda _: call(cache, slots), axis_name="x")(jnp.arange(2))
+
+
+@pytest.mark.parametrize("call", [call for call, message in CONTEXT_ERRORS if NO_AXIS in message])
+def test_context_outside_shard_map(call) -> None:
+    with pytest.raises(ValueError, match=NO_AXIS):
+        call(dsv4.KVCache.create(2, 4), jnp.zeros((2, 3), jnp.int32))
 
 
 def test_more_slots_than_int32_can_number() -> None:

@@ -2,106 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
-from compare import LSE, OUT_FLOAT32, assert_close, assert_same_bits
+from marks import every_implementation, needs_cpu
+from programs import BLOCK, HEADS, OUR_CALLS, SHARED, TOPK, assert_near, assert_same, attend, copies, jitted, problem
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
 from jax_dsv4._implementations import cuda
 
-IMPLEMENTATIONS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")),
-    "xla",
-]
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-native = pytest.mark.skipif(_ffi.load("libdsv4_cpu", "cpu")[0] is None, reason="no native CPU library")
-
-HEADS, TOPK, BLOCK = 2, 70, 8
-# No other array of these programs has a cache's shape.
-SWA_BLOCKS, EXTRA_BLOCKS = 13, 17
-STRIDE = BLOCK * 584 + 16
-
-
-def problem(*batch: int, seed: int = 0, caches: tuple[int, ...] = (), heads: int = HEADS):
-    """q, swa, extra and sink, of the given batch axes; with `caches`, leading axes of the caches."""
-    rng = np.random.default_rng(seed)
-
-    def scope(blocks: int) -> dsv4.Scope:
-        latents = rng.standard_normal((*caches, blocks * BLOCK, 512)).astype(np.float32).reshape(-1, 512)
-        packed = dsv4.reference.pack_fp8_ds_mla(latents, BLOCK, STRIDE).reshape(*caches, blocks, STRIDE)
-        data = jnp.asarray(packed)
-        cache = jax.tree.unflatten(jax.tree.structure(dsv4.KVCache.create(1, BLOCK)), [data])
-        indices = rng.integers(-2, blocks * BLOCK + 2, (*batch, TOPK)).astype(np.int32)
-        lengths = rng.integers(-3, TOPK + 3, batch).astype(np.int32)
-        return dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths))
-
-    q = jnp.asarray(rng.standard_normal((*batch, heads, 512)), jnp.float32)
-    return q, scope(SWA_BLOCKS), scope(EXTRA_BLOCKS), jnp.asarray(rng.standard_normal(heads), jnp.float32)
-
-
-def attend(implementation: str, q, swa, extra, sink):
-    return dsv4.sparse_mla_decode(q, swa, extra, attn_sink=sink, implementation=implementation, return_lse=True)
-
-
-@functools.cache
-def jitted(implementation: str):
-    return jax.jit(partial(attend, implementation))
-
-
-def assert_same(got: object, want: object) -> None:
-    for i, (a, b) in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)):
-        assert_same_bits(f"result {i}", a, b)
-
-
-def assert_near(got: tuple, want: tuple) -> None:
-    """Another batch may be planned otherwise: the same within rounding."""
-    assert_close("out", got[0], np.asarray(want[0], np.float64), OUT_FLOAT32)
-    assert_close("lse", got[1], np.asarray(want[1], np.float64), LSE)
-
-
 # --- Loops
-
-
-def step(implementation: str, caches, latents, slots, q):
-    """A token: write to both caches, plan, attend twice (as two layers of one kind would)."""
-    swa, extra = (dsv4.append(c, latents, slots, implementation=implementation) for c in caches)
-    entries = jnp.arange(TOPK, dtype=jnp.int32)[None]
-    lengths = jnp.maximum(slots + 1, 0)
-    plan = dsv4.plan_decode(lengths, lengths, num_heads=HEADS, swa_topk=TOPK, extra_topk=TOPK, implementation=implementation)
-    scopes = dsv4.Scope(swa, entries, lengths), dsv4.Scope(extra, entries, lengths)
-    for _ in range(2):
-        q = dsv4.sparse_mla_decode(q, *scopes, plan=plan, implementation=implementation)
-    return (swa, extra), q
-
-
-def one_by_one(implementation: str, caches, latents, slots, q):
-    outs, one = [], jax.jit(partial(step, implementation))
-    for x, s in zip(latents, slots):
-        caches, q = one(caches, x, s, q)
-        outs.append(q)
-    return caches, jnp.stack(outs)
-
-
-def scanned(implementation: str, caches, latents, slots, q):
-    def body(carry, row):
-        caches, q = step(implementation, carry[0], *row, carry[1])
-        return (caches, q), q
-
-    (caches, _), outs = jax.lax.scan(body, (caches, q), (latents, slots))
-    return caches, outs
 
 
 def while_looped(implementation: str, caches, latents, slots, q):
     def body(carry):
         i, caches, q, outs = carry
-        caches, q = step(implementation, caches, latents[i], slots[i], q)
+        caches, q = programs.step(implementation, caches, latents[i], slots[i], q)
         return i + 1, caches, q, outs.at[i].set(q)
 
     outs = jnp.zeros((len(slots), *q.shape), q.dtype)
@@ -123,40 +45,25 @@ def reads_the_old_cache(implementation: str, caches, latents, slots, q):
     return caches, outs
 
 
-def loop_arguments():
-    rng = np.random.default_rng(0)
-    caches = tuple(dsv4.KVCache(jnp.zeros((n, STRIDE), jnp.uint8), block_size=BLOCK) for n in (SWA_BLOCKS, EXTRA_BLOCKS))
-    latents = jnp.asarray(rng.standard_normal((4, 1, 512)), jnp.float32)
-    slots = jnp.array([[0], [1], [-1], [2]], jnp.int32)
-    return caches, latents, slots, jnp.asarray(rng.standard_normal((1, HEADS, 512)), jnp.float32)
-
-
 def compiled(program, implementation: str):
-    return jax.jit(partial(program, implementation), donate_argnums=0).lower(*loop_arguments()).compile()
-
-
-def copies(program) -> list[str]:
-    """Lines of a compiled program's HLO that copy a whole cache."""
-    shape = rf"u8\[(?:{SWA_BLOCKS}|{EXTRA_BLOCKS}),{STRIDE}\]"
-    assert re.search(shape, program.as_text())
-    return re.findall(rf".*= \(?{shape}\S* (?:copy|copy-start)\(.*", program.as_text())
+    return jax.jit(partial(program, implementation), donate_argnums=0).lower(*programs.loop_arguments()).compile()
 
 
 @every_implementation
-@pytest.mark.parametrize("program", [scanned, while_looped])
+@pytest.mark.parametrize("program", [programs.scanned, while_looped])
 def test_loops(program, implementation: str) -> None:
     """With the caches in the carry and donated: the bits of the steps one by one, in the caches' own memory, without a copy of them."""
-    arguments, loop = loop_arguments(), compiled(program, implementation)
+    arguments, loop = programs.loop_arguments(), compiled(program, implementation)
     addresses = {c.data.unsafe_buffer_pointer() for c in arguments[0]}
     got = loop(*arguments)
     assert all(c.data.is_deleted() for c in arguments[0])
     assert {c.data.unsafe_buffer_pointer() for c in got[0]} == addresses
     assert copies(loop) == []
     # Run after, so that no memory holds the answer.
-    assert_same(got, one_by_one(implementation, *loop_arguments()))
+    assert_same(got, programs.one_by_one(implementation, *programs.loop_arguments()))
 
 
-@native
+@needs_cpu
 def test_copies_are_seen() -> None:
     assert copies(compiled(reads_the_old_cache, "cpu"))
 
@@ -170,7 +77,7 @@ def test_jit_and_eager_agree(implementation: str) -> None:
     assert_same(jitted(implementation)(*arguments), attend(implementation, *arguments))
 
 
-@native
+@needs_cpu
 @pytest.mark.parametrize("fused", [None, False])
 def test_plan_and_decode_in_one_jit(fused: bool | None) -> None:
     q, swa, extra, sink = problem(5)
@@ -194,8 +101,6 @@ def test_zero_tokens(implementation: str) -> None:
 
 # --- vmap
 
-SHARED = dsv4.Scope(None, 0, 0)  # batched indices and lengths, one cache
-
 
 @every_implementation
 def test_vmap_with_one_cache(implementation: str) -> None:
@@ -217,46 +122,29 @@ def test_vmap_of_vmap_over_other_axes(implementation: str) -> None:
     assert_near(got, want)
 
 
+def entry(i: int, axes: tuple, operands: tuple, *, batched: bool = True) -> tuple:
+    """Entry i of the operands that have a vmapped axis, or of those that have none."""
+    take = lambda axis, part: jax.tree.map(lambda x: x[i], part) if (axis == 0) == batched else part  # noqa: E731
+    return jax.tree.map(take, axes, operands, is_leaf=lambda axis: axis is None)
+
+
 @every_implementation
-def test_vmap_of_q_alone(implementation: str) -> None:
-    q, swa, extra, sink = problem(4)
-    many = jnp.stack([q, 2 * q, -q])
-    got = jax.jit(jax.vmap(partial(attend, implementation), (0, None, None, None)))(many, swa, extra, sink)
+@pytest.mark.parametrize(
+    "axes",
+    [(0, None, None, None), (0, 0, 0, None), (0, 0, SHARED, None), (None, None, None, 0)],
+    ids=["q", "a cache each", "a cache each in one scope", "sink"],
+)
+def test_vmap_of_some_operands(implementation: str, axes: tuple) -> None:
+    """Each entry as a call of its own: a slot outside its own cache names no row of its neighbour's."""
+    *operands, sink = problem(3, 4, caches=(3,))
+    operands = entry(0, axes, (*operands, jnp.stack([sink, jnp.full(HEADS, -jnp.inf), jnp.full(HEADS, jnp.inf)])), batched=False)
+    got = jax.jit(jax.vmap(partial(attend, implementation), axes))(*operands)
     for i in range(3):
-        assert_near((got[0][i], got[1][i]), jitted(implementation)(many[i], swa, extra, sink))
+        assert_near((got[0][i], got[1][i]), jitted(implementation)(*entry(i, axes, operands)))
+    assert axes[3] is None or not np.asarray(got[0][2]).any()
 
 
-@every_implementation
-def test_vmap_with_a_cache_each(implementation: str) -> None:
-    """A slot outside its own cache names no row of its neighbour's."""
-    arguments = problem(3, 4, caches=(3,))
-    got = jax.jit(jax.vmap(partial(attend, implementation), (0, 0, 0, None)))(*arguments)
-    for i in range(3):
-        one = jax.tree.map(lambda x: x[i], arguments[:3])  # noqa: B023
-        assert_near((got[0][i], got[1][i]), jitted(implementation)(*one, arguments[3]))
-
-
-@every_implementation
-def test_vmap_with_a_cache_each_in_one_scope(implementation: str) -> None:
-    q, swa, _, sink = problem(3, 4, caches=(3,))
-    _, _, extra, _ = problem(3, 4)
-    got = jax.jit(jax.vmap(partial(attend, implementation), (0, 0, SHARED, None)))(q, swa, extra, sink)
-    one = jax.tree.map(lambda x: x[2], (q, swa))
-    other = dsv4.Scope(extra.cache, extra.indices[2], extra.lengths[2])
-    assert_near((got[0][2], got[1][2]), jitted(implementation)(*one, other, sink))
-
-
-@every_implementation
-def test_vmap_with_a_sink_each(implementation: str) -> None:
-    q, swa, extra, sink = problem(4)
-    sinks = jnp.stack([sink, jnp.full(HEADS, -jnp.inf), jnp.full(HEADS, jnp.inf)])
-    got = jax.jit(jax.vmap(partial(attend, implementation), (None, None, None, 0)))(q, swa, extra, sinks)
-    for i in range(3):
-        assert_near((got[0][i], got[1][i]), jitted(implementation)(q, swa, extra, sinks[i]))
-    assert not np.asarray(got[0][2]).any()
-
-
-@native
+@needs_cpu
 def test_plan_under_vmap() -> None:
     q, swa, _, _ = problem(3, 4)
     plan = dsv4.plan_decode(swa.lengths[0], num_heads=HEADS, swa_topk=TOPK)
@@ -286,7 +174,7 @@ def test_append_under_vmap(implementation: str) -> None:
         np.testing.assert_array_equal(shared.data[i], one(mine, latents[0], slots[i]).data)
 
 
-@native
+@needs_cpu
 def test_append_to_one_cache_under_vmap() -> None:
     message = "append: under vmap the cache must be batched too: every entry writes to its own"
     with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
@@ -294,8 +182,6 @@ def test_append_to_one_cache_under_vmap() -> None:
 
 
 # --- Export
-
-OUR_CALLS = [jax.export.DisabledSafetyCheck.custom_call(target) for target in _ffi.TARGETS]
 
 
 def whole_step(data, latents, slots, q, indices):

@@ -2,33 +2,16 @@
 
 import ctypes
 import functools
-import hashlib
 import os
 import pathlib
 import shutil
-import subprocess
 
 import jax
-import software_gpu
+from compiled import compiled
 
-ROOT = pathlib.Path(__file__).parents[2]
+HERE = pathlib.Path(__file__).parent
+FFI = HERE.parents[1] / "ffi"
 TARGETS = ("plan", "metadata_plan", "decode", "append")
-
-
-def build(name: str, sources, flags=()) -> pathlib.Path:
-    """A shared library of these sources, compiled once per state of them and of every header that they may include."""
-    headers = [*(ROOT / "ffi").glob("*/*.h"), *pathlib.Path(__file__).parent.glob("*.h")]
-    command = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", *flags]
-    include = [f"-I{ROOT / 'ffi'}", "-isystem", jax.ffi.include_dir()]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted([*sources, *headers])) + " ".join([*command, jax.__version__]).encode())
-    out = software_gpu.cache_directory() / f"{name}-{digest.hexdigest()[:16]}" / f"{name}.so"
-    with software_gpu.building(out):
-        if out.exists():
-            return out
-        partial = out.with_suffix(f".{os.getpid()}")
-        subprocess.run(["g++", *command, *include, *map(str, sources), "-ldl", "-o", str(partial)], check=True)
-        os.replace(partial, out)
-    return out
 
 
 def load_handlers(library: pathlib.Path, copy: pathlib.Path, hsa, own, builder=None) -> ctypes.CDLL:
@@ -41,7 +24,10 @@ def load_handlers(library: pathlib.Path, copy: pathlib.Path, hsa, own, builder=N
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    bridge = ctypes.CDLL(str(build("xla_bridge", [pathlib.Path(__file__).parent / "xla_bridge.cc"])))
+    command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{FFI}", "-ldl"]
+    include = ["-isystem", jax.ffi.include_dir()]
+    headers = [*FFI.glob("*/*.h"), *HERE.glob("*.h")]
+    bridge = ctypes.CDLL(str(compiled("xla_bridge", [*command, *include], [HERE / "xla_bridge.cc"], headers, jax.__version__)))
     bridge.bridge_connect.restype = ctypes.c_char_p
     bridge.bridge_replayed.restype = ctypes.c_int64
     return bridge

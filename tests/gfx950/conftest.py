@@ -1,5 +1,11 @@
+import aiter_kernel
+import bridge
+import jax
 import pytest
 import software_gpu
+
+from jax_dsv4 import _ffi
+from jax_dsv4._implementations import aiter
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +44,6 @@ def assembler(gpu):
 @pytest.fixture(scope="session")
 def rocm_library(shared_gpu):
     """The installed library of ROCm handlers, with our kernels beside it."""
-    from jax_dsv4 import _ffi
-
     built = _ffi.find_library("libdsv4_rocm")
     if built is None or not built.with_name("dsv4_gfx950.co").exists():
         pytest.skip("libdsv4_rocm.so and dsv4_gfx950.co are not installed: install jax-dsv4 where clang-22 and lld-22 are")
@@ -49,11 +53,6 @@ def rocm_library(shared_gpu):
 @pytest.fixture(scope="session", params=["wheel", "tree"])
 def shared_rocm(request, rocm_library, tmp_path_factory):
     """The ROCm handlers over the software GPU of 8 units, with the kernels of AITER's wheel or of a source tree."""
-    import aiter_kernel
-    import bridge
-
-    from jax_dsv4 import _ffi
-
     hsa = aiter_kernel.wheel_directory() if request.param == "wheel" else aiter_kernel.tree_directory()
     if hsa is None:
         install = {"wheel": "pip install --no-deps amd-aiter", "tree": "name an AITER source tree in JAX_DSV4_AITER_SOURCE"}
@@ -65,12 +64,6 @@ def shared_rocm(request, rocm_library, tmp_path_factory):
 @pytest.fixture
 def rocm(gpu, shared_rocm, monkeypatch):
     """`implementation="aiter"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
-    import bridge
-    import jax
-
-    from jax_dsv4 import _ffi
-    from jax_dsv4._implementations import aiter
-
     handlers, path = shared_rocm
     monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
     monkeypatch.setenv("GFX950_UNITS", "8")
@@ -88,6 +81,4 @@ def rocm(gpu, shared_rocm, monkeypatch):
 @pytest.fixture
 def reports_lse(rocm):
     """Whether the 16-head kernel writes the lse of unsplit rows itself."""
-    from jax_dsv4._implementations import aiter
-
     return bool(aiter.choose_kernel(16, 0).reports_lse)

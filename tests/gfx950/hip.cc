@@ -236,22 +236,11 @@ HIP Error hipSetDevice(int device) {
 }
 HIP Error hipDeviceGetAttribute(int* value, int attribute, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
-  switch (attribute) {
-    case kAttributeMultiprocessorCount:
-      *value = units();
-      return kSuccess;
-    case 87:
-      *value = kLanes;
-      return kSuccess;  // hipDeviceAttributeWarpSize
-    case 74:
-      *value = kLdsBytes;
-      return kSuccess;  // hipDeviceAttributeMaxSharedMemoryPerBlock
-    case 23:
-      *value = 9;
-      return kSuccess;  // hipDeviceAttributeComputeCapabilityMajor
-    default:
-      return failed(kErrorInvalidValue);
-  }
+  // The numbers are hipDeviceAttributeWarpSize, ...MaxSharedMemoryPerBlock and ...ComputeCapabilityMajor.
+  const std::map<int, int> values = {{kAttributeMultiprocessorCount, units()}, {87, kLanes}, {74, kLdsBytes}, {23, 9}};
+  const auto found = values.find(attribute);
+  if (found == values.end()) return failed(kErrorInvalidValue);
+  return *value = found->second, kSuccess;
 }
 HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
@@ -279,50 +268,30 @@ HIP Error hipDeviceSynchronize() {
 HIP Error hipGetLastError() { return std::exchange(last_error, kSuccess); }
 HIP Error hipPeekAtLastError() { return last_error; }
 HIP const char* hipGetErrorName(Error e) {
-  switch (e) {
-    case kSuccess:
-      return "hipSuccess";
-    case kErrorInvalidValue:
-      return "hipErrorInvalidValue";
-    case kErrorOutOfMemory:
-      return "hipErrorOutOfMemory";
-    case kErrorInvalidConfiguration:
-      return "hipErrorInvalidConfiguration";
-    case kErrorInvalidDevice:
-      return "hipErrorInvalidDevice";
-    case kErrorInvalidImage:
-      return "hipErrorInvalidImage";
-    case kErrorNoBinaryForGpu:
-      return "hipErrorNoBinaryForGpu";
-    case kErrorInvalidHandle:
-      return "hipErrorInvalidHandle";
-    case kErrorIllegalState:
-      return "hipErrorIllegalState";
-    case kErrorNotFound:
-      return "hipErrorNotFound";
-    case kErrorIllegalAddress:
-      return "hipErrorIllegalAddress";
-    case kErrorLaunchFailure:
-      return "hipErrorLaunchFailure";
-    case kErrorStreamCaptureUnsupported:
-      return "hipErrorStreamCaptureUnsupported";
-    case kErrorStreamCaptureInvalidated:
-      return "hipErrorStreamCaptureInvalidated";
-    case kErrorStreamCaptureMerge:
-      return "hipErrorStreamCaptureMerge";
-    case kErrorStreamCaptureUnmatched:
-      return "hipErrorStreamCaptureUnmatched";
-    case kErrorStreamCaptureUnjoined:
-      return "hipErrorStreamCaptureUnjoined";
-    case kErrorStreamCaptureIsolation:
-      return "hipErrorStreamCaptureIsolation";
-    case kErrorStreamCaptureImplicit:
-      return "hipErrorStreamCaptureImplicit";
-    case kErrorCapturedEvent:
-      return "hipErrorCapturedEvent";
-    case kErrorStreamCaptureWrongThread:
-      return "hipErrorStreamCaptureWrongThread";
-  }
+  static const std::pair<Error, const char*> names[] = {
+      {kSuccess, "hipSuccess"},
+      {kErrorInvalidValue, "hipErrorInvalidValue"},
+      {kErrorOutOfMemory, "hipErrorOutOfMemory"},
+      {kErrorInvalidConfiguration, "hipErrorInvalidConfiguration"},
+      {kErrorInvalidDevice, "hipErrorInvalidDevice"},
+      {kErrorInvalidImage, "hipErrorInvalidImage"},
+      {kErrorNoBinaryForGpu, "hipErrorNoBinaryForGpu"},
+      {kErrorInvalidHandle, "hipErrorInvalidHandle"},
+      {kErrorIllegalState, "hipErrorIllegalState"},
+      {kErrorNotFound, "hipErrorNotFound"},
+      {kErrorIllegalAddress, "hipErrorIllegalAddress"},
+      {kErrorLaunchFailure, "hipErrorLaunchFailure"},
+      {kErrorStreamCaptureUnsupported, "hipErrorStreamCaptureUnsupported"},
+      {kErrorStreamCaptureInvalidated, "hipErrorStreamCaptureInvalidated"},
+      {kErrorStreamCaptureMerge, "hipErrorStreamCaptureMerge"},
+      {kErrorStreamCaptureUnmatched, "hipErrorStreamCaptureUnmatched"},
+      {kErrorStreamCaptureUnjoined, "hipErrorStreamCaptureUnjoined"},
+      {kErrorStreamCaptureIsolation, "hipErrorStreamCaptureIsolation"},
+      {kErrorStreamCaptureImplicit, "hipErrorStreamCaptureImplicit"},
+      {kErrorCapturedEvent, "hipErrorCapturedEvent"},
+      {kErrorStreamCaptureWrongThread, "hipErrorStreamCaptureWrongThread"}};
+  for (const auto& [error, name] : names)
+    if (e == error) return name;
   return "hipErrorUnknown";
 }
 HIP const char* hipGetErrorString(Error e) {

@@ -260,6 +260,30 @@ constexpr Opcode scalar(F) {
   return scalar_opcode(&F::operator());
 }
 
+// SCC: whether the result is not 0.
+template <class F, class R, class... A>
+constexpr Opcode nonzero_opcode(R (F::*)(A...) const) {
+  return scalar([](bool& scc, A... a) {
+    const R r = F{}(a...);
+    scc = r != 0;
+    return r;
+  });
+}
+template <class F>
+constexpr Opcode nonzero(F) {
+  return nonzero_opcode(&F::operator());
+}
+
+// A result in 64 bits, of two operands and SCC. SCC: whether it does not fit 32.
+template <class F>
+constexpr Opcode cut(F) {
+  return scalar([](bool& scc, uint32_t a, uint32_t b) {
+    const uint64_t r = F{}(uint64_t{a}, uint64_t{b}, uint64_t{scc});
+    scc = r >> 32 != 0;
+    return static_cast<uint32_t>(r);
+  });
+}
+
 // ---- Arithmetic that more than one instruction uses.
 
 using u16 = uint16_t;
@@ -1210,16 +1234,11 @@ void add_vector(Table& t) {
 
 template <class T>
 void add_scalar_comparisons(Table& t, const std::string& type) {
-  t["s_cmp_eq_" + type] = scalar([](bool& scc, T a, T b) { scc = a == b; });
-  t["s_cmp_lg_" + type] = scalar([](bool& scc, T a, T b) { scc = a != b; });
-  t["s_cmp_lt_" + type] = scalar([](bool& scc, T a, T b) { scc = a < b; });
-  t["s_cmp_le_" + type] = scalar([](bool& scc, T a, T b) { scc = a <= b; });
-  t["s_cmp_gt_" + type] = scalar([](bool& scc, T a, T b) { scc = a > b; });
-  t["s_cmp_ge_" + type] = scalar([](bool& scc, T a, T b) { scc = a >= b; });
   // SOPK's constant is sign-extended for i32, zero-extended for u32.
   using K = std::conditional_t<std::is_signed_v<T>, i16, u16>;
   const auto add = [&](const char* name, auto f) {
     using F = decltype(f);
+    t[std::string("s_cmp_") + name + "_" + type] = scalar([](bool& scc, T a, T b) { scc = F{}(a, b); });
     t[std::string("s_cmpk_") + name + "_" + type] = with_constant([](bool& scc, u32 a, u16 k) {
       scc = F{}(static_cast<T>(a), static_cast<T>(static_cast<K>(k)));
       return a;
@@ -1231,6 +1250,15 @@ void add_scalar_comparisons(Table& t, const std::string& type) {
   add("le", [](T a, T b) { return a <= b; });
   add("gt", [](T a, T b) { return a > b; });
   add("ge", [](T a, T b) { return a >= b; });
+  const auto pick = [&](const char* name, auto f) {
+    using F = decltype(f);
+    t[std::string("s_") + name + "_" + type] = scalar([](bool& scc, T a, T b) {
+      scc = F{}(a, b);
+      return scc ? a : b;
+    });
+  };
+  pick("min", [](T a, T b) { return a < b; });
+  pick("max", [](T a, T b) { return a > b; });
 }
 
 template <class T>
@@ -1240,14 +1268,7 @@ struct Move {
 
 template <class T>
 void add_scalar_logic(Table& t, const std::string& type) {
-  const auto add = [&](const char* name, auto f) {
-    using F = decltype(f);
-    t[std::string("s_") + name + "_" + type] = scalar([](bool& scc, T a, T b) {
-      const T r = F{}(a, b);
-      scc = r != 0;
-      return r;
-    });
-  };
+  const auto add = [&](const char* name, auto f) { t[std::string("s_") + name + "_" + type] = nonzero(f); };
   add("and", [](T a, T b) { return a & b; });
   add("or", [](T a, T b) { return a | b; });
   add("xor", [](T a, T b) { return a ^ b; });
@@ -1256,10 +1277,7 @@ void add_scalar_logic(Table& t, const std::string& type) {
   add("nand", [](T a, T b) { return ~(a & b); });
   add("nor", [](T a, T b) { return ~(a | b); });
   add("xnor", [](T a, T b) { return ~(a ^ b); });
-  t["s_not_" + type] = scalar([](bool& scc, T a) {
-    scc = ~a != 0;
-    return static_cast<T>(~a);
-  });
+  add("not", [](T a) { return static_cast<T>(~a); });
   t["s_mov_" + type] = scalar(Move<T>());
   t["s_cmov_" + type] = {[](Wave& w, I i) {
                            if (w.scc) Scalar<Move<T>, T, T>::execute(w, i);
@@ -1275,24 +1293,10 @@ void add_scalar_logic(Table& t, const std::string& type) {
 
 void add_scalars(Table& t) {
   t.insert({
-      {"s_add_u32", scalar([](bool& c, u32 a, u32 b) {
-         c = (u64{a} + b) >> 32;
-         return a + b;
-       })},
-      {"s_sub_u32", scalar([](bool& c, u32 a, u32 b) {
-         c = b > a;
-         return a - b;
-       })},
-      {"s_addc_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u64 s = u64{a} + b + c;
-         c = s >> 32;
-         return static_cast<u32>(s);
-       })},
-      {"s_subb_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u64 s = u64{a} - b - c;
-         c = s >> 32 & 1;
-         return static_cast<u32>(s);
-       })},
+      {"s_add_u32", cut([](u64 a, u64 b, u64) { return a + b; })},
+      {"s_sub_u32", cut([](u64 a, u64 b, u64) { return a - b; })},
+      {"s_addc_u32", cut([](u64 a, u64 b, u64 c) { return a + b + c; })},
+      {"s_subb_u32", cut([](u64 a, u64 b, u64 c) { return a - b - c; })},
       {"s_add_i32", scalar([](bool& c, i32 a, i32 b) {
          i32 r;
          c = __builtin_add_overflow(a, b, &r);
@@ -1306,98 +1310,23 @@ void add_scalars(Table& t) {
       {"s_mul_i32", scalar([](bool&, u32 a, u32 b) { return a * b; })},
       {"s_mul_hi_u32", scalar([](bool&, u32 a, u32 b) { return static_cast<u32>(u64{a} * b >> 32); })},
       {"s_mul_hi_i32", scalar([](bool&, i32 a, i32 b) { return static_cast<i32>(i64{a} * b >> 32); })},
-      {"s_min_u32", scalar([](bool& c, u32 a, u32 b) {
-         c = a < b;
-         return c ? a : b;
-       })},
-      {"s_max_u32", scalar([](bool& c, u32 a, u32 b) {
-         c = a > b;
-         return c ? a : b;
-       })},
-      {"s_min_i32", scalar([](bool& c, i32 a, i32 b) {
-         c = a < b;
-         return c ? a : b;
-       })},
-      {"s_max_i32", scalar([](bool& c, i32 a, i32 b) {
-         c = a > b;
-         return c ? a : b;
-       })},
-      {"s_abs_i32", scalar([](bool& c, u32 a) {
-         const u32 r = a >> 31 ? 0 - a : a;
-         c = r != 0;
-         return r;
-       })},
-      {"s_lshl_b32", scalar([](bool& c, u32 a, u32 b) {
-         const u32 r = a << (b & 31);
-         c = r != 0;
-         return r;
-       })},
-      {"s_lshr_b32", scalar([](bool& c, u32 a, u32 b) {
-         const u32 r = a >> (b & 31);
-         c = r != 0;
-         return r;
-       })},
-      {"s_ashr_i32", scalar([](bool& c, i32 a, u32 b) {
-         const i32 r = a >> (b & 31);
-         c = r != 0;
-         return r;
-       })},
-      {"s_lshl_b64", scalar([](bool& c, u64 a, u32 b) {
-         const u64 r = a << (b & 63);
-         c = r != 0;
-         return r;
-       })},
-      {"s_lshr_b64", scalar([](bool& c, u64 a, u32 b) {
-         const u64 r = a >> (b & 63);
-         c = r != 0;
-         return r;
-       })},
-      {"s_ashr_i64", scalar([](bool& c, i64 a, u32 b) {
-         const i64 r = a >> (b & 63);
-         c = r != 0;
-         return r;
-       })},
-      {"s_lshl1_add_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u64 r = (u64{a} << 1) + b;
-         c = r >> 32 != 0;
-         return static_cast<u32>(r);
-       })},
-      {"s_lshl2_add_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u64 r = (u64{a} << 2) + b;
-         c = r >> 32 != 0;
-         return static_cast<u32>(r);
-       })},
-      {"s_lshl3_add_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u64 r = (u64{a} << 3) + b;
-         c = r >> 32 != 0;
-         return static_cast<u32>(r);
-       })},
-      {"s_lshl4_add_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u64 r = (u64{a} << 4) + b;
-         c = r >> 32 != 0;
-         return static_cast<u32>(r);
-       })},
-      {"s_bfe_u32", scalar([](bool& c, u32 a, u32 b) {
-         const u32 r = bfe(a, b & 31, std::min(b >> 16 & 0x7f, 32u));
-         c = r != 0;
-         return r;
-       })},
-      {"s_bfe_i32", scalar([](bool& c, i32 a, u32 b) {
-         const i32 r = bfe_signed(a, b & 31, std::min(b >> 16 & 0x7f, 32u));
-         c = r != 0;
-         return r;
-       })},
-      {"s_bfe_u64", scalar([](bool& c, u64 a, u32 b) {
-         const u64 r = bfe64(a, b & 63, std::min(b >> 16 & 0x7f, 64u));
-         c = r != 0;
-         return r;
-       })},
-      {"s_bfe_i64", scalar([](bool& c, u64 a, u32 b) {
+      {"s_abs_i32", nonzero([](u32 a) { return a >> 31 ? 0 - a : a; })},
+      {"s_lshl_b32", nonzero([](u32 a, u32 b) { return a << (b & 31); })},
+      {"s_lshr_b32", nonzero([](u32 a, u32 b) { return a >> (b & 31); })},
+      {"s_ashr_i32", nonzero([](i32 a, u32 b) { return a >> (b & 31); })},
+      {"s_lshl_b64", nonzero([](u64 a, u32 b) { return a << (b & 63); })},
+      {"s_lshr_b64", nonzero([](u64 a, u32 b) { return a >> (b & 63); })},
+      {"s_ashr_i64", nonzero([](i64 a, u32 b) { return a >> (b & 63); })},
+      {"s_lshl1_add_u32", cut([](u64 a, u64 b, u64) { return (a << 1) + b; })},
+      {"s_lshl2_add_u32", cut([](u64 a, u64 b, u64) { return (a << 2) + b; })},
+      {"s_lshl3_add_u32", cut([](u64 a, u64 b, u64) { return (a << 3) + b; })},
+      {"s_lshl4_add_u32", cut([](u64 a, u64 b, u64) { return (a << 4) + b; })},
+      {"s_bfe_u32", nonzero([](u32 a, u32 b) { return bfe(a, b & 31, std::min(b >> 16 & 0x7f, 32u)); })},
+      {"s_bfe_i32", nonzero([](i32 a, u32 b) { return bfe_signed(a, b & 31, std::min(b >> 16 & 0x7f, 32u)); })},
+      {"s_bfe_u64", nonzero([](u64 a, u32 b) { return bfe64(a, b & 63, std::min(b >> 16 & 0x7f, 64u)); })},
+      {"s_bfe_i64", nonzero([](u64 a, u32 b) {
          const u32 width = std::min(b >> 16 & 0x7f, 64u);
-         const u64 field = bfe64(a, b & 63, width);
-         const i64 r = width ? static_cast<i64>(field << (64 - width)) >> (64 - width) : 0;
-         c = r != 0;
-         return r;
+         return width ? static_cast<i64>(bfe64(a, b & 63, width) << (64 - width)) >> (64 - width) : i64{0};
        })},
       {"s_bfm_b32", scalar([](bool&, u32 a, u32 b) { return ((1u << (a & 31)) - 1) << (b & 31); })},
       {"s_sext_i32_i8", scalar([](bool&, u32 a) { return static_cast<i32>(static_cast<int8_t>(a)); })},
@@ -1407,16 +1336,8 @@ void add_scalars(Table& t) {
       {"s_ff1_i32_b64", scalar([](bool&, u64 a) { return a ? static_cast<u32>(__builtin_ctzll(a)) : ~0u; })},
       {"s_flbit_i32_b32", scalar([](bool&, u32 a) { return find_high(a); })},
       {"s_flbit_i32_b64", scalar([](bool&, u64 a) { return a ? static_cast<u32>(__builtin_clzll(a)) : ~0u; })},
-      {"s_bcnt1_i32_b32", scalar([](bool& c, u32 a) {
-         const u32 r = __builtin_popcount(a);
-         c = r != 0;
-         return r;
-       })},
-      {"s_bcnt1_i32_b64", scalar([](bool& c, u64 a) {
-         const u32 r = __builtin_popcountll(a);
-         c = r != 0;
-         return r;
-       })},
+      {"s_bcnt1_i32_b32", nonzero([](u32 a) { return __builtin_popcount(a); })},
+      {"s_bcnt1_i32_b64", nonzero([](u64 a) { return __builtin_popcountll(a); })},
       {"s_bitcmp0_b32", scalar([](bool& c, u32 a, u32 b) { c = !(a >> (b & 31) & 1); })},
       {"s_bitcmp1_b32", scalar([](bool& c, u32 a, u32 b) { c = a >> (b & 31) & 1; })},
       {"s_movk_i32", with_constant([](bool&, u32, u16 k) { return static_cast<u32>(static_cast<i16>(k)); })},

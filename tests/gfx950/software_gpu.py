@@ -3,10 +3,7 @@
 `library()` is the path of a stand-in `libamdhip64.so`; `SoftwareGpu` is a handle on it for tests that bring their own kernels.
 """
 
-import contextlib
 import ctypes
-import fcntl
-import hashlib
 import os
 import pathlib
 import shutil
@@ -15,6 +12,7 @@ import tempfile
 import typing
 
 import numpy as np
+from compiled import compiled
 
 HERE = pathlib.Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
@@ -37,41 +35,16 @@ def tool(name: str) -> str | None:
     return next((p for v in ("-22", "-21", "-20", "") if (p := shutil.which(name + v))), None)
 
 
-def _machine() -> bytes:
+def _machine() -> str:
     """What -march=native depends on, so that a cache shared by machines does not serve foreign code."""
     cpuinfo = pathlib.Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    return next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").encode()
-
-
-def cache_directory() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("JAX_DSV4_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "jax_dsv4_tests"))
-
-
-@contextlib.contextmanager
-def building(out: pathlib.Path):
-    """One process at a time, so that pytest-xdist's workers do not all compile the same thing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
 
 
 def library() -> pathlib.Path:
-    """Compiles libamdhip64.so once per state of the sources (15 s) and returns its path."""
-    inputs = [*SOURCES, *sorted(HERE.glob("*.h")), FFI / "rocm/hip.h", FFI / "rocm/code_object.h"]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in inputs) + " ".join(FLAGS).encode() + _machine())
-    out = cache_directory() / f"gfx950-{digest.hexdigest()[:16]}" / "libamdhip64.so"
-    with building(out):
-        if out.exists():
-            return out
-        with tempfile.TemporaryDirectory() as scratch:
-            built = os.path.join(scratch, "libamdhip64.so")
-            subprocess.run(["g++", *FLAGS, f"-I{FFI}", "-shared", "-o", built, *map(str, SOURCES)], check=True)
-            # Renamed into place, so that a run beside this one never loads half a library.
-            partial = out.with_suffix(f".{os.getpid()}")
-            shutil.copy(built, partial)
-            os.replace(partial, out)
-    return out
+    """libamdhip64.so (15 s to compile)."""
+    headers = [*HERE.glob("*.h"), FFI / "rocm/hip.h", FFI / "rocm/code_object.h"]
+    return compiled("libamdhip64", ["g++", *FLAGS, f"-I{FFI}", "-shared"], SOURCES, headers, _machine())
 
 
 class HipError(RuntimeError):

@@ -7,7 +7,7 @@ import sys
 import aiter_kernel
 import pytest
 
-from jax_dsv4 import build_aiter
+from jax_dsv4 import _ffi, build_aiter
 
 COMPILER = """#!/bin/sh
 echo "$@" >> {log}
@@ -38,10 +38,10 @@ def build(tmp_path, monkeypatch):
 
 
 def test_builds_once_per_state_of_the_sources(build):
-    assert build_aiter.built_library("gfx950") is None
+    assert _ffi.aiter_plan_builder() is None
     code, text, lines = build()
     assert code == 0
-    first = build_aiter.built_library("gfx950")
+    first = _ffi.aiter_plan_builder()
     assert first.read_text() == "library\n"
     assert f"{first.resolve()} is in use for gfx950" in text
     (line,) = lines
@@ -51,16 +51,16 @@ def test_builds_once_per_state_of_the_sources(build):
     assert len(build()[2]) == 1
     first = first.resolve()
     assert len(build(text="void another(aiter_tensor_t&);")[2]) == 2
-    assert build_aiter.built_library("gfx950").resolve() != first
+    assert _ffi.aiter_plan_builder().resolve() != first
     assert len(build()[2]) == 2  # back to the first, which was kept
-    assert build_aiter.built_library("gfx950").resolve() == first
+    assert _ffi.aiter_plan_builder().resolve() == first
 
 
 def test_a_failed_compilation_leaves_nothing(build):
     code, text, _ = build(status=3)
     assert code != 0
     assert "failed with status 3" in text
-    assert build_aiter.built_library("gfx950") is None
+    assert _ffi.aiter_plan_builder() is None
 
 
 def test_sources_typed_on_torch_are_refused(build):

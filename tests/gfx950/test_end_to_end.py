@@ -1,158 +1,18 @@
 """jax_dsv4 with implementation="aiter", under jit, through the handlers that we ship and AITER's own kernel."""
 
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import software_gpu
-from aiter_kernel import weights_in_fp8
+from aiter_kernel import LATENT
+from calls import attend, check, expected, make_cache, make_q, make_scope, plan_for
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi
-
-LATENT = 512
-COSINE = 0.999
-LSE_TOLERANCE = 1e-3
-
-
-def make_cache(rng, slots, block_size=16, scale=0.02):
-    """Appended through the handler under test; slots past `slots` hold NaN."""
-    cache = dsv4.KVCache.create(-(-slots // block_size) + 1, block_size, "aiter_fp8", scale=scale)
-    latents = rng.normal(size=(cache.num_slots, LATENT)).astype(np.float32)
-    latents[slots:] = np.nan
-    where = jnp.asarray(rng.permutation(cache.num_slots), jnp.int32)
-    return jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter"))(cache, jnp.asarray(latents)[where], where)
-
-
-def make_scope(rng, cache, slots, lengths, topk, holes=0.0):
-    indices = rng.integers(0, slots, (len(lengths), topk)).astype(np.int32)
-    indices[rng.random(indices.shape) < holes] = rng.choice([-1, 2**30, -(2**31)])
-    for t, n in enumerate(lengths):
-        indices[t, max(n, 0) :] = slots  # NaN rows, past the length
-    return dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths, jnp.int32))
-
-
-class Answer(NamedTuple):
-    out: np.ndarray
-    lse: np.ndarray
-    error: np.ndarray  # of out, as far as the kernels' weights in fp8 explain it
-
-    def tokens(self, which):
-        return Answer(*(x[which] for x in self))
-
-
-def round_to_fp8(q):
-    """As the handler does: e4m3 in units of one step for all of q."""
-    q = np.asarray(q).astype(np.float32)
-    step = np.abs(q).max(initial=1e-30) / np.float32(448)
-    return (q * (np.float32(1) / step)).astype(jnp.float8_e4m3fn).astype(np.float64) * np.float64(step)
-
-
-def reference(q, scopes, sink=None, round_q=True):
-    """float64, on q rounded as the handler rounds it (or as it is) and the cache as it is stored."""
-    q = round_to_fp8(q) if round_q else np.asarray(q, np.float64)
-    tokens, heads, _ = q.shape
-    out, error = np.zeros((2, *q.shape))
-    lse = np.full((tokens, heads), -np.inf)
-    pools = [np.asarray(dsv4.dequantize(cache), np.float64) for cache, _, _ in scopes]
-    for t in range(tokens):
-        keys = []
-        for pool, (_, indices, lengths) in zip(pools, scopes):
-            row = np.asarray(indices)[t, : max(int(lengths[t]), 0)]
-            keys.append(pool[row[(row >= 0) & (row < len(pool))]])
-        keys = np.concatenate(keys)
-        if len(keys):
-            scores = q[t] @ keys.T * LATENT**-0.5
-            top = scores.max(-1)
-            weights = np.exp(scores - top[:, None])
-            lse[t] = top + np.log(weights.sum(-1))
-            total = weights.sum(-1) + (0 if sink is None else np.exp(np.asarray(sink, np.float64) - top))
-            out[t] = weights @ keys / total[:, None]
-            error[t] = weights_in_fp8(weights, keys) / total[:, None]
-    return Answer(out, lse, error)
-
-
-def check(got, want):
-    out, lse = (np.asarray(x, np.float64) for x in got)
-    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want.lse))
-    for t in range(len(out)):
-        if np.isneginf(want.lse[t]).all():
-            assert (out[t] == 0).all()
-            continue
-        assert np.isfinite(out[t]).all(), f"token {t}"
-        cosine = (out[t] * want.out[t]).sum() / np.linalg.norm(out[t]) / np.linalg.norm(want.out[t])
-        assert cosine >= COSINE, f"token {t}: cosine {cosine}"
-    # Beyond the cast of the weights: results are rounded to bfloat16, and are sums in float32.
-    assert (np.abs(out - want.out) <= want.error + 2.0**-8 * np.abs(want.out) + 1e-5).all()
-    finite = np.isfinite(want.lse)
-    np.testing.assert_allclose(lse[finite], want.lse[finite], atol=LSE_TOLERANCE, rtol=0)
-
-
-@jax.jit
-def attend(q, scopes, sink=None, plan=None):
-    return dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, plan=plan, implementation="aiter", return_lse=True)
-
-
-def plan_for(scopes, heads):
-    lengths, topks = [s.lengths for s in scopes], [s.indices.shape[1] for s in scopes]
-    extra = {"extra_topk": topks[1]} if len(scopes) > 1 else {}
-    return dsv4.plan_decode(*lengths, num_heads=heads, swa_topk=topks[0], **extra, implementation="aiter")
-
-
-def make_q(rng, tokens, heads, dtype=jnp.bfloat16):
-    return jnp.asarray(rng.normal(size=(tokens, heads, LATENT)), dtype)
-
-
-@pytest.mark.parametrize("heads", [1, 8, 16, 32, 40, 64, 128])
-def test_heads(rocm, heads):
-    """Native head counts, folded ones, and padded ones."""
-    rng = np.random.default_rng(heads)
-    cache = make_cache(rng, 100)
-    scope = make_scope(rng, cache, 100, [0, 70, 33], 70)
-    q = make_q(rng, 3, heads)
-    check(attend(q, (scope,)), reference(q, [scope]))
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_two_scopes_and_sink(rocm, dtype):
-    """Each scope is a call; JAX merges them and applies the sink. One scope or both may be empty."""
-    rng = np.random.default_rng(1)
-    swa = make_scope(rng, make_cache(rng, 60, block_size=8), 60, [0, 17, 0, 20, 1], 20)
-    extra = make_scope(rng, make_cache(rng, 200, block_size=64, scale=0.05), 200, [0, 0, 40, 130, 65], 130)
-    q, sink = make_q(rng, 5, 16, dtype), jnp.asarray(rng.normal(size=16), jnp.float32)
-    out = attend(q, (swa, extra), sink)
-    assert out[0].dtype == dtype
-    check(out, reference(q, [swa, extra], sink))
-
-
-LENGTHS = [1, 15, 0, 16, 17, 0, 0, 64, 65, 127, 128, 129, 150]
-
-
-def test_lengths(rocm):
-    """Empty tokens between full ones, first and last; lengths beyond topk and below zero are clamped."""
-    rng = np.random.default_rng(2)
-    cache = make_cache(rng, 160)
-    lengths = [-3, *LENGTHS, 10**9, 0]
-    scope = make_scope(rng, cache, 160, np.clip(lengths, 0, 150), 150)
-    q = make_q(rng, len(lengths), 16)
-    want = reference(q, [scope])
-    check(attend(q, (scope._replace(lengths=jnp.asarray(lengths, jnp.int32)),)), want)
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 40], ids=lambda n: f"{n} tokens")
-def test_split_and_unsplit(rocm, tokens):
-    """8 units: one token is split over all of them, 40 are mostly whole."""
-    rng = np.random.default_rng(3)
-    cache = make_cache(rng, 700)
-    scope = make_scope(rng, cache, 700, rng.integers(300, 600, tokens), 600)
-    q = make_q(rng, tokens, 16)
-    work = plan_for([scope], 16).work[0]
-    split = int((np.diff(work.reduce_indptr) > 0).sum())
-    assert split == 1 if tokens == 1 else tokens < 8 or split < tokens
-    check(attend(q, (scope,)), reference(q, [scope]))
+from jax_dsv4 import _ffi, _work, doctor
+from jax_dsv4._implementations import aiter, native
 
 
 def test_holes(rocm):
@@ -166,83 +26,7 @@ def test_holes(rocm):
     indices[4, :5] = [-1, 3, -1, -7, cache.num_slots - 1 + 1]
     scope = scope._replace(indices=jnp.asarray(indices))
     q = make_q(rng, 5, 16)
-    check(attend(q, (scope,)), reference(q, [scope]))
-
-
-def test_same_bits_every_time(rocm):
-    rng = np.random.default_rng(5)
-    cache = make_cache(rng, 300)
-    scope = make_scope(rng, cache, 300, [300, 5, 200], 300)
-    q = make_q(rng, 3, 32)
-    first = attend(q, (scope,))
-    for _ in range(3):
-        for got, want in zip(attend(q, (scope,)), first):
-            np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
-
-
-def test_nan_reaches_its_own_token_only(rocm):
-    rng = np.random.default_rng(6)
-    cache = make_cache(rng, 100)
-    scope = make_scope(rng, cache, 100, [40, 40, 40], 40)
-    q = make_q(rng, 3, 16).at[1, 3, 7].set(jnp.nan)
-    (out, lse), clean = attend(q, (scope,)), attend(q.at[1].set(0), (scope,))
-    assert np.isnan(out[1, 3]).all()
-    assert np.isnan(lse[1, 3])
-    assert not np.isnan(np.delete(np.asarray(lse), 1, 0)).any()
-    assert not np.isnan(np.asarray(lse)[1, 4:]).any()
-    np.testing.assert_array_equal(np.asarray(out[0], np.float32), np.asarray(clean[0][0], np.float32))
-
-
-def test_plan_for_other_lengths_is_noticed(rocm):
-    """Rows of tokens whose length is another are NaN; the others are right."""
-    rng = np.random.default_rng(7)
-    cache = make_cache(rng, 100)
-    scope = make_scope(rng, cache, 100, [30, 64, 0, 9], 64)
-    q = make_q(rng, 4, 16)
-    stale = plan_for([scope._replace(lengths=jnp.asarray([30, 63, 1, 9], jnp.int32))], 16)
-    out, lse = attend(q, (scope,), None, stale)
-    assert np.isnan(np.asarray(lse[1:3])).all()
-    assert np.isnan(np.asarray(out[1:3], np.float32)).all()
-    want = reference(q, [scope])
-    check((out[jnp.array([0, 3])], lse[jnp.array([0, 3])]), want.tokens([0, 3]))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_corrupt_plan_never_faults(rocm, gpu, seed):
-    """Any int32 in the plan: the software GPU checks every access of every kernel, and tokens not covered are NaN."""
-    rng = np.random.default_rng(100 + seed)
-    cache = make_cache(rng, 100)
-    scope = make_scope(rng, cache, 100, [30, 150, 0, 9], 150)
-    q = make_q(rng, 4, 16)
-    plan = plan_for([scope], 16)
-
-    def corrupt(x):
-        x = np.array(x)
-        at = rng.random(x.shape) < 0.2
-        values = rng.choice([-1, -(2**31), 2**31 - 1, 0, 7, 150, 600], x.shape)
-        return jnp.asarray(np.where(at, values, x).astype(np.int32))
-
-    work = plan.work[0]
-    broken = [work._replace(**{name: corrupt(getattr(work, name))}) for name in work._fields]
-    for one in [*broken, type(work)(*map(corrupt, work))]:
-        attend(q, (scope,), None, dsv4.DecodePlan((one,), plan.made_for))
-
-
-def test_planner_is_the_common_one(rocm):
-    """The HIP planner against the same plan.h on the CPU."""
-    from jax_dsv4 import _work
-    from jax_dsv4._implementations import cpu, native
-
-    if not cpu.CPU.availability().available:
-        pytest.skip(cpu.CPU.availability().detail)
-    rng = np.random.default_rng(8)
-    for tokens in (1, 5, 300):
-        lengths = jnp.asarray(rng.integers(-2, 700, tokens) * (rng.random(tokens) < 0.8), jnp.int32)
-        for geometry in (_work.Geometry(8, 64, 3), _work.Geometry(256, 16, 16), _work.Geometry(1, 128, 0)):
-            ours = native.plan_call([lengths], [600], geometry, target="dsv4_aiter_plan")
-            cpu = native.plan_call([lengths], [600], geometry)
-            for name, a, b in zip(ours._fields, ours, cpu):
-                np.testing.assert_array_equal(a, b, err_msg=f"{name} of {tokens} tokens, {geometry}")
+    check(attend(q, (scope,)), expected(q, [scope]))
 
 
 # ---- Capture: the bridge captures every call, so what is forbidden there has failed already. Here: replay.
@@ -321,7 +105,7 @@ def test_buffers_may_move(rocm):
         scope = make_scope(rng, cache, 50, [30, 0, 8], 30)
         q = make_q(rng, 3, 16)
         got = attend(q, (scope,))
-        check(got, reference(q, [scope]))
+        check(got, expected(q, [scope]))
         kept.append((q, scope, got))
     assert len({q.unsafe_buffer_pointer() for q, _, _ in kept}) == 3
 
@@ -377,7 +161,7 @@ def test_plain_jax_reads_the_layout():
     scope = dsv4.Scope(cache, jnp.asarray([[0, 31, -1, 32, 5]], jnp.int32), jnp.asarray([5], jnp.int32))
     q = make_q(rng, 1, 16, jnp.float32)
     got = dsv4.sparse_mla_decode(q, scope, implementation="xla", return_lse=True)
-    check(got, reference(q, [scope], round_q=False))
+    check(got, expected(q, [scope], round_q=False))
 
 
 def test_append_donates(rocm):
@@ -404,8 +188,8 @@ def test_vmap_over_caches(rocm):
             indices=jnp.concatenate([scopes[k].indices, scopes[k].indices[:1]]),
             lengths=jnp.concatenate([scopes[k].lengths, jnp.zeros(1, jnp.int32)]),
         )
-        want = reference(padded, [scope])
-        check((out[k], lse[k]), want.tokens(slice(2)))
+        want = expected(padded, [scope])
+        check((out[k], lse[k]), want.of(slice(2)))
 
 
 def test_a_plan_that_decode_has_no_use_for(rocm):
@@ -424,7 +208,7 @@ def test_a_plan_that_decode_has_no_use_for(rocm):
     plan_alone = jax.jit(lambda n: dsv4.plan_decode(n, num_heads=16, swa_topk=20, implementation=names)).lower(scope.lengths)
     assert "dsv4_aiter" in plan_alone.as_text()
     assert "dsv4_aiter" not in jax.jit(run).lower(q, scope).compile().as_text()
-    check(jax.jit(run)(q, scope), reference(q, [scope], round_q=False))
+    check(jax.jit(run)(q, scope), expected(q, [scope], round_q=False))
 
 
 # ---- Refusals, each with its reason.
@@ -438,9 +222,6 @@ def test_other_layouts_are_refused(rocm):
 
 
 def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, reports_lse):
-    from jax_dsv4 import _work
-    from jax_dsv4._implementations import aiter, cpu
-
     choice = aiter.choose_kernel(16, 2**32)
     assert choice.found == reports_lse  # the wheel's kernel wraps, the newer ones do not
     if not choice.found:
@@ -449,9 +230,6 @@ def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, reports_lse):
 
 
 def test_kernel_choice(rocm, reports_lse):
-    from jax_dsv4 import _work
-    from jax_dsv4._implementations import aiter, cpu
-
     choices = {heads: aiter.choose_kernel(heads, 0) for heads in (1, 16, 32, 48, 64, 128)}
     chosen = {heads: (c.kernel_heads, c.folds(heads), c.tile) for heads, c in choices.items()}
     if reports_lse:  # 32 heads: AITER's kernel for them writes no lse and wraps at 4 GiB
@@ -481,9 +259,6 @@ def test_handler_checks_in_the_words_of_python(rocm):
 def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
     """Launches, instructions, imbalance and traffic of a decode: a cost model against which changes to plan and layout can be judged
     without hardware. The same on a plan of AITER's granularity, which cuts small batches into fractions of tiles. Printed."""
-    from jax_dsv4 import _work
-    from jax_dsv4._implementations import aiter, cpu, native
-
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
     monkeypatch.setenv("GFX950_UNITS", str(units))
     aiter.choose_kernel.cache_clear()
@@ -496,7 +271,7 @@ def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
 
     def cost_on(plan):
         gpu.kernels()
-        check(attend(q, (scope,), None, plan), reference(q, [scope]))
+        check(attend(q, (scope,), None, plan), expected(q, [scope]))
         return {("AITER's" if "aiter" in name else name): cost for name, cost in gpu.kernels().items()}
 
     cost, fine_cost = cost_on(plan), cost_on(dsv4.DecodePlan((fine,), plan.made_for))
@@ -528,8 +303,6 @@ def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
 
 
 def test_doctor(rocm, capsys):
-    from jax_dsv4 import doctor
-
     doctor.main()
     text = capsys.readouterr().out
     assert f"HIP: {software_gpu.library()}, version 70125424" in text

@@ -10,9 +10,9 @@ import pytest
 import software_hopper
 from cases import Case, ScopeCase
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
+from hostile import KINDS, draw_tile, written
 from operands import CASES, case_named, operands
 from software_hopper import Cache, KernelError, Plan, Scope, SoftwareHopper
-from test_cache import KINDS, draw_tile, written
 
 from jax_dsv4 import reference
 

@@ -1,0 +1,61 @@
+"""Calls of implementation="aiter" on caches that its own append filled, and what they must answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aiter_kernel import LATENT, LSE, OUT, answer
+from compare import Answer, assert_answer
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import reference
+
+
+def make_cache(rng, slots, block_size=16, scale=0.02):
+    """Appended through the handler under test; slots past `slots` hold NaN."""
+    cache = dsv4.KVCache.create(-(-slots // block_size) + 1, block_size, "aiter_fp8", scale=scale)
+    latents = rng.normal(size=(cache.num_slots, LATENT)).astype(np.float32)
+    latents[slots:] = np.nan
+    where = jnp.asarray(rng.permutation(cache.num_slots), jnp.int32)
+    return jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter"))(cache, jnp.asarray(latents)[where], where)
+
+
+def make_scope(rng, cache, slots, lengths, topk, holes=0.0):
+    indices = rng.integers(0, slots, (len(lengths), topk)).astype(np.int32)
+    indices[rng.random(indices.shape) < holes] = rng.choice([-1, 2**30, -(2**31)])
+    for t, n in enumerate(lengths):
+        indices[t, max(n, 0) :] = slots  # NaN rows, past the length
+    return dsv4.Scope(cache, jnp.asarray(indices), jnp.asarray(lengths, jnp.int32))
+
+
+@jax.jit
+def attend(q, scopes, sink=None, plan=None):
+    return dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, plan=plan, implementation="aiter", return_lse=True)
+
+
+def plan_for(scopes, heads):
+    lengths, topks = [s.lengths for s in scopes], [s.indices.shape[1] for s in scopes]
+    extra = {"extra_topk": topks[1]} if len(scopes) > 1 else {}
+    return dsv4.plan_decode(*lengths, num_heads=heads, swa_topk=topks[0], **extra, implementation="aiter")
+
+
+def make_q(rng, tokens, heads, dtype=jnp.bfloat16):
+    return jnp.asarray(rng.normal(size=(tokens, heads, LATENT)), dtype)
+
+
+def round_to_fp8(q):
+    """As the handler does: e4m3 in units of one step for all of q."""
+    q = np.asarray(q).astype(np.float32)
+    step = np.abs(q).max(initial=1e-30) / np.float32(448)
+    return (q * (np.float32(1) / step)).astype(jnp.float8_e4m3fn).astype(np.float64) * np.float64(step)
+
+
+def expected(q, scopes, sink=None, scale: float = LATENT**-0.5, round_q=True) -> Answer:
+    """float64, on q rounded as the handler rounds it (or as it is) and the cache as it is stored."""
+    q = round_to_fp8(q) if round_q else np.asarray(q, np.float64)
+    pools = [np.asarray(dsv4.dequantize(scope.cache), np.float64) for scope in scopes]
+    keys = [reference.ReferenceScope(pool, np.asarray(s.indices), np.asarray(s.lengths)) for pool, s in zip(pools, scopes)]
+    return answer(q, keys, sink, scale)
+
+
+def check(got, want: Answer) -> None:
+    assert_answer(got, want, OUT, LSE)
