@@ -48,8 +48,9 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head
   const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;
   const int32_t claimed = plan.work_indptr[plan.workers];
   const int32_t items = claimed < 0 ? 0 : claimed > plan.max_items ? plan.max_items : claimed;
-  int32_t* state = p.counters;  // [tokens, kTokenCounters]; for now: 0 keys seen, 1 items seen, 2 is an item wrong, 3
-                                // the first's end
+  // Of a token's items, in the place of its counters until these are known; kFirstKeys: of the first item.
+  enum Seen { kKeys, kItems, kWrong, kFirstKeys };
+  int32_t* const state = p.counters;
   std::memset(state, 0, sizeof(int32_t) * kTokenCounters * static_cast<size_t>(p.tokens));
   for (int32_t i = 0; i < items; ++i) {
     WorkInfo info;
@@ -59,34 +60,34 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head
     const int64_t first = static_cast<int64_t>(info.batch_idx) * stride;
     // A token's items come in the order of its keys, each with the next of its rows of the partial buffers.
     const int32_t begin = plan.reduce_indptr[info.batch_idx], end = plan.reduce_indptr[info.batch_idx + 1];
-    const int64_t at = static_cast<int64_t>(begin) + seen[1];
+    const int64_t at = static_cast<int64_t>(begin) + seen[kItems];
     const bool listed = at >= 0 && at < end && at < plan.max_partials;
     const int32_t row = begin == end ? -1 : listed ? plan.reduce_partial_map[at] : plan.max_partials;
     const int32_t keys =
-        info.kv_start == first + seen[0] && info.kv_start < info.kv_end && info.kv_end <= first + stride
+        info.kv_start == first + seen[kKeys] && info.kv_start < info.kv_end && info.kv_end <= first + stride
             ? info.kv_end - info.kv_start
             : 0;
     // An item that writes the output must be the token's only one.
     if (keys == 0 || row != info.partial_qo_loc || row < -1 || row >= plan.max_partials ||
         (row < 0 && keys != plan.kv_lengths[info.batch_idx])) {
-      seen[2] = 1;
+      seen[kWrong] = 1;
       continue;
     }
-    seen[0] += keys;
-    seen[1] += 1;
-    if (seen[1] == 1) seen[3] = keys;
+    seen[kKeys] += keys;
+    seen[kItems] += 1;
+    if (seen[kItems] == 1) seen[kFirstKeys] = keys;
   }
   int32_t rows = 0;
   for (int32_t t = 0; t < p.tokens; ++t) {
     int32_t* seen = state + static_cast<int64_t>(t) * kTokenCounters;
     const int32_t length = clamped_length(p.scopes[0], t) + clamped_length(p.scopes[1], t);
     const int32_t begin = plan.reduce_indptr[t], end = plan.reduce_indptr[t + 1];
-    bool valid = plan.kv_lengths[t] == length && seen[0] == length && seen[2] == 0;
+    bool valid = plan.kv_lengths[t] == length && seen[kKeys] == length && seen[kWrong] == 0;
     int32_t partials = 0;
     if (valid && end != begin) {
-      partials = seen[1];
+      partials = seen[kItems];
       valid = static_cast<int64_t>(end) - begin == partials;
-      const int32_t segment = segment_keys(length), merged = segments_before(seen[3], segment);
+      const int32_t segment = segment_keys(length), merged = segments_before(seen[kFirstKeys], segment);
       const int32_t wanted = 1 + segments_before(length, segment) - merged;
       const bool fits = wanted <= partial_rows - rows;
       const PartialRows mine{fits ? rows : -1, merged};

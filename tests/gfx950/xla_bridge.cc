@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "rocm/hip.h"
+#include "hip_codes.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace {
