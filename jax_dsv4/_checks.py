@@ -68,8 +68,8 @@ def require_constant(op: str, argument: str, what: str, *sizes: int) -> None:
     require(not symbolic, op, argument, f"have a constant {what}", ", ".join(map(str, symbolic)))
 
 
-def require_same_devices(op: str, operands: object) -> None:
-    """Checks the leaves of `operands` that are no part of a traced program: those that were put on devices must be on the same ones."""
+def require_same_devices(op: str, **operands: Any) -> None:
+    """Checks arrays that are no part of a traced program: those that were put on devices must be on the same ones."""
     arrays = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(operands) if isinstance(leaf, jax.Array)]
     put = [(path, x.sharding.device_set) for path, x in arrays if not isinstance(x, jax.core.Tracer) and x.committed]
     if any(devices != put[0][1] for _, devices in put):

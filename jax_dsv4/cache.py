@@ -231,6 +231,7 @@ def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:
     if slots is None:
         slots = jnp.arange(cache.num_slots, dtype=jnp.int32)
     _checks.require_dtype(slots, op, "slots", jnp.int32)
+    _checks.require_same_devices(op, cache=cache, slots=slots)
     return _dequantized(cache, slots)
 
 
