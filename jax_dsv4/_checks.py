@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +56,7 @@ def require_int(value: Any, op: str, argument: str, low: int, high: int = INT32_
 def require_fits_int32(value: int, op: str, argument: str) -> None:
     try:
         fits = value <= INT32_MAX
-    except jax.core.InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         rule = f"fit int32 (at most {INT32_MAX}) for all sizes: give jax.export's symbolic sizes bounds, such as 'b <= 4096'"
         raise ValueError(f"{op}: {argument} must {rule}, got {value}") from None
     require(fits, op, argument, f"fit int32 (at most {INT32_MAX})", value)
@@ -63,12 +64,12 @@ def require_fits_int32(value: int, op: str, argument: str) -> None:
 
 def require_constant(op: str, argument: str, what: str, *sizes: int) -> None:
     """Checks sizes that must not be symbolic ones of jax.export."""
-    symbolic = [size for size in sizes if not jax.core.is_constant_dim(size)]
+    symbolic = [size for size in sizes if jax.export.is_symbolic_dim(size)]
     require(not symbolic, op, argument, f"have a constant {what}", ", ".join(map(str, symbolic)))
 
 
-def require_same_devices(op: str, operands: object) -> None:
-    """Checks the leaves of `operands` that are no part of a traced program: those that were put on devices must be on the same ones."""
+def require_same_devices(op: str, **operands: Any) -> None:
+    """Checks arrays that are no part of a traced program: those that were put on devices must be on the same ones."""
     arrays = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(operands) if isinstance(leaf, jax.Array)]
     put = [(path, x.sharding.device_set) for path, x in arrays if not isinstance(x, jax.core.Tracer) and x.committed]
     if any(devices != put[0][1] for _, devices in put):

@@ -46,13 +46,12 @@ class Op(Protocol[Operands]):
 
 def apply(op: Op[Operands], operands: Operands) -> Arrays:
     """The results of an op, under whatever transformations the caller is."""
-    _checks.require_same_devices(op.name, operands)
     results: Arrays = _compiled(op, operands)
     return results
 
 
 # One jit for all calls: outside of any other, a call of known shapes is neither traced nor compiled again.
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(jax.jit, static_argnums=0)
 def _compiled(op: Op[Operands], operands: Operands) -> Arrays:
     call = jax.custom_batching.custom_vmap(partial(_over_devices, op))
 

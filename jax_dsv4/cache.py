@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -230,6 +231,13 @@ def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:
     if slots is None:
         slots = jnp.arange(cache.num_slots, dtype=jnp.int32)
     _checks.require_dtype(slots, op, "slots", jnp.int32)
+    _checks.require_same_devices(op, cache=cache, slots=slots)
+    return _dequantized(cache, slots)
+
+
+# Compiled as one also outside of jit, where JAX would otherwise see what no result holds: NaN of a row that stands in for none.
+@partial(jax.jit, inline=True)
+def _dequantized(cache: KVCache, slots: jax.Array) -> jax.Array:
     valid = valid_slots(cache, slots)
     return jnp.where(valid[..., None], read_rows(cache, jnp.where(valid, slots, 0)), 0)
 

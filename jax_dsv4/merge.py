@@ -32,6 +32,7 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array], *, empty_
     for i, (out, lse) in enumerate(zip(outs, lses)):
         _checks.require_shape(out, op, f"outs[{i}]", "outs[0].shape", outs[0].shape)
         _checks.require_shape(lse, op, f"lses[{i}]", "(*batch, heads)", outs[0].shape[:-1])
+    _checks.require_same_devices(op, outs=list(outs), lses=list(lses))
     _checks.require(math.isinf(empty_lse), op, "empty_lse", "be -inf or +inf", empty_lse)
     if empty_lse > 0:
         lses = [jnp.where(jnp.isposinf(lse), -jnp.inf, lse) for lse in lses]
@@ -78,6 +79,7 @@ def apply_attn_sink(out: jax.Array, lse: jax.Array, attn_sink: jax.Array) -> jax
     _checks.require_array(out, op, "out")
     _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
     _checks.require_shape(attn_sink, op, "attn_sink", "(heads,)", out.shape[-2:-1])
+    _checks.require_same_devices(op, out=out, lse=lse, attn_sink=attn_sink)
     sink = jnp.where(jnp.isneginf(lse), 0, jnp.broadcast_to(attn_sink, lse.shape))
     factor = jax.nn.sigmoid(lse - sink)
     scaled = (out.astype(jnp.float32) * factor[..., None]).astype(out.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jax
+import jax.export
 
 from jax_dsv4 import _checks
 from jax_dsv4._implementations import aiter, cpu, cuda, xla
@@ -88,4 +88,4 @@ def cannot_fuse(implementation: Implementation, fused: bool | None) -> str | Non
 def cannot_size(implementation: Implementation, tokens: int) -> str | None:
     """Native calls plan for a known number of tokens."""
     native = implementation.platforms != ()
-    return f"it needs constant batch axes, not {tokens} tokens" if native and not jax.core.is_constant_dim(tokens) else None
+    return f"it needs constant batch axes, not {tokens} tokens" if native and jax.export.is_symbolic_dim(tokens) else None

@@ -49,6 +49,7 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     _checks.require_shape(latents, _OP, "latents", "(*batch, 512)", (*batch, LATENT_DIM))
     _checks.require_shape(slots, _OP, "slots", "(*batch,)", batch)
     require_whole(_OP, "cache", cache.data)
+    _checks.require_same_devices(_OP, cache=cache, latents=latents, slots=slots)
     chosen = choose(_OP, implementation, lambda i: i.unsupported(1, (cache,)))
     if slots.size == 0:
         return cache

@@ -129,6 +129,7 @@ def sparse_mla_decode(
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
         _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(implementation), fused))
+    _checks.require_same_devices(_OP, q=q, swa=swa, extra=extra, attn_sink=attn_sink, plan=plan)
 
     caches = [s.cache for s in scopes]
 

@@ -67,6 +67,7 @@ def plan_decode(
         lengths.append(extra_lengths)
     tokens = math.prod(batch)
     _checks.require_fits_int32(tokens * (swa_topk + extra_topk), _OP, "tokens * (swa_topk + extra_topk)")
+    _checks.require_same_devices(_OP, swa_lengths=swa_lengths, extra_lengths=extra_lengths)
     key = PlanKey(tokens, num_heads, swa_topk, extra_topk, names(implementation), fused)
     chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(num_heads, ()))
     op = _Plan(chosen, (swa_topk, extra_topk)[: len(lengths)], key)
