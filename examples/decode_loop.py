@@ -4,7 +4,6 @@
     python examples/decode_loop.py --checkpoint DIR --prompt "Once upon a time"  a Hugging Face folder
     python examples/decode_loop.py --prompt-ids "1,2,3;4,5" --json out.json      two requests, as token ids
     python examples/decode_loop.py --memory                                     bytes of weights and caches, by model
-    python examples/decode_loop.py --scaling                                    meshes for 8 devices, by model (docs/scaling.md)
     python examples/decode_loop.py --batch 2 --mesh data=2,model=2,context=2     over 8 devices (deepseek_v4/mesh.py)
     … --coordinator HOST:PORT --num-processes 2 --process-id 0                   the same over two processes, one of two
 
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deepseek_v4 import memory, processes, scaling
+from deepseek_v4 import memory, processes
 from deepseek_v4.config import CheckpointError, Config, load_config
 from deepseek_v4.generate import Sampling, State
 from deepseek_v4.mesh import REQUESTS, MeshError, Programs, create_mesh, parse_mesh
@@ -64,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.memory or args.scaling:
-        print(memory.table() if args.memory else scaling.tables())
+    if args.memory:
+        print(memory.table())
         return
     if args.dtype is None:
         args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -194,7 +193,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
     add("--json", type=Path, metavar="FILE", help="write prompt_ids, tokens, tokens_per_second and more")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
-    add("--scaling", action="store_true", help="print what meshes of 8 devices hold, and what a layer is modelled to take, and stop")
     add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads and experts, cached context')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")
     add = many.add_argument

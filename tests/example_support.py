@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import decode_loop  # noqa: E402, F401
-from deepseek_v4 import memory, mesh, safetensors, scaling  # noqa: E402, F401
+from deepseek_v4 import memory, mesh, safetensors  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
 from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate, prefill  # noqa: E402, F401
@@ -33,6 +33,8 @@ from deepseek_v4.weights import (  # noqa: E402, F401
     published_name,
     schema,
 )
+
+from benchmarks import scaling_model  # noqa: E402, F401
 
 GOLDEN = ("yarn", "hca")
 
