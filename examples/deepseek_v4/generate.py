@@ -11,7 +11,19 @@ from jax import Array, lax
 
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config
-from deepseek_v4.model import ONE_DEVICE, Axes, Cache, attend_over, begin_step, extra_topk, forward, logits, scope_here, slots_of
+from deepseek_v4.model import (
+    ONE_DEVICE,
+    Axes,
+    Cache,
+    Implementation,
+    attend_over,
+    begin_step,
+    extra_topk,
+    forward,
+    logits,
+    scope_here,
+    slots_of,
+)
 
 
 class Sampling(NamedTuple):
@@ -45,7 +57,7 @@ def prefill(
     config: Config,
     sampling: Sampling = GREEDY,
     chunk: int = 1,
-    implementation: Any = None,
+    implementation: Implementation = None,
     axes: Axes = ONE_DEVICE,
 ) -> State:
     """Reads the prompts and draws each request's first token.
@@ -81,15 +93,22 @@ def generate(
     steps: int,
     config: Config,
     sampling: Sampling = GREEDY,
-    implementation: Any = None,
+    implementation: Implementation = None,
     axes: Axes = ONE_DEVICE,
 ) -> tuple[State, Array]:
     """Decodes `steps` tokens per request without the host: int32 tokens [b, steps], −1 after a request's end."""
 
     def step(state: State, _: None) -> tuple[State, Array]:
         running = state.left > 0
-        options = dict(config=config, implementation=implementation, axes=axes)
-        hidden, cache = forward(weights, state.cache, state.token[:, None], running.astype(jnp.int32), **options)
+        hidden, cache = forward(
+            weights,
+            state.cache,
+            state.token[:, None],
+            running.astype(jnp.int32),
+            config=config,
+            implementation=implementation,
+            axes=axes,
+        )
         state = draw(state._replace(cache=cache), logits(weights, hidden[:, 0], axes), sampling, config)
         return state, jnp.where(running, state.token, -1)
 
@@ -115,7 +134,9 @@ def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> Sta
 
 
 @partial(jax.jit, static_argnames=("config", "dtype", "implementation", "axes"))
-def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = None, axes: Axes = ONE_DEVICE) -> Array:
+def attend(
+    cache: Cache, *, config: Config, dtype: jax.typing.DTypeLike, implementation: Implementation = None, axes: Axes = ONE_DEVICE
+) -> Array:
     """The attention of one decode step and nothing else, to be timed: plans, and one sparse_mla_decode per layer.
 
     Queries are made up, and CSA layers read their first entries instead of choosing; lengths are the real ones.
@@ -126,10 +147,11 @@ def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = No
     for kind, layer in zip(config.layers, cache.layers, strict=True):
         q = jnp.ones((b, 1, config.num_attention_heads // lax.axis_size(axes.model), config.head_dim), dtype)
         swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
-        if kind != "swa":
+        if layer.compressed is not None:
             first = jnp.arange(extra_topk(step.entries[kind], kind, config), dtype=jnp.int32)
             first = jnp.broadcast_to(first, (b, 1, first.size))
-            extra = scope_here(dsv4.Scope(layer.extra, slots_of(cache.tables[kind], first, kind), step.extra_lengths[kind]), axes)
+            slots = slots_of(cache.tables[kind], first, kind)
+            extra = scope_here(dsv4.Scope(layer.compressed.extra, slots, step.extra_lengths[kind]), axes)
         out = attend_over(q, swa, extra, None, step.plan[kind], implementation, axes)
         total += out.astype(jnp.float32).sum()
     return total

@@ -31,11 +31,11 @@ class Tensor(NamedTuple):
 
     name: str  # DeepSeek's published name; `*` stands for each expert, stacked on axis 0
     shape: tuple[int, ...]
-    dtype: Any = None  # None: the dtype the caller chose for weights
+    dtype: jax.typing.DTypeLike | None = None  # None: the dtype the caller chose for weights
     stored: str = "bf16"  # how DeepSeek publishes it: bf16, fp32, fp8, fp4 or int64
     split: int | None = None  # the axis that is spread over a mesh's "model" axis; None: every device has all of it
 
-    def struct(self, dtype: Any) -> jax.ShapeDtypeStruct:
+    def struct(self, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, self.dtype or dtype)
 
 
@@ -140,7 +140,7 @@ def map_schema(function: Callable[[Tensor], Any], config: Config) -> Weights:
     return jax.tree.map(function, schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
 
 
-def abstract_weights(config: Config, dtype: Any = jnp.bfloat16) -> Weights:
+def abstract_weights(config: Config, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Weights:
     """Shapes and dtypes only: enough to trace, lower and count bytes of a model that fits nowhere here."""
     return map_schema(lambda tensor: tensor.struct(dtype), config)
 
@@ -148,7 +148,7 @@ def abstract_weights(config: Config, dtype: Any = jnp.bfloat16) -> Weights:
 def load_weights(
     folder: str | Path,
     config: Config,
-    dtype: Any = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
     track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
     sharding: Callable[[Tensor], jax.sharding.Sharding] | None = None,
 ) -> Weights:
