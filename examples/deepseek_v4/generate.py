@@ -25,6 +25,11 @@ from deepseek_v4.model import (
     slots_of,
 )
 
+NOT_A_TOKEN = -2
+"""Drawn from logits that are not numbers: the model has computed NaN or infinity. Nothing follows it."""
+
+TINIEST = float(jnp.finfo(jnp.float32).tiny)
+
 
 class Sampling(NamedTuple):
     """How the next token is drawn. Static under jit."""
@@ -41,7 +46,7 @@ class State(NamedTuple):
 
     cache: Cache
     token: Array  # int32 [b]: drawn last, not yet in the cache
-    left: Array  # int32 [b]: tokens that a request may still draw; 0 once it has drawn an end-of-sequence token
+    left: Array  # int32 [b]: tokens that a request may still draw; 0 once it has drawn an end-of-sequence token, or NOT_A_TOKEN
     key: Array  # PRNG keys [b]
 
 
@@ -118,18 +123,24 @@ def generate(
 
 def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> State:
     """Draws each request's next token from logits [b, v]."""
-    if sampling.temperature == 0:
+    best = logits.max(axis=-1, keepdims=True)
+    numbers = jnp.isfinite(best[:, 0]) & ~jnp.isnan(logits).any(axis=-1)  # XLA's maximum may pass over NaN
+    if sampling.temperature < TINIEST:  # float32 would divide by 0
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        logits = logits / sampling.temperature
+        # The best at 0, so that no quotient overflows. From 1e30 on all tokens are equally likely; XLA multiplies by the reciprocal, which
+        # must not underflow.
+        logits = (logits - best) / min(sampling.temperature, 1e30)
         if sampling.top_p < 1:
             likeliest = jnp.sort(logits, axis=-1, descending=True)
             before = jnp.cumsum(jax.nn.softmax(likeliest), axis=-1) - jax.nn.softmax(likeliest)
-            least = jnp.min(likeliest, axis=-1, keepdims=True, where=before < sampling.top_p, initial=jnp.inf)
+            kept = before < max(sampling.top_p, TINIEST)  # the likeliest always
+            least = jnp.min(likeliest, axis=-1, keepdims=True, where=kept, initial=jnp.inf)
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         key = jax.vmap(jax.random.fold_in)(state.key, state.cache.position)
         token = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
-    ends = jnp.isin(token, jnp.array(config.eos_token_ids, jnp.int32))
+    token = jnp.where(numbers, token, NOT_A_TOKEN)
+    ends = jnp.isin(token, jnp.array((*config.eos_token_ids, NOT_A_TOKEN), jnp.int32))
     return state._replace(token=token, left=jnp.where(ends, 0, jnp.maximum(state.left - 1, 0)))
 
 

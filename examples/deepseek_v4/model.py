@@ -319,7 +319,7 @@ def rope_angle(position: Array, name: str, config: Config) -> Array:
 
         first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
         last = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
-        slowed = jnp.clip((jnp.arange(dim // 2) - first) / max(last - first, 0.001), 0, 1)
+        slowed = jnp.clip((jnp.arange(dim // 2) - first) / (last - first or 0.001), 0, 1)
         frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
     return position[..., None].astype(jnp.float32) * frequency
 
@@ -530,7 +530,7 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     else:  # the bias balances the load; it picks experts and does not weigh them
         _, chosen = lax.top_k(score + w["bias"], config.num_experts_per_tok)
     weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
-    weight = config.routed_scaling_factor * weight / weight.sum(-1, keepdims=True)
+    weight = config.routed_scaling_factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
 
     shared = w["shared"]
     gate, up = jnp.einsum("btd,id->bti", x, shared["w1"]), jnp.einsum("btd,id->bti", x, shared["w3"])
