@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted", processes.INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return complain(f"out of memory: {error}")
         if not args.coordinator:
-            raise
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return complain(f"out of memory: {error}")
         complain(f"process {args.process_id} stops: another one did, or cannot be reached: {error}")
         os._exit(3)  # an orderly shutdown would wait for the other one
     return 0
@@ -180,7 +180,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Tokenizer | None, list[Se
         if jax.process_count() > 1 and args.mesh is None:
             raise UsageError("--num-processes needs a --mesh over all their devices")
         mesh = create_mesh(parse_mesh(args.mesh), config, len(prompts)) if args.mesh is not None else None
-    except (UsageError, CheckpointError, MeshError) as error:
+    except (UsageError, CheckpointError, MeshError, OSError) as error:
         processes.agree(facts | {"error": str(error)})
         raise
     processes.agree(facts)
@@ -319,8 +319,8 @@ def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config:
 
 
 def check_memory(config: Config, dtype: str, cache: Cache) -> None:
-    """Of a CPU, which ends a program that takes too much without a word."""
-    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
+    """Of one machine's CPUs: there a program that takes too much is ended without a word."""
+    if jax.default_backend() == "cpu" and jax.process_count() == 1 and hasattr(os, "sysconf"):
         needed = memory.nbytes(abstract_weights(config, dtype)) + memory.nbytes(cache)
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
