@@ -242,6 +242,7 @@ sys.path.insert(0, sys.argv[1])
 import decode_loop, jax
 from deepseek_v4 import processes
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it off
 compile = jax.stages.Lowered.compile
 
 def interrupted(lowered):
