@@ -4,7 +4,6 @@
     python examples/decode_loop.py --checkpoint DIR --prompt "Once upon a time"  a Hugging Face folder
     python examples/decode_loop.py --prompt-ids "1,2,3;4,5" --json out.json      two requests, as token ids
     python examples/decode_loop.py --memory                                     bytes of weights and caches, by model
-    python examples/decode_loop.py --scaling                                    meshes for 8 devices, by model (docs/scaling.md)
     python examples/decode_loop.py --batch 2 --mesh data=2,model=2,context=2     over 8 devices (deepseek_v4/mesh.py)
     … --coordinator HOST:PORT --num-processes 2 --process-id 0                   the same over two processes, one of two
 
@@ -15,24 +14,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
+import io
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deepseek_v4 import memory, processes, scaling
+from deepseek_v4 import memory, processes
 from deepseek_v4.config import CheckpointError, Config, load_config
-from deepseek_v4.generate import Sampling, State
+from deepseek_v4.generate import NOT_A_TOKEN, Sampling, State
 from deepseek_v4.mesh import REQUESTS, MeshError, Programs, create_mesh, parse_mesh
-from deepseek_v4.tokenizer import load_tokenizer
-from deepseek_v4.weights import fingerprint, load_weights
+from deepseek_v4.model import Cache, create_cache
+from deepseek_v4.tokenizer import Tokenizer, load_tokenizer
+from deepseek_v4.weights import abstract_weights, fingerprint, load_weights
 from jax.sharding import PartitionSpec as P
 
 import jax_dsv4 as dsv4
@@ -47,25 +50,38 @@ class UsageError(Exception):
     """The command cannot be run as given. The message is one line."""
 
 
+class ModelError(Exception):
+    """The model does not compute numbers. The message is one line."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         if args.coordinator:
             processes.join(args.coordinator, args.num_processes, args.process_id, args.process_timeout)
         run(args)
-    except (UsageError, CheckpointError, MeshError, NotImplementedError) as error:
+    except (UsageError, CheckpointError, MeshError, NotImplementedError, OSError) as error:
         return complain(error)
+    except ModelError as error:
+        return complain(error, 1)
+    except MemoryError as error:
+        return complain(f"out of memory: {error}")
+    except KeyboardInterrupt:
+        return complain("interrupted", processes.INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if not args.coordinator:
-            raise
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return complain(f"out of memory: {error}")
         complain(f"process {args.process_id} stops: another one did, or cannot be reached: {error}")
         os._exit(3)  # an orderly shutdown would wait for the other one
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.memory or args.scaling:
-        print(memory.table() if args.memory else scaling.tables())
+    if args.memory:
+        with printing():
+            print(memory.table())
         return
     if args.dtype is None:
         args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -75,8 +91,10 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p)
     programs = Programs(config, mesh, sampling, args.implementation)
     place = programs.place
+    options = dict(layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
     try:
-        cache = programs.create_cache(len(prompts), context, layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
+        check_memory(config, args.dtype, jax.eval_shape(partial(create_cache, config, len(prompts), context, **options)))
+        cache = programs.create_cache(len(prompts), context, **options)
     except ValueError as error:
         raise UsageError(error) from None
     with progress(transient=True) as show:
@@ -105,12 +123,12 @@ def run(args: argparse.Namespace) -> None:
             state: State = jax.block_until_ready(prefill_once(*inputs))
             prefill_seconds = time.perf_counter() - began
 
-        calls = [programs.fetch(state.token)[:, None]]
+        calls = [numbers_only(programs.fetch(state.token)[:, None])]
         began = time.perf_counter()
         for _ in show.track("decoding")(range(-(-(args.max_new_tokens - 1) // STEPS_PER_CALL))):
             if np.any(programs.fetch(state.left)):  # else every request met its end
                 state, tokens = generate_more(weights, state)
-                calls.append(programs.fetch(tokens))
+                calls.append(numbers_only(programs.fetch(tokens)))
         decode_seconds = time.perf_counter() - began
         attention_seconds = time_attention(programs.attend(jnp.dtype(args.dtype)), state)
 
@@ -133,15 +151,20 @@ def run(args: argparse.Namespace) -> None:
         "device": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape) if mesh else None,
         "processes": jax.process_count(),
-        "versions": {"jax": jax.__version__, "jax_dsv4": getattr(dsv4, "__version__", None)},
+        "versions": {"jax": jax.__version__, "jax_dsv4": package_version()},
     }
     if args.process_id == 0:
-        print_report(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        deliver(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None, args.json)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Config, Any, list[Sequence[int]], int, jax.sharding.Mesh | None]:
+def numbers_only(tokens: np.ndarray) -> np.ndarray:
+    """`tokens`, unless some were drawn from NaN."""
+    if bad := sorted({int(request) for request in np.argwhere(tokens == NOT_A_TOKEN)[:, 0]}):
+        raise ModelError(f"the model computes NaN or infinite logits for request {', '.join(map(str, bad))}: weights or config are damaged")
+    return tokens
+
+
+def prepare(args: argparse.Namespace) -> tuple[Config, Tokenizer | None, list[Sequence[int]], int, jax.sharding.Mesh | None]:
     """All that can be wrong with the arguments, and between processes, is found here: before anything is loaded, compiled or waited for.
 
     Returns config, tokenizer, prompts, tokens per request of the cache, and mesh.
@@ -149,7 +172,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Any, list[Sequence[int]],
     facts = {name: value for name, value in vars(args).items() if name not in ("process_id", "json", "checkpoint")}
     try:
         config = load_config(args.checkpoint)
-        tokenizer = load_tokenizer(args.checkpoint)
+        tokenizer = find_tokenizer(args)
         prompts = read_prompts(args, tokenizer, config)
         context = cache_tokens(args, prompts, config)
         check_implementation(args.implementation)
@@ -157,16 +180,16 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Any, list[Sequence[int]],
         if jax.process_count() > 1 and args.mesh is None:
             raise UsageError("--num-processes needs a --mesh over all their devices")
         mesh = create_mesh(parse_mesh(args.mesh), config, len(prompts)) if args.mesh is not None else None
-    except (UsageError, CheckpointError, MeshError) as error:
+    except (UsageError, CheckpointError, MeshError, OSError) as error:
         processes.agree(facts | {"error": str(error)})
         raise
     processes.agree(facts)
     return config, tokenizer, prompts, context, mesh
 
 
-def complain(error: object) -> int:
+def complain(error: object, status: int = 2) -> int:
     print(f"decode_loop.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 # ------------------------------------------------------------------------------------------------------------- the input
@@ -194,7 +217,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
     add("--json", type=Path, metavar="FILE", help="write prompt_ids, tokens, tokens_per_second and more")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
-    add("--scaling", action="store_true", help="print what meshes of 8 devices hold, and what a layer is modelled to take, and stop")
     add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads and experts, cached context')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")
     add = many.add_argument
@@ -218,6 +240,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {args.json}")
+    if args.json and (reason := cannot_write(args.json)):
+        parser.error(f"--json {args.json} cannot be written: {reason}")
     if bool(args.coordinator) != (args.num_processes > 1):
         parser.error("--coordinator and --num-processes of at least 2 go together")
     if not 0 <= args.process_id < args.num_processes:
@@ -232,7 +256,32 @@ def positive(text: str) -> int:
     return number
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Any, config: Config) -> list[Sequence[int]]:
+def cannot_write(path: Path) -> str | None:
+    """Why `path` cannot be written, as far as opening it tells. It is left as it was."""
+    new = not path.exists()
+    if not new and not path.is_file():
+        return None  # the reader of a pipe would take this for the end
+    try:
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def find_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+    """The checkpoint's tokenizer. Token ids can do without: then one that is broken is mentioned, and no text is shown."""
+    try:
+        return load_tokenizer(args.checkpoint)
+    except CheckpointError as error:
+        if args.prompt_ids is None:
+            raise
+        complain(f"tokens alone, no text: {error}")
+        return None
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: Config) -> list[Sequence[int]]:
     """Token ids of each request."""
     if args.prompt_ids is not None:
         try:
@@ -242,7 +291,10 @@ def read_prompts(args: argparse.Namespace, tokenizer: Any, config: Config) -> li
     elif tokenizer is None:
         raise UsageError(f"{args.checkpoint} has no tokenizer: give --prompt-ids")
     else:
-        prompts = [tokenizer.encode(DEFAULT_PROMPT if args.prompt is None else args.prompt)]
+        text = DEFAULT_PROMPT if args.prompt is None else args.prompt
+        prompts = [tokenizer.encode(text)]
+        if left_out := tokenizer.left_out(text):
+            complain(f"the tokenizer has no token for {left_out!r} of the prompt: left out")
     for prompt in prompts:
         if not prompt:
             raise UsageError("a prompt must have at least one token")
@@ -266,6 +318,15 @@ def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config:
     return args.context or needed
 
 
+def check_memory(config: Config, dtype: str, cache: Cache) -> None:
+    """Of one machine's CPUs: there a program that takes too much is ended without a word."""
+    if jax.default_backend() == "cpu" and jax.process_count() == 1 and hasattr(os, "sysconf"):
+        needed = memory.nbytes(abstract_weights(config, dtype)) + memory.nbytes(cache)
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            raise UsageError(f"weights and cache take {memory.human(needed)}, and this machine has {memory.human(there)} of memory")
+
+
 def check_implementation(name: str | None) -> None:
     known = dsv4.implementations()
     if name is not None and name not in known:
@@ -275,6 +336,14 @@ def check_implementation(name: str | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the output
+
+
+def package_version() -> str | None:
+    """Of jax_dsv4; None where neither it nor an installation says."""
+    try:
+        return getattr(dsv4, "__version__", None) or importlib.metadata.version("jax-dsv4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def time_attention(attend: Callable[[Any], Any], state: State) -> float:
@@ -287,6 +356,32 @@ def time_attention(attend: Callable[[Any], Any], state: State) -> float:
 
     timed()  # compiles
     return statistics.median(timed() for _ in range(11))
+
+
+def deliver(report: dict[str, Any], prompts: list[str] | None, file: Path | None) -> None:
+    """Writes the report to `file` and prints it: each even if the other fails."""
+    failed = None
+    if file:
+        try:
+            file.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            failed = UsageError(f"--json {file} cannot be written: {error.strerror}")
+    with printing():
+        print_report(report, prompts)
+    if failed:
+        raise failed
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Sees to it that what is printed arrives, or that one line says why not."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        # Else Python would try again, and complain, on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UsageError(f"the output cannot be written: {error.strerror}") from None
 
 
 def print_report(report: dict[str, Any], prompts: list[str] | None) -> None:
@@ -340,4 +435,7 @@ def progress(transient: bool = False) -> Iterator[Progress]:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a token's characters
     processes.leave(main())

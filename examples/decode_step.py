@@ -22,7 +22,14 @@ WINDOW, TOPK = 128, 512
 SWA_BLOCKS, EXTRA_BLOCKS, BLOCK = 2, 16, 64  # per request
 
 
-def step(caches, queries, latents, position, selected, sink):
+def step(
+    caches: list[tuple[dsv4.KVCache, dsv4.KVCache]],
+    queries: jax.Array,
+    latents: jax.Array,
+    position: jax.Array,
+    selected: jax.Array,
+    sink: jax.Array,
+) -> tuple[jax.Array, list[tuple[dsv4.KVCache, dsv4.KVCache]]]:
     """caches: a (swa, extra) pair a layer. queries [layers, requests, heads, 512], latents [layers, requests, 512], position [requests]."""
     requests = jnp.arange(REQUESTS, dtype=jnp.int32)
     window = requests[:, None] * (SWA_BLOCKS * BLOCK) + jnp.arange(WINDOW, dtype=jnp.int32)  # a ring: position p lives in entry p % 128
@@ -52,8 +59,8 @@ def main() -> None:
     caches = [(filled(REQUESTS * SWA_BLOCKS), filled(REQUESTS * EXTRA_BLOCKS)) for _ in range(LAYERS)]
     queries, latents = normal(LAYERS, REQUESTS, HEADS, 512), normal(LAYERS, REQUESTS, 512)
     position = jnp.array([5, 100, 127, 3000], jnp.int32)
-    selected = np.stack([rng.permutation(EXTRA_BLOCKS * BLOCK)[:TOPK] + r * EXTRA_BLOCKS * BLOCK for r in range(REQUESTS)])
-    selected, sink = jnp.asarray(selected, jnp.int32), jnp.zeros(HEADS)
+    chosen = np.stack([rng.permutation(EXTRA_BLOCKS * BLOCK)[:TOPK] + r * EXTRA_BLOCKS * BLOCK for r in range(REQUESTS)])
+    selected, sink = jnp.asarray(chosen, jnp.int32), jnp.zeros(HEADS)
 
     jitted = jax.jit(step, donate_argnums=0)  # donated caches are written in place
     out, caches = jitted(caches, queries, latents, position, selected, sink)

@@ -109,7 +109,7 @@ def _grid() -> list[Case]:
             extra = ScopeCase(x_topk, slots=x_keys, block_size=x_block, holes=0.05) if i % 2 else None
             name = f"flashmla-b{batch}q{query_length}h{heads}k{topk}x{x_topk if extra else 0}bs{block_size}"
             cases.append(Case(name, heads, batch * query_length, swa, extra, tags=("flashmla" if batch == 4 else "flashmla-large",)))
-    # What benchmarks/decode.py times.
+    # What benchmarks/cpu.py times.
     for heads in (16, 64, 128):
         for tokens in (1, 4, 16):
             for topk in (512, 1024):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import decode_loop  # noqa: E402, F401
-from deepseek_v4 import memory, mesh, safetensors, scaling  # noqa: E402, F401
+from deepseek_v4 import config as config_module  # noqa: E402, F401
+from deepseek_v4 import memory, mesh, safetensors, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
-from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate, prefill  # noqa: E402, F401
-from deepseek_v4.model import Cache, create_cache, forward, logits  # noqa: E402, F401
-from deepseek_v4.tokenizer import Pieces  # noqa: E402, F401
+from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, Sampling, State, draw, generate, prefill  # noqa: E402, F401
+from deepseek_v4.model import Axes, Cache, create_cache, forward, logits, moe, rope_angle  # noqa: E402, F401
+from deepseek_v4.tokenizer import Pieces, load_tokenizer  # noqa: E402, F401
 from deepseek_v4.weights import (  # noqa: E402, F401
     RENAMES,
     Tensor,
@@ -34,10 +36,52 @@ from deepseek_v4.weights import (  # noqa: E402, F401
     schema,
 )
 
+from benchmarks import scaling_model  # noqa: E402, F401
+
 GOLDEN = ("yarn", "hca")
 
 # float32 throughout, sums in another order, and values of order 1 after four layers.
 EXACT = 1e-4
+
+
+def _rope(drop: tuple[str, ...] = (), **edits: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Drops and replaces settings; of `rope_parameters`, the settings of each part."""
+
+    def edit(raw: dict[str, Any]) -> dict[str, Any]:
+        for name, value in edits.items():
+            if name in ("main", "compress"):
+                raw["rope_parameters"][name].update(value)
+            else:
+                raw[name] = value
+        return {name: value for name, value in raw.items() if name not in drop}
+
+    return edit
+
+
+YARN = dict(factor=4, original_max_position_embeddings=512)
+
+# name: (edit of the golden config "yarn", (rope_theta, compress_rope_theta, rotated numbers, YaRN's factor)).
+ROPE_CASES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[float, float, int, float | None]]] = {
+    "as it is": (_rope(), (10000.0, 160000.0, 64, 16)),
+    "nested thetas alone": (
+        _rope(("rope_theta", "compress_rope_theta"), main=dict(rope_theta=333.0), compress=dict(rope_theta=4444.0)),
+        (333.0, 4444.0, 64, 16),
+    ),
+    "nested thetas before others": (_rope(rope_theta=1e6, main=dict(rope_theta=50.0)), (50.0, 160000.0, 64, 16)),
+    "no dictionary": (_rope(("rope_parameters",), rope_theta=77.0), (77.0, 160000.0, 64, None)),
+    "one dictionary": (_rope(rope_parameters=dict(rope_type="yarn", **YARN), compress_rope_theta=88.0), (10000.0, 88.0, 64, 4)),
+    "rope_scaling before rope_parameters": (_rope(rope_scaling=dict(type="yarn", **YARN)), (10000.0, 160000.0, 64, 4)),
+    "context from max_position_embeddings": (_rope(rope_parameters=dict(rope_type="yarn", factor=4)), (10000.0, 160000.0, 64, 4)),
+    "rotated by a fraction": (
+        _rope(("rope_parameters", "qk_rope_head_dim"), partial_rotary_factor=0.25),
+        (10000.0, 160000.0, 128, None),
+    ),
+    "rotated by a number": (_rope(("rope_parameters", "partial_rotary_factor"), qk_rope_head_dim=128), (10000.0, 160000.0, 128, None)),
+    # Every pair turns more than beta_fast times in the original context, or none does.
+    "context that is long": (_rope(compress=dict(rope_theta=20.0, original_max_position_embeddings=10**6)), (10000.0, 20.0, 64, 16)),
+    "context that is short": (_rope(compress=dict(original_max_position_embeddings=4)), (10000.0, 160000.0, 64, 16)),
+    "betas that are equal": (_rope(compress=dict(beta_fast=3, beta_slow=3)), (10000.0, 160000.0, 64, 16)),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,41 @@ CONFIGS = {
     "hash": (dict(layer_types=[SWA, SWA, CSA, HCA], num_hash_layers=2), 100),
     # Two full windows of 128 in the prompt; the third fills while decoding.
     "hca": (dict(layer_types=[HCA, HCA, CSA, HCA], num_hash_layers=0, index_topk=40, swiglu_limit=0.5), 350),
+    # Every setting at a value that DeepSeek's models do not have.
+    "settings": (
+        dict(
+            layer_types=[CSA, SWA, HCA, CSA],
+            num_hash_layers=1,
+            compress_rate_csa=6,
+            compress_rate_hca=40,
+            sliding_window=50,
+            qk_rope_head_dim=128,
+            index_head_dim=192,
+            num_attention_heads=6,
+            o_groups=3,
+            num_experts_per_tok=3,
+            routed_scaling_factor=2.5,
+            swiglu_limit=0.75,
+            rms_norm_eps=1e-3,
+            hc_mult=3,
+            hc_eps=1e-2,
+            hc_sinkhorn_iters=2,
+            rope_parameters=dict(
+                main=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.25),
+                compress=dict(
+                    rope_type="yarn",
+                    rope_theta=3000.0,
+                    partial_rotary_factor=0.25,
+                    factor=4,
+                    original_max_position_embeddings=128,
+                    beta_fast=20,
+                    beta_slow=2,
+                    attention_factor=1.0,
+                ),
+            ),
+        ),
+        200,
+    ),
 }
 
 DECODED = 64

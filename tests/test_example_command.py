@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from example_support import ROOT, decode_loop, golden, golden_folder, strict_types  # noqa: F401
+from example_support import (
+    NOT_A_TOKEN,
+    PRESETS,
+    ROOT,
+    decode_loop,
+    golden,
+    golden_folder,
+    strict_types,  # noqa: F401
+    train_tiny,
+)
 
 
 def test_default_run_prints_words(tmp_path):
@@ -67,6 +80,11 @@ HCA = str(golden_folder("hca"))
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-p", "0"], "--top-p must be in (0, 1]"),
         (["--json", "/nowhere/out.json"], "--json must name a file in a folder that exists"),
+        pytest.param(
+            ["--checkpoint", "/nowhere", "--json", "/proc/uptime"],
+            "--json /proc/uptime cannot be written: ",
+            marks=pytest.mark.skipif(not Path("/proc/uptime").exists(), reason="no file here that cannot be written, whoever asks"),
+        ),
         (["--dtype", "int3"], "invalid choice"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
@@ -111,3 +129,135 @@ def test_hugging_face_tokenizer_is_used_when_present(tmp_path):
     assert report["prompt_ids"] == [[5, 7]]
     assert report["text"][0].split() == [f"w{token}" for token in report["tokens"][0]]
     assert np.all(np.array(report["tokens"]) > 0)
+
+
+# --- What goes wrong while it runs
+
+COMMAND = [sys.executable, str(ROOT / "examples" / "decode_loop.py")]
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk here that is always full")
+
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], layers=("swa",), hidden_size=32, vocab_size=64, n_routed_experts=2, moe_intermediate_size=32, num_hash_layers=0
+)
+
+
+def test_a_model_that_computes_nan_says_so(tmp_path, capsys):
+    """From the first time on that it reads a certain token, which it draws itself."""
+    weights, out = train_tiny.initialise(SMALL), tmp_path / "out.json"
+    command = ["--checkpoint", str(tmp_path), "--prompt-ids", "4,8;7", "--max-new-tokens", "12", "--json", str(out)]
+    train_tiny.save(tmp_path, weights, SMALL, ["a"])
+    assert decode_loop.main(command) == 0
+    first, second = json.loads(out.read_text())["tokens"]
+    out.unlink()
+    spoilt = next(token for token in first[1:-1] if token not in (4, 8, 7, *second))
+
+    train_tiny.save(tmp_path, {**weights, "embed": weights["embed"].at[spoilt].set(np.nan)}, SMALL, ["a"])
+    capsys.readouterr()
+    assert decode_loop.main(command) == 1
+    captured = capsys.readouterr()
+    assert "decode_loop.py: the model computes NaN or infinite logits for request 0: weights or config are damaged\n" in captured.err
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def test_requests_without_numbers_are_named():
+    tokens = np.array([[3, 4], [5, NOT_A_TOKEN], [6, -1], [NOT_A_TOKEN, -1]])
+    assert decode_loop.numbers_only(tokens[[0, 2]]) is not None
+    with pytest.raises(decode_loop.ModelError, match="for request 1, 3: weights or config"):
+        decode_loop.numbers_only(tokens)
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(tmp_path):
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("old")
+    for file in (new, old):
+        assert decode_loop.main(["--checkpoint", "/nowhere", "--json", str(file)]) == 2
+    assert not new.exists()
+    assert old.read_text() == "old"
+
+
+REPORT = {
+    "tokens": [[1, 2]],
+    "text": None,
+    "tokens_per_second": 9.0,
+    "seconds_per_step": 0.1,
+    "attention_seconds_per_step": 0.01,
+    "compile_seconds": 1.0,
+    "cache_bytes": 5,
+    "cache_tokens_per_request": 3,
+    "cache_layout": "bf16",
+    "device": "cpu",
+}
+
+
+@needs_full
+def test_the_report_is_printed_where_its_file_cannot_be_written(capsys):
+    with pytest.raises(decode_loop.UsageError, match="--json /dev/full cannot be written: No space left on device"):
+        decode_loop.deliver(REPORT, None, Path("/dev/full"))
+    assert "9.0  tokens/s (1 requests" in capsys.readouterr().out
+
+
+@needs_full
+def test_the_file_is_written_where_the_report_cannot_be_printed(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(decode_loop.UsageError, match="the output cannot be written: No space left on device"):
+            decode_loop.deliver(REPORT, None, tmp_path / "out.json")
+        monkeypatch.undo()
+    assert json.loads((tmp_path / "out.json").read_text()) == REPORT
+
+
+@needs_full
+def test_an_output_that_takes_nothing_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "--memory"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (2, "decode_loop.py: the output cannot be written: No space left on device\n")
+
+
+def test_an_output_that_nobody_reads_is_one_line():
+    running = subprocess.Popen([*COMMAND, "--memory"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    _, said = running.communicate(timeout=300)
+    assert (running.returncode, said) == (2, "decode_loop.py: the output cannot be written: Broken pipe\n")
+
+
+def test_more_memory_than_there_is_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(decode_loop.os, "sysconf", lambda name: 2**11)
+    assert decode_loop.main(["--checkpoint", HCA, "--prompt-ids", "1"]) == 2
+    wanted = r"decode_loop\.py: weights and cache take [\d.]+ MB, and this machine has 4\.19 MB of memory\n"
+    assert re.fullmatch(wanted, capsys.readouterr().err)
+
+    def exhaust(_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore")
+
+    monkeypatch.setattr(decode_loop, "run", exhaust)
+    assert decode_loop.main([]) == 2
+    assert capsys.readouterr().err == "decode_loop.py: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes. more\n"
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import decode_loop, jax
+from deepseek_v4 import processes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it off
+compile = jax.stages.Lowered.compile
+
+def interrupted(lowered):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return compile(lowered)
+
+jax.stages.Lowered.compile = interrupted
+processes.leave(decode_loop.main(sys.argv[2:]))
+"""
+
+
+def test_an_interrupt_while_compiling_is_one_line():
+    command = [sys.executable, "-c", INTERRUPTED, str(ROOT / "examples"), "--checkpoint", HCA, "--prompt-ids", "1,2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "decode_loop.py: interrupted"
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

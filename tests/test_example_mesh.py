@@ -37,7 +37,7 @@ from example_support import (
     map_schema,
     mesh,
     safetensors,
-    scaling,
+    scaling_model,
     schema,
     strict_types,  # noqa: F401
     weights_module,
@@ -117,7 +117,7 @@ def test_draws_are_one_device_s() -> None:
 
 
 @pytest.mark.parametrize("axes", ["model=2", "context=2", "data=2,model=2,context=2"])
-def test_what_moves_is_what_the_model_of_scaling_says(axes: str) -> None:
+def test_what_moves_is_what_the_scaling_model_says(axes: str) -> None:
     """The collectives of a compiled decode step, by kind, number and bytes; so nothing of a cache or of the weights is among them."""
     sizes = mesh.parse_mesh(axes)
     programs = mesh.Programs(SMALL, mesh.create_mesh(sizes, SMALL, 4), GREEDY, None)
@@ -131,13 +131,13 @@ def test_what_moves_is_what_the_model_of_scaling_says(axes: str) -> None:
     for moved in collectives(program):
         found.update((moved.kind, hlo.shape_bytes(shape)) for shape in moved.shapes)
     want = Counter()
-    for modelled in scaling.collectives(SMALL, sizes, 4, MAX_TOKENS, activation_bytes=4):
+    for modelled in scaling_model.collectives(SMALL, sizes, 4, MAX_TOKENS, activation_bytes=4):
         want[modelled.kind, modelled.nbytes] += modelled.times
     assert found == want
 
 
 def test_tables_are_those_of_the_docs() -> None:
-    assert scaling.tables() in (ROOT / "docs" / "scaling.md").read_text()
+    assert scaling_model.tables() in (ROOT / "docs" / "scaling.md").read_text()
 
 
 # --- The weights

@@ -11,6 +11,8 @@ import pytest
 from example_support import (
     EXACT,
     GOLDEN,
+    NOT_A_TOKEN,
+    Axes,
     Cache,
     Sampling,
     State,
@@ -18,6 +20,7 @@ from example_support import (
     draw,
     golden,
     golden_length,
+    moe,
     score_text,
     strict_types,  # noqa: F401
 )
@@ -122,3 +125,61 @@ def test_end_of_sequence_leaves_nothing_to_draw():
     state = draw(drawing(3), logits, Sampling(), config)
     assert state.token.tolist() == [0, 2, 3]
     assert state.left.tolist() == [8, 0, 0]
+
+
+# Where float32 ends: its smallest normal number is 1.2e-38, its largest 3.4e38.
+SMALL = (2e-2, 3e-7, 7e-20, 1.1e-37, 1.2e-38, 5e-39, 1e-43, 1e-300)
+LARGE = (7e3, 8e29, 9e33, 8.4e37, 8.6e37, 2.9e38, 1e39, 1e300)
+
+
+def spread_logits() -> jax.Array:
+    """[40, 33], some beyond what a softmax keeps, and one token that cannot be."""
+    return 30 * jax.random.normal(jax.random.key(2), (40, 33)).at[:, 11].set(-jnp.inf)
+
+
+@pytest.mark.parametrize("temperature", SMALL)
+def test_a_small_temperature_draws_the_likeliest(temperature):
+    logits = 3 * spread_logits()
+    state = draw(drawing(40), logits, Sampling(temperature), golden("hca")[0])
+    if temperature < 1e-3:
+        np.testing.assert_array_equal(state.token, logits.argmax(-1))
+    assert (np.asarray(state.token) == np.asarray(logits.argmax(-1))).mean() > 0.9
+
+
+@pytest.mark.parametrize("temperature", LARGE)
+def test_a_large_temperature_draws_what_can_be(temperature):
+    state = draw(drawing(40), spread_logits(), Sampling(temperature), golden("hca")[0])
+    assert 11 not in np.asarray(state.token)
+    assert len(set(np.asarray(state.token).tolist())) > 12
+
+
+@pytest.mark.parametrize("top_p", SMALL[2:])
+@pytest.mark.parametrize("temperature", [0.8, 1e-41])
+def test_a_small_top_p_draws_the_likeliest(top_p, temperature):
+    state = draw(drawing(40), spread_logits(), Sampling(temperature, top_p), golden("hca")[0])
+    np.testing.assert_array_equal(state.token, spread_logits().argmax(-1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.0, 0.9)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_a_number_ends_a_request(sampling, value):
+    """One such logit is enough; the other requests go on."""
+    logits = spread_logits().at[3, 5].set(value).at[7].set(value).at[9].set(-np.inf)
+    state = draw(drawing(40), logits, sampling, golden("hca")[0])
+    ended = np.isin(np.arange(40), (3, 7, 9))
+    np.testing.assert_array_equal(np.asarray(state.token) == NOT_A_TOKEN, ended)
+    np.testing.assert_array_equal(np.asarray(state.left) == 0, ended)
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["few", "many"])
+def test_experts_whose_scores_all_underflow_weigh_nothing(tokens):
+    """The softplus of -200 is 0 in float32: transformers divides by a sum of 1e-20, and the shared expert is what is left."""
+    config, weights, _ = golden("hca")
+    w = weights["layers"][1]["ffn"]
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (1, tokens, config.hidden_size))) + 1
+    drowned = {**w, "gate": jnp.full_like(w["gate"], -200.0)}
+    found = moe(x, drowned, jnp.zeros((1, tokens), jnp.int32), config, Axes())
+    gate, up = (np.asarray(x) @ np.asarray(w["shared"][name]).T for name in ("w1", "w3"))
+    gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+    wanted = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(w["shared"]["w2"]).T
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example_support import EXACT, decode, load_config, load_weights, score_text, strict_types  # noqa: F401
+from example_support import (
+    EXACT,
+    ROPE_CASES,
+    decode,
+    golden_folder,
+    load_config,
+    load_weights,
+    parse_config,
+    rope_angle,
+    score_text,
+    strict_types,  # noqa: F401
+)
 
 pytest.importorskip("transformers", reason="needs the oracle extra: pip install -e '.[oracle]'")
 pytest.importorskip("torch", reason="needs the oracle extra: pip install -e '.[oracle]'")
 import hf_oracle
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 # What transformers announces of its next releases is shown, and no failure of ours.
 pytestmark = [pytest.mark.filterwarnings(f"default::{kind}") for kind in ("FutureWarning", "DeprecationWarning")]
@@ -25,6 +40,18 @@ def case(request, tmp_path_factory):
     config = load_config(folder)
     weights = load_weights(folder, config, jnp.float32)
     return config, weights, model, hf_oracle.answers(model, hf_oracle.prompt_ids(request.param, seed=1))
+
+
+@pytest.mark.parametrize("name", ROPE_CASES)
+def test_rotations(name):
+    """test_example_config.py says what each case is."""
+    raw = ROPE_CASES[name][0](json.loads((golden_folder("yarn") / "config.json").read_text()))
+    config, position = parse_config(copy.deepcopy(raw)), np.arange(0, 5000, 37)
+    rotary = DeepseekV4RotaryEmbedding(hf_oracle.DeepseekV4Config(**raw))
+    for layers in ("main", "compress"):
+        assert getattr(rotary, f"{layers}_attention_scaling") == 1
+        wanted = position[:, None] * getattr(rotary, f"{layers}_inv_freq").numpy().astype(np.float64)
+        np.testing.assert_allclose(rope_angle(jnp.array(position), layers, config), wanted, rtol=2e-6, atol=1e-6)
 
 
 def test_logits_and_greedy_tokens(case):

@@ -1,9 +1,13 @@
-"""DeepSeek-V4 in JAX around `jax_dsv4`, as examples/decode_loop.py drives it.
+"""DeepSeek-V4 in JAX around `jax_dsv4`, as examples/decode_loop.py runs it.
 
+config.py       config.json, and the sizes of V4-Flash, V4-Pro and the tiny model
+weights.py      which tensors there are, and how a checkpoint fills them
+safetensors.py  the files of a checkpoint
+tokenizer.py    text to token ids, and back
 model.py        the cache and the forward pass
 generate.py     prefill, decode, sampling
-weights.py      which tensors there are, and Hugging Face checkpoints (safetensors.py, tokenizer.py)
-config.py       config.json, and the sizes of V4-Flash, V4-Pro and the tiny model
+mesh.py         the same over many devices
+processes.py    the same over many processes
 memory.py       bytes of weights and caches
-train_tiny.py   made tiny/, the checkpoint that this repository ships
+train_tiny.py   made tiny/, the checkpoint of this repository
 """

@@ -11,7 +11,24 @@ from jax import Array, lax
 
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config
-from deepseek_v4.model import ONE_DEVICE, Axes, Cache, attend_over, begin_step, extra_topk, forward, logits, scope_here, slots_of
+from deepseek_v4.model import (
+    ONE_DEVICE,
+    Axes,
+    Cache,
+    Implementation,
+    attend_over,
+    begin_step,
+    extra_topk,
+    forward,
+    logits,
+    scope_here,
+    slots_of,
+)
+
+NOT_A_TOKEN = -2
+"""Drawn from logits that are not numbers: the model has computed NaN or infinity. Nothing follows it."""
+
+TINIEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Sampling(NamedTuple):
@@ -29,7 +46,7 @@ class State(NamedTuple):
 
     cache: Cache
     token: Array  # int32 [b]: drawn last, not yet in the cache
-    left: Array  # int32 [b]: tokens that a request may still draw; 0 once it has drawn an end-of-sequence token
+    left: Array  # int32 [b]: tokens that a request may still draw; 0 once it has drawn an end-of-sequence token, or NOT_A_TOKEN
     key: Array  # PRNG keys [b]
 
 
@@ -45,7 +62,7 @@ def prefill(
     config: Config,
     sampling: Sampling = GREEDY,
     chunk: int = 1,
-    implementation: Any = None,
+    implementation: Implementation = None,
     axes: Axes = ONE_DEVICE,
 ) -> State:
     """Reads the prompts and draws each request's first token.
@@ -81,15 +98,22 @@ def generate(
     steps: int,
     config: Config,
     sampling: Sampling = GREEDY,
-    implementation: Any = None,
+    implementation: Implementation = None,
     axes: Axes = ONE_DEVICE,
 ) -> tuple[State, Array]:
     """Decodes `steps` tokens per request without the host: int32 tokens [b, steps], −1 after a request's end."""
 
     def step(state: State, _: None) -> tuple[State, Array]:
         running = state.left > 0
-        options = dict(config=config, implementation=implementation, axes=axes)
-        hidden, cache = forward(weights, state.cache, state.token[:, None], running.astype(jnp.int32), **options)
+        hidden, cache = forward(
+            weights,
+            state.cache,
+            state.token[:, None],
+            running.astype(jnp.int32),
+            config=config,
+            implementation=implementation,
+            axes=axes,
+        )
         state = draw(state._replace(cache=cache), logits(weights, hidden[:, 0], axes), sampling, config)
         return state, jnp.where(running, state.token, -1)
 
@@ -99,23 +123,31 @@ def generate(
 
 def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> State:
     """Draws each request's next token from logits [b, v]."""
-    if sampling.temperature == 0:
+    best = logits.max(axis=-1, keepdims=True)
+    numbers = jnp.isfinite(best[:, 0]) & ~jnp.isnan(logits).any(axis=-1)  # XLA's maximum may pass over NaN
+    if sampling.temperature < TINIEST:  # float32 would divide by 0
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        logits = logits / sampling.temperature
+        # The best at 0, so that no quotient overflows. From 1e30 on all tokens are equally likely; XLA multiplies by the reciprocal, which
+        # must not underflow.
+        logits = (logits - best) / min(sampling.temperature, 1e30)
         if sampling.top_p < 1:
             likeliest = jnp.sort(logits, axis=-1, descending=True)
             before = jnp.cumsum(jax.nn.softmax(likeliest), axis=-1) - jax.nn.softmax(likeliest)
-            least = jnp.min(likeliest, axis=-1, keepdims=True, where=before < sampling.top_p, initial=jnp.inf)
+            kept = before < max(sampling.top_p, TINIEST)  # the likeliest always
+            least = jnp.min(likeliest, axis=-1, keepdims=True, where=kept, initial=jnp.inf)
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         key = jax.vmap(jax.random.fold_in)(state.key, state.cache.position)
         token = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
-    ends = jnp.isin(token, jnp.array(config.eos_token_ids, jnp.int32))
+    token = jnp.where(numbers, token, NOT_A_TOKEN)
+    ends = jnp.isin(token, jnp.array((*config.eos_token_ids, NOT_A_TOKEN), jnp.int32))
     return state._replace(token=token, left=jnp.where(ends, 0, jnp.maximum(state.left - 1, 0)))
 
 
 @partial(jax.jit, static_argnames=("config", "dtype", "implementation", "axes"))
-def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = None, axes: Axes = ONE_DEVICE) -> Array:
+def attend(
+    cache: Cache, *, config: Config, dtype: jax.typing.DTypeLike, implementation: Implementation = None, axes: Axes = ONE_DEVICE
+) -> Array:
     """The attention of one decode step and nothing else, to be timed: plans, and one sparse_mla_decode per layer.
 
     Queries are made up, and CSA layers read their first entries instead of choosing; lengths are the real ones.
@@ -126,10 +158,11 @@ def attend(cache: Cache, *, config: Config, dtype: Any, implementation: Any = No
     for kind, layer in zip(config.layers, cache.layers, strict=True):
         q = jnp.ones((b, 1, config.num_attention_heads // lax.axis_size(axes.model), config.head_dim), dtype)
         swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
-        if kind != "swa":
+        if layer.compressed is not None:
             first = jnp.arange(extra_topk(step.entries[kind], kind, config), dtype=jnp.int32)
             first = jnp.broadcast_to(first, (b, 1, first.size))
-            extra = scope_here(dsv4.Scope(layer.extra, slots_of(cache.tables[kind], first, kind), step.extra_lengths[kind]), axes)
+            slots = slots_of(cache.tables[kind], first, kind)
+            extra = scope_here(dsv4.Scope(layer.compressed.extra, slots, step.extra_lengths[kind]), axes)
         out = attend_over(q, swa, extra, None, step.plan[kind], implementation, axes)
         total += out.astype(jnp.float32).sum()
     return total

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import Sampling, State, attend, generate, prefill
-from deepseek_v4.model import ONE_DEVICE, Axes, Cache, LayerCache, create_cache
+from deepseek_v4.model import ONE_DEVICE, Axes, Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
 from deepseek_v4.weights import Tensor, map_schema
 
 AXES = Axes(("data",), ("model",), ("context",))
@@ -79,26 +79,29 @@ def weight_spec(tensor: Tensor) -> P:
 
 def cache_specs(config: Config) -> Cache:
     """A `Cache` of partitions."""
+    # A tree of partitions has the tree's types, and partitions where those say arrays.
+    requests: Any = REQUESTS
     blocks: Any = P((*AXES.data, *AXES.context))
+    keys: Any = P(AXES.data, AXES.context)
 
     def layer(kind: Kind) -> LayerCache:
-        swa: Any = REQUESTS
-        compressed = (blocks, REQUESTS) if kind != "swa" else ()
-        return LayerCache(swa, *compressed, *((P(AXES.data, AXES.context), REQUESTS) if kind == "csa" else ()))  # type: ignore[arg-type]
+        indexer = IndexCache(keys, requests) if kind == "csa" else None
+        return LayerCache(requests, None if kind == "swa" else CompressedCache(blocks, requests, indexer))
 
-    tables: Any = dict.fromkeys({"swa", *config.layers}, REQUESTS)
-    return Cache(tuple(map(layer, config.layers)), tables, REQUESTS)  # type: ignore[arg-type]
+    kinds: set[Kind] = {"swa", *config.layers}
+    return Cache(tuple(map(layer, config.layers)), dict.fromkeys(kinds, requests), requests)
 
 
 class Programs:
     """The loop's programs, each compiled for a mesh or, without one, for the default device."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh | None, sampling: Sampling, implementation: Any):
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh | None, sampling: Sampling, implementation: Implementation):
         self.config, self.mesh, self.sampling = config, mesh, sampling
         self.options: Any = dict(config=config, implementation=implementation, axes=AXES if mesh else ONE_DEVICE)
         self.weights = map_schema(weight_spec, config)
         self.cache = cache_specs(config)
-        self.state = State(self.cache, REQUESTS, REQUESTS, REQUESTS)
+        requests: Any = REQUESTS
+        self.state = State(self.cache, requests, requests, requests)
 
     def over(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()) -> Any:
         if self.mesh:
@@ -119,13 +122,15 @@ class Programs:
         run = partial(generate, sampling=self.sampling, steps=steps, **self.options)
         return self.over(run, (self.weights, self.state), (self.state, REQUESTS), donate=(1,))
 
-    def attend(self, dtype: Any) -> Any:
+    def attend(self, dtype: jax.typing.DTypeLike) -> Any:
         return self.over(partial(attend, dtype=dtype, **self.options), (self.cache,), P())  # each device's own sum: nobody looks at it
 
     def place(self, array: Any, spec: P) -> Any:
         """An array that every process has, as one over the mesh."""
         array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), lambda i: array[i]) if self.mesh else array
+        if self.mesh is None:
+            return array
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), lambda i: array[i])
 
     def fetch(self, array: jax.Array) -> np.ndarray:
         """All of an array of the mesh, on every process."""
@@ -134,4 +139,5 @@ class Programs:
     @property
     def sharding(self) -> Callable[[Tensor], NamedSharding] | None:
         """Where each of the weights goes."""
-        return (lambda tensor: NamedSharding(self.mesh, weight_spec(tensor))) if self.mesh else None
+        mesh = self.mesh
+        return (lambda tensor: NamedSharding(mesh, weight_spec(tensor))) if mesh else None

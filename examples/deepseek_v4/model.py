@@ -2,15 +2,15 @@
 
 `forward` runs t more tokens of each of b requests: t = 1 is a decode step, t > 1 a chunk of a prompt. Einsum letters:
 
-On a mesh (`Axes`, deepseek_v4/mesh.py) these functions run on each device, inside `jax.shard_map`: on its requests, with its heads, head
-groups, experts and part of the vocabulary, which is what its weights' shapes say, and on its blocks of the compressed caches. What
-puts that together again is in `attention`, `attend_over`, `choose_entries`, `moe` and `logits`.
-
     b request   t token       n residual stream   d hidden    h head        k head_dim (512, or the indexer's 128)
     r low rank  g head group  e expert            i expert's inner size     c compressed entry    w window row
 
 Attention itself is `jax_dsv4.sparse_mla_decode`; everything else is here. The numbers are those of the published model
-without its activation quantisation (no fp8 activations, no fp4 indexer): that of transformers, which tests hold it to.
+without its activation quantisation (no fp8 activations, no fp4 indexer). Transformers computes the same, and the tests compare the two.
+
+On a mesh (`Axes`, deepseek_v4/mesh.py) each device runs these functions on its part, inside `jax.shard_map`. It has some requests, heads,
+head groups and experts, a part of the vocabulary, and some blocks of the compressed caches. The shapes of its weights say which.
+`attention`, `attend_over`, `choose_entries`, `moe` and `logits` put the parts together again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from jax import Array, lax
 
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config, Kind
+
+Implementation = str | tuple[str, ...] | None
+"""As `jax_dsv4.sparse_mla_decode` takes it; None is the platform's best."""
 
 BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
 """Slots per page of each kind of cache, as serving engines page them."""
@@ -47,14 +50,26 @@ PLACEMENT = "interleaved"
 # ---------------------------------------------------------------------------------------------------------- the cache
 
 
+class IndexCache(NamedTuple):
+    """What the indexer of a CSA layer remembers."""
+
+    keys: Array  # [b, entries, 128]: its compressed keys; of n devices of a context, every n-th
+    rows: Array  # [b, ring, 2, 256] float32: as `CompressedCache.rows`, for its own compressor
+
+
+class CompressedCache(NamedTuple):
+    """What the compressor of a CSA or HCA layer remembers."""
+
+    extra: dsv4.KVCache  # compressed latents, one per 4 (CSA) or 128 (HCA) tokens
+    rows: Array  # [b, ring, 2, width] float32: what it projected of the last tokens
+    indexer: IndexCache | None = None  # CSA alone
+
+
 class LayerCache(NamedTuple):
-    """What one layer remembers. Fields past `swa` are None where the layer has no such part."""
+    """What one layer remembers."""
 
     swa: dsv4.KVCache  # latents of the last tokens, a ring per request
-    extra: dsv4.KVCache | None = None  # compressed latents, one per 4 (CSA) or 128 (HCA) tokens
-    rows: Array | None = None  # [b, ring, 2, width] float32: what the compressor projected of the last tokens
-    index_keys: Array | None = None  # [b, entries, 128]: the indexer's compressed keys; of n devices of a context, every n-th
-    index_rows: Array | None = None  # [b, ring, 2, 256] float32: as `rows`, for the indexer's own compressor
+    compressed: CompressedCache | None = None  # None for an SWA layer
 
 
 class Cache(NamedTuple):
@@ -72,7 +87,7 @@ def create_cache(
     *,
     layout: str = "fp8_ds_mla",
     chunk: int = 1,
-    dtype: Any = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
     context: int = 1,
 ) -> Cache:
     """An empty cache.
@@ -86,7 +101,7 @@ def create_cache(
         dtype: of the indexer's keys.
         context: devices that the compressed caches and the indexer's keys are spread over; the result is one device's share.
     """
-    pages = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
+    pages: dict[Kind, int] = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
     for kind in set(config.layers) - {"swa"}:
         pages[kind] = -(-max(max_tokens // config.ratio(kind), 1) // (BLOCK_SIZE[kind] * context)) * context
 
@@ -100,16 +115,11 @@ def create_cache(
     def layer(kind: Kind) -> LayerCache:
         if kind == "swa":
             return LayerCache(latents("swa"))
-        if kind == "hca":
-            return LayerCache(latents("swa"), latents("hca"), rows("hca", config.head_dim))
-        entries = pages["csa"] * BLOCK_SIZE["csa"] // context
-        return LayerCache(
-            latents("swa"),
-            latents("csa"),
-            rows("csa", config.head_dim),
-            jnp.zeros((batch, entries, config.index_head_dim), dtype),
-            rows("csa", config.index_head_dim),
-        )
+        indexer = None
+        if kind == "csa":
+            entries = pages["csa"] * BLOCK_SIZE["csa"] // context
+            indexer = IndexCache(jnp.zeros((batch, entries, config.index_head_dim), dtype), rows("csa", config.index_head_dim))
+        return LayerCache(latents("swa"), CompressedCache(latents(kind), rows(kind, config.head_dim), indexer))
 
     def table(pages: int) -> Array:
         # Pages are dealt in turn, each round from the next request on: so a request's pages are on all devices of a context.
@@ -153,13 +163,13 @@ class Step(NamedTuple):
     swa_lengths: Array  # int32 [b, t]
     entries: dict[Kind, Entries]
     extra_lengths: dict[Kind, Array]  # int32 [b, t]
-    hca_entries: (
-        tuple[Array, Array] | None
-    )  # int32 [b, t, entries] and lengths [b, t]: HCA layers see every entry, here those of this device
-    plan: dict[Kind, dsv4.DecodePlan]
+    all_entries: dict[Kind, dsv4.Scope]  # "hca": every entry that is on this device; its cache is that of the first HCA layer
+    plan: dict[Kind, dsv4.DecodePlan | None]  # None: each layer plans for itself
 
 
-def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, implementation: Any = None, axes: Axes = ONE_DEVICE) -> Step:
+def begin_step(
+    cache: Cache, tokens: Array, counts: Array, config: Config, implementation: Implementation = None, axes: Axes = ONE_DEVICE
+) -> Step:
     """Lays out positions, slots, lengths and plans for `counts[b]` of `tokens` [b, t]."""
     t = tokens.shape[1]
     position = cache.position[:, None] + jnp.arange(t, dtype=jnp.int32)  # [b, t]
@@ -183,13 +193,14 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         topk = extra_topk(entries[kind], kind, config)
         extra_lengths[kind] = jnp.minimum(visible, topk)
 
-    hca_entries = None
+    all_entries: dict[Kind, dsv4.Scope] = {}
     if "hca" in entries:
         every = jnp.arange(entries["hca"].max_entries, dtype=jnp.int32)
         every = slots_of(cache.tables["hca"], jnp.broadcast_to(every, (len(tokens), every.size)), "hca")
         every = jnp.broadcast_to(every[:, None], (*tokens.shape, every.shape[-1]))
-        extra = next(layer.extra for kind, layer in zip(config.layers, cache.layers, strict=True) if kind == "hca")
-        hca_entries = scope_here(dsv4.Scope(extra, every, extra_lengths["hca"]), axes)[1:]
+        compressed = cache.layers[config.layers.index("hca")].compressed
+        assert compressed is not None
+        all_entries["hca"] = scope_here(dsv4.Scope(compressed.extra, every, extra_lengths["hca"]), axes)
 
     swa_indices = slots_of(cache.tables["swa"], window % ring, "swa", window >= 0)
 
@@ -198,7 +209,8 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         if lax.axis_size(axes.context) > 1 and kind != "swa":
             if kind == "csa":
                 return None  # how many of its entries are here depends on which ones each layer's indexer chooses
-            swa, extra = dsv4.split_scope(swa, axes.context), hca_entries[1]
+            swa, extra = dsv4.split_scope(swa, axes.context), all_entries["hca"].lengths
+        assert swa.lengths is not None
         return dsv4.plan_decode(
             swa.lengths,
             extra,
@@ -219,7 +231,7 @@ def begin_step(cache: Cache, tokens: Array, counts: Array, config: Config, imple
         swa_lengths=swa_lengths,
         entries=entries,
         extra_lengths=extra_lengths,
-        hca_entries=hca_entries,
+        all_entries=all_entries,
         plan={kind: plan(kind) for kind in sorted(set(config.layers))},
     )
 
@@ -244,7 +256,7 @@ def forward(
     counts: Array,
     *,
     config: Config,
-    implementation: Any = None,
+    implementation: Implementation = None,
     axes: Axes = ONE_DEVICE,
 ) -> tuple[Array, Cache]:
     """Runs more tokens of each request through all layers.
@@ -307,7 +319,7 @@ def rope_angle(position: Array, name: str, config: Config) -> Array:
 
         first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
         last = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
-        slowed = jnp.clip((jnp.arange(dim // 2) - first) / max(last - first, 0.001), 0, 1)
+        slowed = jnp.clip((jnp.arange(dim // 2) - first) / (last - first or 0.001), 0, 1)
         frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
     return position[..., None].astype(jnp.float32) * frequency
 
@@ -358,7 +370,7 @@ def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Ar
 
 
 def attention(
-    x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Any, axes: Axes
+    x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Implementation, axes: Axes
 ) -> tuple[Array, LayerCache]:
     """One attention sublayer: x [b, t, d] → [b, t, d]."""
     b, t, _ = x.shape
@@ -373,18 +385,19 @@ def attention(
     layer = layer._replace(swa=append(layer.swa, rotate(latent, angle), step.swa_slots))
     swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
 
-    if kind != "swa":
-        entries = step.entries[kind]
-        compressed, rows = compress(x, w["compressor"], layer.rows, step, kind, config)
-        slots = entries.slots
+    if layer.compressed is not None:
+        old, rows, indexer = layer.compressed
+        entry, rows = compress(x, w["compressor"], rows, step, kind, config)
+        slots = step.entries[kind].slots
         if lax.axis_size(axes.context) > 1:
-            slots = dsv4.local_slots(layer.extra, slots, axes.context, placement=PLACEMENT)
-        layer = layer._replace(extra=append(layer.extra, compressed, slots), rows=rows)
-        if kind == "csa":
-            indices, layer = choose_entries(x, q_low, w["indexer"], layer, step, config, axes)
-            extra = scope_here(dsv4.Scope(layer.extra, indices, step.extra_lengths[kind]), axes)
+            slots = dsv4.local_slots(old, slots, axes.context, placement=PLACEMENT)
+        new = append(old, entry, slots)
+        if indexer is not None:
+            indices, indexer = choose_entries(x, q_low, w["indexer"], indexer, step, config, axes)
+            extra = scope_here(dsv4.Scope(new, indices, step.extra_lengths[kind]), axes)
         else:
-            extra = dsv4.Scope(layer.extra, *step.hca_entries)
+            extra = step.all_entries[kind]._replace(cache=new)
+        layer = layer._replace(compressed=CompressedCache(new, rows, indexer))
 
     groups = config.o_groups // lax.axis_size(axes.model)
     shared = kind != "swa" and shares_groups(groups, lax.axis_size(axes.context))
@@ -416,7 +429,7 @@ def attend_over(
     extra: dsv4.Scope | None,
     sink: Array | None,
     plan: dsv4.DecodePlan | None,
-    implementation: Any,
+    implementation: Implementation,
     axes: Axes,
     shared: bool = False,
 ) -> Array:
@@ -469,18 +482,18 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     return rotate(entry, rope_angle(first, "compress", config)), rows
 
 
-def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step, config: Config, axes: Axes) -> tuple[Array, LayerCache]:
+def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step, config: Config, axes: Axes) -> tuple[Array, IndexCache]:
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
     `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of a context of n, at e div n.
     """
     entries, devices, device = step.entries["csa"], lax.axis_size(axes.context), lax.axis_index(axes.context)
-    count = layer.index_keys.shape[1]
-    compressed, index_rows = compress(x, w["compressor"], layer.index_rows, step, "csa", config)
+    count = cache.keys.shape[1]
+    key, rows = compress(x, w["compressor"], cache.rows, step, "csa", config)
     mine = entries.complete & (entries.number % devices == device)
     here = jnp.where(mine, entries.number // devices, count)  # past the end, where writes are dropped
-    keys = layer.index_keys.at[jnp.arange(len(x))[:, None], here].set(compressed.astype(layer.index_keys.dtype), mode="drop")
+    keys = cache.keys.at[jnp.arange(len(x))[:, None], here].set(key.astype(cache.keys.dtype), mode="drop")
 
     q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
     q = rotate(q, step.angle["compress"][:, :, None])  # [b, t, h, k]
@@ -495,8 +508,7 @@ def choose_entries(x: Array, q_low: Array, w: Any, layer: LayerCache, step: Step
         # The best among every device's best; of equal scores the earlier entry, as on one device.
         best, chosen = (lax.all_gather(each, axes.context, axis=2, tiled=True) for each in (best, devices * chosen + device))
         chosen = lax.sort((-best, chosen), num_keys=2)[1][..., :topk]
-    slots = slots_of(step.tables["csa"], chosen, "csa")
-    return slots, layer._replace(index_keys=keys, index_rows=index_rows)
+    return slots_of(step.tables["csa"], chosen, "csa"), IndexCache(keys, rows)
 
 
 # -------------------------------------------------------------------------------------------------------------------- MoE
@@ -518,7 +530,7 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     else:  # the bias balances the load; it picks experts and does not weigh them
         _, chosen = lax.top_k(score + w["bias"], config.num_experts_per_tok)
     weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
-    weight = config.routed_scaling_factor * weight / weight.sum(-1, keepdims=True)
+    weight = config.routed_scaling_factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
 
     shared = w["shared"]
     gate, up = jnp.einsum("btd,id->bti", x, shared["w1"]), jnp.einsum("btd,id->bti", x, shared["w3"])

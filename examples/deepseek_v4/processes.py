@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from deepseek_v4.mesh import MeshError
 
 FACTS_BYTES = 16384  # of a process, as JSON
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
 def join(coordinator: str, num_processes: int, process_id: int, timeout_seconds: int) -> None:
@@ -34,10 +35,16 @@ def join(coordinator: str, num_processes: int, process_id: int, timeout_seconds:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program. One of many processes leaves the others in an orderly way first, and then does without the destructors of JAX's
-    collectives: after an early end some were seen to wait in them for ever (jax 0.12, gloo)."""
-    if jax.distributed.is_initialized():
+    """Ends the program.
+
+    One of many processes first leaves the others in an orderly way. It then does without the destructors of JAX's collectives: after an
+    early end some were seen to wait in them for ever (jax 0.12, gloo). So does a program that was interrupted: JAX compiles in a thread,
+    which Ctrl-C does not stop, and which crashes when the devices it compiles for are destroyed (jax 0.10).
+    """
+    together = jax.distributed.is_initialized()
+    if together and code != INTERRUPTED:
         jax.distributed.shutdown()
+    if together or code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

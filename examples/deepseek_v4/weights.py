@@ -7,7 +7,6 @@ Matrices keep the checkpoint's [out, in] order, so nothing is transposed on load
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -20,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_v4 import safetensors
-from deepseek_v4.config import CheckpointError, Config, Kind
+from deepseek_v4.config import CheckpointError, Config, Kind, read_json
 
 Weights = dict[str, Any]
 """A pytree of arrays shaped like `schema`: dictionaries, with one list, `layers`."""
@@ -31,11 +30,12 @@ class Tensor(NamedTuple):
 
     name: str  # DeepSeek's published name; `*` stands for each expert, stacked on axis 0
     shape: tuple[int, ...]
-    dtype: Any = None  # None: the dtype the caller chose for weights
+    dtype: jax.typing.DTypeLike | None = None  # None: the dtype the caller chose for weights
     stored: str = "bf16"  # how DeepSeek publishes it: bf16, fp32, fp8, fp4 or int64
     split: int | None = None  # the axis that is spread over a mesh's "model" axis; None: every device has all of it
+    below: int | None = None  # of a table of numbers: each is from 0 to less than this
 
-    def struct(self, dtype: Any) -> jax.ShapeDtypeStruct:
+    def struct(self, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, self.dtype or dtype)
 
 
@@ -58,12 +58,12 @@ def schema(config: Config) -> Weights:
             "scale": Tensor(f"{name}_scale", (3,), f32, "fp32"),
         }
 
-    def compressor(name: str, ratio: int, dim: int) -> Weights:
-        width = dim * (2 if ratio == c.csa_ratio else 1)  # CSA's windows overlap: a half for this one and for the next
+    def compressor(name: str, kind: Kind, dim: int) -> Weights:
+        width = dim * (2 if kind == "csa" else 1)  # CSA's windows overlap: a half for this one and for the next
         return {
             "wkv": linear(f"{name}.wkv", width, c.hidden_size),
             "wgate": linear(f"{name}.wgate", width, c.hidden_size),
-            "ape": Tensor(f"{name}.ape", (ratio, width), f32, "fp32"),
+            "ape": Tensor(f"{name}.ape", (c.ratio(kind), width), f32, "fp32"),
             "norm": norm(f"{name}.norm", dim),
         }
 
@@ -80,12 +80,12 @@ def schema(config: Config) -> Weights:
             "wo_b": linear(f"{name}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank, "fp8", split=1),
         }
         if kind != "swa":
-            weights["compressor"] = compressor(f"{name}.compressor", c.ratio(kind), c.head_dim)
+            weights["compressor"] = compressor(f"{name}.compressor", kind, c.head_dim)
         if kind == "csa":
             weights["indexer"] = {
                 "wq_b": linear(f"{name}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank, "fp8"),
                 "weights_proj": linear(f"{name}.indexer.weights_proj", c.index_n_heads, c.hidden_size),
-                "compressor": compressor(f"{name}.indexer.compressor", c.csa_ratio, c.index_head_dim),
+                "compressor": compressor(f"{name}.indexer.compressor", kind, c.index_head_dim),
             }
         return weights
 
@@ -106,7 +106,7 @@ def schema(config: Config) -> Weights:
         }
         if layer < c.num_hash_layers:
             shape = (c.vocab_size, c.num_experts_per_tok)
-            weights["tid2eid"] = Tensor(f"{name}.gate.tid2eid", shape, jnp.int32, "int64")
+            weights["tid2eid"] = Tensor(f"{name}.gate.tid2eid", shape, jnp.int32, "int64", below=c.n_routed_experts)
         else:
             weights["bias"] = Tensor(f"{name}.gate.bias", (c.n_routed_experts,), f32, "fp32")
         return weights
@@ -140,7 +140,7 @@ def map_schema(function: Callable[[Tensor], Any], config: Config) -> Weights:
     return jax.tree.map(function, schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
 
 
-def abstract_weights(config: Config, dtype: Any = jnp.bfloat16) -> Weights:
+def abstract_weights(config: Config, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Weights:
     """Shapes and dtypes only: enough to trace, lower and count bytes of a model that fits nowhere here."""
     return map_schema(lambda tensor: tensor.struct(dtype), config)
 
@@ -148,7 +148,7 @@ def abstract_weights(config: Config, dtype: Any = jnp.bfloat16) -> Weights:
 def load_weights(
     folder: str | Path,
     config: Config,
-    dtype: Any = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
     track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
     sharding: Callable[[Tensor], jax.sharding.Sharding] | None = None,
 ) -> Weights:
@@ -182,20 +182,15 @@ def load_weights(
 
 
 def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint folder, memory-mapped, under DeepSeek's published name."""
+    """Every tensor of a checkpoint folder, memory-mapped, under DeepSeek's published name; stacked experts under `experts.*`."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
-            raise CheckpointError(f"{index}: not a JSON object with a weight_map") from None
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    files = _files_of(index) if index.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors file there")
 
     tensors: dict[str, np.ndarray] = {}
+    origin: dict[str, Path] = {}
     for file in files:
         try:
             read = safetensors.read(file)
@@ -203,21 +198,38 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{file}: named in {index.name} but not there") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: {error}") from None
-        tensors.update((published_name(name), tensor) for name, tensor in read.items())
-
-    for name in [name for name in tensors if name.endswith(".experts.gate_up_proj")]:
-        gate_up, prefix = tensors.pop(name), name.removesuffix("gate_up_proj")
-        inner = gate_up.shape[1] // 2  # [expert, gate | up, hidden]
-        tensors[f"{prefix}*.w1.weight"], tensors[f"{prefix}*.w3.weight"] = gate_up[:, :inner], gate_up[:, inner:]
-        tensors[f"{prefix}*.w2.weight"] = tensors.pop(f"{prefix}down_proj")
+        for original, tensor in read.items():
+            for name, part in _published(original, tensor):
+                if name in tensors:
+                    raise CheckpointError(f"{folder}: tensor {name} is there twice, in {origin[name].name} and {file.name}")
+                tensors[name], origin[name] = part, file
     return tensors
+
+
+def _files_of(index: Path) -> list[Path]:
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: not a JSON object with a weight_map from tensors to files")
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def _published(name: str, tensor: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """A tensor under DeepSeek's published name, or names: transformers stacks experts, and their gate on their up projection."""
+    name = re.sub(r"\.experts\.(gate_up_proj|w[123]\.|down_proj$)", r".experts.*.\1", published_name(name))
+    if name.endswith(".*.down_proj"):
+        return [(name.replace("down_proj", "w2.weight"), tensor)]
+    if name.endswith(".*.gate_up_proj") and tensor.ndim == 3:
+        inner = tensor.shape[1] // 2  # [expert, gate | up, hidden]
+        return [(name.replace("gate_up_proj", f"{w}.weight"), part) for w, part in (("w1", tensor[:, :inner]), ("w3", tensor[:, inner:]))]
+    return [(name, tensor)]
 
 
 def fingerprint(folder: str | Path) -> str:
     """Tells checkpoints apart without reading their tensors: from their settings, and each file's name, size and header."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).glob("*")):
-        if file.suffix in (".json", ".safetensors"):
+        if file.suffix in (".json", ".safetensors") and file.is_file():
             with open(file, "rb") as opened:
                 header = opened.read(8) if file.suffix == ".safetensors" else b""
                 start = header + opened.read(min(int.from_bytes(header, "little"), 2**28) if header else -1)
@@ -261,24 +273,42 @@ def published_name(name: str) -> str:
     return name
 
 
+QUANTISED = (ml_dtypes.float8_e4m3fn, np.int8, np.uint8)
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+INTEGERS = (np.int64, np.int32, np.int16, np.uint64, np.uint32, np.uint16)
+
+
 def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, index: tuple[slice, ...]) -> np.ndarray:
     """A part of one leaf, dequantised; experts stacked."""
-    if "*" in tensor.name and tensor.name not in tensors:
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise CheckpointError(f"{folder}: tensor {tensor.name}{message}")
+
+    if "*" in tensor.name:
         each = tensor._replace(shape=tensor.shape[1:])
-        experts = range(tensor.shape[0])[index[0]]
-        return np.stack([_read(tensors, each._replace(name=each.name.replace("*", str(e))), folder, index[1:]) for e in experts])
-    if tensor.name not in tensors:
-        raise CheckpointError(f"{folder}: tensor {tensor.name} is missing")
+        first = tensor.name.replace("*", "0")
+        if tensor.name not in tensors:
+            experts = range(tensor.shape[0])[index[0]]
+            return np.stack([_read(tensors, each._replace(name=each.name.replace("*", str(e))), folder, index[1:]) for e in experts])
+        require(first not in tensors, f" is there twice, of all experts and as {first}")
+    require(tensor.name in tensors, " is missing")
     found = tensors[tensor.name]
     scale, shape = None, found.shape
-    if found.dtype in (ml_dtypes.float8_e4m3fn, np.int8, np.uint8):
+    if tensor.below is None and found.dtype in QUANTISED:
         scale_name = tensor.name.removesuffix(".weight") + ".scale"
-        if scale_name not in tensors:
-            raise CheckpointError(f"{folder}: tensor {scale_name} is missing, and {tensor.name} is {found.dtype}")
+        require(scale_name in tensors, f" is {found.dtype}, and tensor {scale_name} is missing")
         scale = tensors[scale_name]
-        shape = (*found.shape[:-1], found.shape[-1] * (1 if found.dtype == ml_dtypes.float8_e4m3fn else 2))
-    if shape != tensor.shape:
-        raise CheckpointError(f"{folder}: tensor {tensor.name} must have shape {tensor.shape}, got {shape}")
+        shape = (*found.shape[:-1], found.shape[-1] * (1 if found.dtype == ml_dtypes.float8_e4m3fn else 2)) if found.ndim else ()
+    else:
+        rule = "be floats or quantised" if tensor.below is None else "be numbers"
+        kinds = FLOATS if tensor.below is None else (*FLOATS, *INTEGERS)
+        require(found.dtype in kinds, f" must {rule}, got {safetensors.dtype_name(found)}")
+    require(shape == tensor.shape, f" must have shape {tensor.shape}, got {shape}")
+    if tensor.below is not None:
+        part = found[index]
+        require(bool(np.all((part >= 0) & (part < tensor.below) & (part == np.trunc(part)))), f" must be integers in [0, {tensor.below})")
+        return part
     if scale is None:
         return found[index]
     try:
@@ -300,6 +330,8 @@ def dequantize(packed: np.ndarray, scale: np.ndarray, index: tuple[slice, ...] =
     block, numbers = ((128, 128), 1) if is_fp8 else ((1, 32), 2)  # numbers: in an item of `packed`
     shape = (*packed.shape[:-1], packed.shape[-1] * numbers)
     grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+    if scale.dtype not in (*FLOATS, ml_dtypes.float8_e8m0fnu, np.uint8):
+        raise ValueError(f"scale must be floats or uint8, got {safetensors.dtype_name(scale)}")
     if scale.shape != grid:
         raise ValueError(f"scale must have shape {grid} for blocks of {block}, got {scale.shape}")
     *lead, rows, columns = index or (slice(None),) * len(shape)

@@ -1,4 +1,6 @@
-"""A model of the model over 8 devices: bytes on each, bytes between them, and microseconds. Nothing is allocated.
+"""The example model over 8 devices, on paper: bytes on each, bytes between them, and microseconds. Nothing is allocated.
+
+    python -m benchmarks.scaling_model     the tables of docs/scaling.md
 
 Bytes follow from the shapes, and tests/test_example_mesh.py compares those between devices with the compiled program's. Times are
 modelled, a decode step of one token a request, per layer, averaged over the layers:
@@ -14,6 +16,7 @@ Nothing overlaps, and what is not named takes no time.
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +24,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 from deepseek_v4.config import PRESETS, Config, Kind
 from deepseek_v4.memory import CONTEXTS, human, nbytes, stored_bytes
 from deepseek_v4.mesh import NAMES
 from deepseek_v4.model import BLOCK_SIZE, create_cache, shares_groups
 from deepseek_v4.weights import Tensor, schema
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "hopper-h200.json"
+RESULTS = Path(__file__).parent / "results" / "hopper-h200.json"
 LATENT_DIM, LATENT_BYTES = 512, 584
 USABLE = 0.9  # of a device's memory, for weights and caches
 LATENCY_US = 10.0  # of a collective: an assumption, not a measurement
@@ -60,7 +65,7 @@ class Collective(NamedTuple):
 
 @cache
 def measured() -> tuple[Device, float, float]:
-    """An H200 as benchmarks/hopper.py found it, and base and slope of a planned call's microseconds over its roofline (least squares of
+    """An H200 as benchmarks/cuda.py found it, and base and slope of a planned call's microseconds over its roofline (least squares of
     the relative errors)."""
     found = json.loads(RESULTS.read_text())
     us, roofline = (np.array(x) for x in zip(*((r["us"]["ours"], r["floor_us"]) for r in found["results"])))
@@ -226,3 +231,7 @@ def _row(name: str, device: Device, sizes: dict[str, int]) -> str:
     else:
         cells += ["does not fit", ""]
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(tables())
