@@ -82,7 +82,7 @@ WAYS = {
     "shares": "parts in float32, in an all-to-all: each device has its share of the heads, or of the requests",
     "shares of half the bytes": "the same, of parts in float16 or bf16",
     "everywhere": "parts in float32 in an all-to-all, the result in bf16 and lse in all-gathers: each device has all",
-    "all-reduce": "a maximum of lse, a sum of the weights, a sum of float32 out: as it was done before",
+    "all-reduce": "a maximum of lse, a sum of the weights, a sum of float32 out",
 }
 
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (1, 1, 8))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import json
 import os
@@ -151,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         "device": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape) if mesh else None,
         "processes": jax.process_count(),
-        "versions": {"jax": jax.__version__, "jax_dsv4": package_version()},
+        "versions": {"jax": jax.__version__, "jax_dsv4": dsv4.__version__},
     }
     if args.process_id == 0:
         deliver(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None, args.json)
@@ -336,14 +335,6 @@ def check_implementation(name: str | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the output
-
-
-def package_version() -> str | None:
-    """Of jax_dsv4; None where neither it nor an installation says."""
-    try:
-        return getattr(dsv4, "__version__", None) or importlib.metadata.version("jax-dsv4")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def time_attention(attend: Callable[[Any], Any], state: State) -> float:

@@ -173,7 +173,7 @@ def test_export_for_rocm(find, monkeypatch):
     for target in ("dsv4_aiter_append", "dsv4_aiter_decode"):
         assert f"@{target}(" in text
     assert "kernel_heads = 16 : i32" in text
-    assert "workers = 128 : i32" in text  # 256 units, shared by the two folds
+    assert "workers = 128 : i32" in text  # 256 units, shared by the two passes
 
 
 def test_an_exported_program_runs(rocm, monkeypatch):

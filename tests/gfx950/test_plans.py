@@ -179,7 +179,7 @@ def test_the_builders_errors_return(builder, gpu):
     assert "kv_granularity Must be power of 2" in text.value.decode()
 
 
-def test_the_builder_is_not_asked_for_heads_that_it_folds(builder):
+def test_the_builder_is_not_asked_for_other_heads(builder):
     with pytest.raises(Exception, match="plan_decode: heads must be 16, 64 or 128, got 48"):
         implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, _work.Geometry(8, 64, 0), 48)
 
