@@ -29,7 +29,6 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=DETAIL)
 class TestCUDA(NativeConformance):
     implementation = "cuda"
     log2_magnitude = -3  # the tensor cores multiply bf16 weights, as FlashMLA's do
-    nan_in_lse = False  # the maximum of its scores passes over NaN
     # Unlike the CPU's, the kernels do not look whether a token's items fit together.
     guarded = ("kv_lengths", "reduce_final_map")
 

@@ -27,7 +27,8 @@ __device__ __forceinline__ float load_sink(const DecodeParams& params, int head)
 // costs.
 __device__ __forceinline__ float finish_head(const DecodeParams& params, const Item& item, int head, float sink,
                                              float maximum, float total, bool stores) {
-  const bool empty = maximum == -INFINITY, whole = item.partial < 0;
+  // Not by the maximum, which passes over scores that are NaN.
+  const bool empty = total == 0.f, whole = item.partial < 0;
   if (stores) {
     const float lse = empty ? -INFINITY : (maximum + log2_approx(total)) * kLn2;
     float* const to = whole ? params.lse : params.partial_lse;
