@@ -295,7 +295,9 @@ def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     half = k // 2
     power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]
     nope = _to_e4m3(tiles * power[0] * power[1])
-    rope = jax.lax.bitcast_convert_type(latents[:, NOPE_DIM:].astype(jnp.bfloat16), jnp.uint8)
+    # By shifts: exported with a symbolic number of rows, a bitcast to more numbers than there were cannot be run.
+    rope_bits = jax.lax.bitcast_convert_type(latents[:, NOPE_DIM:].astype(jnp.bfloat16), jnp.uint16)
+    rope = jnp.stack([rope_bits, rope_bits >> jnp.uint16(8)], axis=-1).astype(jnp.uint8)
     rows = jnp.concatenate([nope.reshape(-1, NOPE_DIM), rope.reshape(-1, 2 * ROPE_DIM)], axis=-1)
     return rows, jnp.pad((k + 127).astype(jnp.uint8), ((0, 0), (0, PACKED_SCALE_BYTES - SCALE_TILES)))
 
