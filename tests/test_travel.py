@@ -158,6 +158,18 @@ def test_symbolic_sizes_of_an_append(implementation: str) -> None:
         assert_same_bits(f"{tokens} rows", exported.call(*arguments), write(*arguments))
 
 
+def test_symbolic_sizes_of_dequantize() -> None:
+    def read(data, slots):
+        return dsv4.dequantize(dsv4.KVCache(data, block_size=BLOCK), slots)
+
+    scope = jax.export.SymbolicScope(["n <= 4096"])
+    shapes = [jax.export.symbolic_shape(shape, scope=scope) for shape in (f"n, {STRIDE}", "b")]
+    exported = export(jax.jit(read))(*map(jax.ShapeDtypeStruct, shapes, (jnp.uint8, jnp.int32)))
+    for tokens, blocks in ((1, 3), (4, 5)):
+        data, _, slots, *_ = operands(tokens, blocks)
+        assert_same_bits(f"{tokens} rows", exported.call(data, slots), read(data, slots))
+
+
 UNBOUNDED = "for all sizes: give jax.export's symbolic sizes bounds, such as 'b <= 4096', got"
 REFUSED: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "topk": ({"topk": "k"}, ("k <= 64",), "sparse_mla_decode: swa.indices must have a constant topk, got k"),
