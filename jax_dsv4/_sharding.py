@@ -8,11 +8,14 @@ where there is one device, or a `shard_map` around the call, both are the call i
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_dsv4 import _checks
@@ -77,7 +80,8 @@ def partitioned(
         shardings = [jax.typeof(array).sharding for array in arrays]
         mesh = next((s.mesh for s in shardings if not s.mesh.empty), shardings[0].mesh)
         if AxisType.Explicit not in mesh.axis_types:
-            parts: tuple[jax.Array, ...] = automatic(*arrays)
+            with _in_cache_key(call, arrays):
+                parts: tuple[jax.Array, ...] = automatic(*arrays)
             return parts
         if set(mesh.axis_types) != {AxisType.Explicit}:
             kinds = ", ".join(f"{name}: {kind}" for name, kind in zip(mesh.axis_names, mesh.axis_types))
@@ -91,6 +95,18 @@ def partitioned(
         return parts
 
     return partitioned_call
+
+
+def _in_cache_key(call: Callable[..., object], arrays: Sequence[jax.Array]) -> contextlib.AbstractContextManager[object]:
+    """What makes `call` a part of a program's key in JAX's persistent compilation cache.
+
+    Of a call that is partitioned automatically, the key has a pointer. Where JAX is told to leave pointers out of keys, the call itself
+    must be in: all else is equal for different scales, layouts and block sizes.
+    """
+    if not jax.config.jax_remove_custom_partitioning_ptr_from_cache_key:  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    program = str(jax.make_jaxpr(call)(*arrays))
+    return set_xla_metadata(jax_dsv4=hashlib.sha256(program.encode()).hexdigest())
 
 
 def _axes(dims: Sequence[Dims], specs: Iterable[PartitionSpec]) -> dict[str, MeshAxes]:

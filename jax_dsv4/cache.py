@@ -259,8 +259,8 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     rows = _gather_bytes(cache.data, block, offset * PACKED_ROW_BYTES, PACKED_ROW_BYTES)
     scale_bytes = _gather_bytes(cache.data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, SCALE_TILES)
     nope = _from_e4m3(rows[..., :NOPE_DIM]).reshape(*slots.shape, SCALE_TILES, SCALE_TILE) * _from_ue8m0(scale_bytes)[..., None]
-    rope = jax.lax.bitcast_convert_type(rows[..., NOPE_DIM:].reshape(*slots.shape, ROPE_DIM, 2), jnp.bfloat16)
-    return jnp.concatenate([nope.reshape(*slots.shape, NOPE_DIM), rope.astype(jnp.float32)], axis=-1)
+    rope = _from_bf16(rows[..., NOPE_DIM:].reshape(*slots.shape, ROPE_DIM, 2))
+    return jnp.concatenate([nope.reshape(*slots.shape, NOPE_DIM), rope], axis=-1)
 
 
 def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
@@ -295,7 +295,7 @@ def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     half = k // 2
     power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]
     nope = _to_e4m3(tiles * power[0] * power[1])
-    rope = jax.lax.bitcast_convert_type(latents[:, NOPE_DIM:].astype(jnp.bfloat16), jnp.uint8)
+    rope = _to_bf16(latents[:, NOPE_DIM:])
     rows = jnp.concatenate([nope.reshape(-1, NOPE_DIM), rope.reshape(-1, 2 * ROPE_DIM)], axis=-1)
     return rows, jnp.pad((k + 127).astype(jnp.uint8), ((0, 0), (0, PACKED_SCALE_BYTES - SCALE_TILES)))
 
@@ -308,6 +308,20 @@ def _to_e4m3(values: jax.Array) -> jax.Array:
 
 def _from_e4m3(codes: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+# Bytes and bfloat16 by shifts: a program that is exported with symbolic sizes cannot be run where a bitcast changes the number of numbers.
+
+
+def _to_bf16(values: jax.Array) -> jax.Array:
+    """The two bytes of each, the lower first, along one more dimension."""
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    return jnp.stack([bits, bits >> jnp.uint16(8)], axis=-1).astype(jnp.uint8)
+
+
+def _from_bf16(codes: jax.Array) -> jax.Array:
+    low, high = (codes[..., i].astype(jnp.uint32) for i in range(2))
+    return jax.lax.bitcast_convert_type((low | high << jnp.uint32(8)) << jnp.uint32(16), jnp.float32)
 
 
 def _from_ue8m0(codes: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def local_slots(cache: KVCache, slots: jax.Array, axis_name: AxisName, *, placem
     Raises:
       ValueError: a wrong dtype or placement; no such axis here; more slots in all than int32 can number.
     """
-    return _local_slots("local_slots", cache, slots, axis_name, placement)
+    return _local_slots("local_slots", cache, "slots", slots, axis_name, placement)
 
 
 def local_scope(scope: Scope, axis_name: AxisName, *, placement: str = "contiguous") -> Scope:
@@ -68,7 +68,7 @@ def local_scope(scope: Scope, axis_name: AxisName, *, placement: str = "contiguo
     """
     op = "local_scope"
     cache, indices, lengths = scope
-    slots = _local_slots(op, cache, indices, axis_name, placement)
+    slots = _local_slots(op, cache, "indices", indices, axis_name, placement)
     _checks.require(slots.ndim >= 1, op, "indices", "have shape (*batch, topk)", slots.shape)
     *batch, topk = slots.shape
     mine = (slots >= 0).reshape(math.prod(batch), topk)
@@ -227,9 +227,9 @@ def _bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else jnp.uint32)
 
 
-def _local_slots(op: str, cache: KVCache, slots: jax.Array, axis_name: AxisName, placement: str) -> jax.Array:
+def _local_slots(op: str, cache: KVCache, argument: str, slots: jax.Array, axis_name: AxisName, placement: str) -> jax.Array:
     _checks.require(isinstance(cache, KVCache), op, "cache", "be a KVCache", type(cache).__name__)
-    _checks.require_dtype(slots, op, "slots", jnp.int32)
+    _checks.require_dtype(slots, op, argument, jnp.int32)
     rule = "be one of " + ", ".join(repr(p) for p in PLACEMENTS)
     _checks.require(placement in PLACEMENTS, op, "placement", rule, repr(placement))
     devices = _checks.require_axis(axis_name, op)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from jax.sharding import AxisType
 
 import jax_dsv4 as dsv4
 
@@ -118,6 +119,19 @@ def test_a_loop_of_appends_keeps_the_callers_caches_and_one(implementation: str)
         gc.enable()
     assert max(alive) <= 3
     assert_same_bits("slot 13", dsv4.dequantize(cache, jnp.array([13], jnp.int32)), dsv4.dequantize(kept, jnp.array([2], jnp.int32)))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+def test_a_call_over_an_automatic_mesh(implementation: str) -> None:
+    """Split as in jit: results lie where their requests do."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
+    q, swa = parts()[0], scope()
+    out = dsv4.sparse_mla_decode(
+        jax.device_put(q, split), jax.device_put(swa, dsv4.Scope(whole, split, split)), implementation=implementation
+    )
+    assert out.sharding.is_equivalent_to(split, out.ndim)
+    np.testing.assert_allclose(out, dsv4.sparse_mla_decode(q, swa, implementation=implementation), rtol=1e-6, atol=1e-6)
 
 
 FIRST, SECOND = 0, 1

@@ -30,6 +30,8 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout. Rounding is to nearest even; infinities and
     what is too large saturate, NaN stays NaN.
 
+    Under `jax.export` the number of rows may be symbolic, and a cache's number of blocks with an upper bound.
+
     Args:
       cache: where to write.
       latents: [*batch, 512] bfloat16 or float32.
