@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.coordinator:
             processes.join(args.coordinator, args.num_processes, args.process_id, args.process_timeout)
-        run(args)
+        with jax.numpy_rank_promotion("allow"):  # the model broadcasts [d] against [b, t, d], whatever else this process wants
+            run(args)
     except (UsageError, CheckpointError, MeshError, NotImplementedError, OSError) as error:
         return complain(error)
     except ModelError as error:

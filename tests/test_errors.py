@@ -79,7 +79,10 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
         lambda: decode(extra=dsv4.Scope(u8(2, 4 * 584), i32(4, 6), i32(4))),
         f"{DECODE}: extra.cache must be a KVCache, got DynamicJaxprTracer",
     ),
-    (lambda: decode(swa=scope(array(jnp.uint32, 4, 6))), f"{DECODE}: swa.indices must have dtype int32, got uint32"),
+    (
+        lambda: decode(swa=scope(array(jnp.uint32, 4, 6))),
+        f"{DECODE}: swa.indices must have dtype int32, got uint32; write swa.indices.astype('int32')",
+    ),
     (lambda: decode(swa=scope(i32(4, 1, 6))), f"{DECODE}: swa.indices must have shape (*batch, topk) = (4, 6), got (4, 1, 6)"),
     (lambda: decode(swa=scope(i32())), f"{DECODE}: swa.indices must have shape (*batch, topk) = (4, 0), got ()"),
     (lambda: decode(extra=scope(i32(5, 6))), f"{DECODE}: extra.indices must have shape (*batch, topk) = (4, 6), got (5, 6)"),
@@ -134,8 +137,8 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     (lambda: dsv4.KVCache([0], block_size=1), "KVCache: data must be an array, got list"),
     (lambda: dsv4.KVCache(array(jnp.int8, 1, 584), block_size=1), "KVCache: data must have dtype uint8, got int8"),
     (
-        lambda: dsv4.KVCache(u8(1, 1, 584), block_size=1),
-        "KVCache: data must have shape (num_blocks, block_stride_bytes) = (*, *), got (1, 1, 584)",
+        lambda: dsv4.KVCache(u8(1, 2, 584), block_size=1),
+        "KVCache: data must have shape (num_blocks, block_stride_bytes) = (*, *), got (1, 2, 584)",
     ),
     (
         lambda: dsv4.KVCache(u8(3, 64 * 584 - 1), block_size=64),
@@ -162,7 +165,7 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     (lambda: append("cache"), f"{APPEND}: cache must be a KVCache, got str"),
     (lambda: append(latents=array(jnp.float16, 3, 512)), f"{APPEND}: latents must have dtype bfloat16 or float32, got float16"),
     (lambda: append(latents=f32(3, 576)), f"{APPEND}: latents must have shape (*batch, 512) = (3, 512), got (3, 576)"),
-    (lambda: append(slots=array(jnp.uint32, 3)), f"{APPEND}: slots must have dtype int32, got uint32"),
+    (lambda: append(slots=array(jnp.uint32, 3)), f"{APPEND}: slots must have dtype int32, got uint32; write slots.astype('int32')"),
     (lambda: append(slots=i32(3, 1)), f"{APPEND}: slots must have shape (*batch,) = (3,), got (3, 1)"),
     (lambda: append(implementation="triton"), f"{APPEND}: implementation must be None or name {KNOWN}, got 'triton'"),
     (lambda: dsv4.dequantize("cache"), "dequantize: cache must be a KVCache, got str"),

@@ -55,6 +55,19 @@ def test_checkpoint_decodes_as_transformers_does(tmp_path):
     assert report["text"] is None
 
 
+def test_strict_switches_change_no_token(tmp_path):
+    """What users have set in their own environment: 64-bit types, strict promotion, no implicit ranks."""
+    out, arguments = tmp_path / "out.json", ["--prompt-ids", "5,6,7;9,8", "--max-new-tokens", "18"]
+
+    def tokens() -> list[list[int]]:
+        assert decode_loop.main([*arguments, "--json", str(out)]) == 0
+        return json.loads(out.read_text())["tokens"]
+
+    want = tokens()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert tokens() == want
+
+
 def test_memory_table(capsys):
     assert decode_loop.main(["--memory"]) == 0
     assert "| v4-flash | 156 GB | 569 GB |" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from example_support import (
     strict_types,  # noqa: F401
 )
 
-pytest.importorskip("transformers", reason="needs the oracle extra: pip install -e '.[oracle]'")
+pytest.importorskip("transformers", minversion="5.24", reason="needs the oracle extra: pip install -e '.[oracle]'")
 pytest.importorskip("torch", reason="needs the oracle extra: pip install -e '.[oracle]'")
 import hf_oracle
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding

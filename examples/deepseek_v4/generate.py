@@ -85,7 +85,7 @@ def prefill(
     nothing = jnp.zeros((len(prompts), config.hidden_size), weights["embed"].dtype)
     cache, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, nothing))
     # A request's draws depend on the seed, its place in the batch and its position, not on its neighbours.
-    place = len(prompts) * lax.axis_index(axes.data) + jnp.arange(len(prompts))
+    place = len(prompts) * lax.axis_index(axes.data) + jnp.arange(len(prompts), dtype=jnp.int32)
     key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(place)
     return draw(State(cache, jnp.zeros_like(lengths), max_new_tokens, key), logits(weights, last, axes), sampling, config)
 
@@ -154,7 +154,7 @@ def attend(
     """
     b = len(cache.position)
     step = begin_step(cache, jnp.zeros((b, 1), jnp.int32), jnp.ones(b, jnp.int32), config, implementation, axes)
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for kind, layer in zip(config.layers, cache.layers, strict=True):
         q = jnp.ones((b, 1, config.num_attention_heads // lax.axis_size(axes.model), config.head_dim), dtype)
         swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None

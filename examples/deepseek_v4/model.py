@@ -173,7 +173,7 @@ def begin_step(
     """Lays out positions, slots, lengths and plans for `counts[b]` of `tokens` [b, t]."""
     t = tokens.shape[1]
     position = cache.position[:, None] + jnp.arange(t, dtype=jnp.int32)  # [b, t]
-    valid = jnp.arange(t) < counts[:, None]
+    valid = jnp.arange(t, dtype=jnp.int32) < counts[:, None]
 
     ring = cache.tables["swa"].shape[1] * BLOCK_SIZE["swa"]
     if config.sliding_window + t - 1 > ring:
@@ -319,7 +319,7 @@ def rope_angle(position: Array, name: str, config: Config) -> Array:
 
         first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
         last = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
-        slowed = jnp.clip((jnp.arange(dim // 2) - first) / (last - first or 0.001), 0, 1)
+        slowed = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - first) / (last - first or 0.001), 0, 1)
         frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
     return position[..., None].astype(jnp.float32) * frequency
 
@@ -469,10 +469,10 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     rows = rows.at[request, here[..., None], jnp.arange(2)].set(jnp.stack([value, score], axis=2), mode="drop")
 
     first, dim = entries.number * ratio, w["norm"].size
-    window = first[..., None] + jnp.arange(-ratio if kind == "csa" else 0, ratio)  # [b, c, w]
+    window = first[..., None] + jnp.arange(-ratio if kind == "csa" else 0, ratio, dtype=jnp.int32)  # [b, c, w]
     windows = rows[request, window % ring]  # [b, c, w, 2, width]
     # Nothing was projected before the text began: score −inf, weight 0.
-    windows = jnp.where(window[..., None, None] >= 0, windows, jnp.array([[0.0], [-jnp.inf]]))
+    windows = jnp.where(window[..., None, None] >= 0, windows, jnp.array([[0.0], [-jnp.inf]], jnp.float32))
     if kind == "csa":
         before, own = jnp.split(windows, 2, axis=2)
         windows = jnp.concatenate([before[..., :dim], own[..., dim:]], axis=2)
@@ -500,7 +500,7 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
     score = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
     weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
     score = jnp.einsum("bthc,bth->btc", score, weight * (config.index_head_dim * config.index_n_heads) ** -0.5)
-    score = jnp.where(devices * jnp.arange(count) + device < entries.visible[..., None], score, -jnp.inf)
+    score = jnp.where(devices * jnp.arange(count, dtype=jnp.int32) + device < entries.visible[..., None], score, -jnp.inf)
 
     topk = extra_topk(entries, "csa", config)
     best, chosen = lax.top_k(score, min(topk, count))
@@ -548,7 +548,7 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
         return lax.psum(out + jnp.einsum("btxi,btxdi,btx->btd", swiglu(gate, up, config), w2, weight), axes.model)
 
     # Many tokens choose most experts anyway: run each in turn over all tokens, with weight 0 where not chosen.
-    weight_of = jnp.einsum("btx,btxe->ebt", weight, jax.nn.one_hot(chosen, count))
+    weight_of = jnp.einsum("btx,btxe->ebt", weight, jax.nn.one_hot(chosen, count, dtype=weight.dtype))
 
     def add_expert(out: Array, expert: tuple[Any, Array]) -> tuple[Array, None]:
         w, weight = expert
