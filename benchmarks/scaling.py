@@ -43,7 +43,6 @@ from jax.sharding import PartitionSpec as P
 import jax_dsv4 as dsv4
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from cases import plan_of
 from compare import OUT_BF16, assert_close
 from hlo import collectives
 
@@ -75,6 +74,11 @@ class Problem(NamedTuple):
     swa: dsv4.Scope
     extra: dsv4.Scope
     sink: jax.Array
+
+
+def plan_of(p: Problem) -> dsv4.DecodePlan:
+    swa_topk, extra_topk = (scope.indices.shape[-1] for scope in (p.swa, p.extra))
+    return dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=p.q.shape[-2], swa_topk=swa_topk, extra_topk=extra_topk)
 
 
 def make_problem(requests: int, heads: int, entries: int) -> Problem:
