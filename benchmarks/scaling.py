@@ -78,6 +78,7 @@ class Problem(NamedTuple):
 
 def plan_of(p: Problem) -> dsv4.DecodePlan:
     swa_topk, extra_topk = (scope.indices.shape[-1] for scope in (p.swa, p.extra))
+    assert p.swa.lengths is not None
     return dsv4.plan_decode(p.swa.lengths, p.extra.lengths, num_heads=p.q.shape[-2], swa_topk=swa_topk, extra_topk=extra_topk)
 
 
