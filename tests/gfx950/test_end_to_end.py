@@ -231,7 +231,7 @@ def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, reports_lse):
 
 def test_kernel_choice(rocm, reports_lse):
     choices = {heads: aiter.choose_kernel(heads, 0) for heads in (1, 16, 32, 48, 64, 128)}
-    chosen = {heads: (c.kernel_heads, c.folds(heads), c.tile) for heads, c in choices.items()}
+    chosen = {heads: (c.kernel_heads, c.head_passes(heads), c.tile) for heads, c in choices.items()}
     if reports_lse:  # 32 heads: AITER's kernel for them writes no lse and wraps at 4 GiB
         assert chosen == {1: (16, 1, 128), 16: (16, 1, 128), 32: (16, 2, 128), 48: (16, 3, 128), 64: (64, 1, 64), 128: (128, 1, 64)}
     else:
