@@ -17,8 +17,7 @@ from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import Conformance, check, run
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi
-from jax_dsv4 import _work
+from jax_dsv4 import _ffi, _work
 from jax_dsv4._implementations import cpu, native
 from jax_dsv4._implementations.interface import KernelCall
 
@@ -34,20 +33,45 @@ class TestCPU(Conformance):
         check(case, *run(case, "cpu"))
 
 
-@pytest.fixture(params=_ffi.CPU_ISAS[:-1])
+@pytest.fixture(params=_ffi.CPU_ISAS)
 def isa(request):
-    """Keeps the kernels from using anything beyond an instruction set."""
-    _ffi.limit_cpu_isa(LIBRARY, request.param)
+    """Has the kernels of an instruction set run."""
+    _ffi.name_cpu_isa(LIBRARY, request.param)
+    if _ffi.cpu_isa(LIBRARY).name != request.param:
+        pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    _ffi.limit_cpu_isa(LIBRARY, _ffi.CPU_ISAS[-1])
+    _ffi.name_cpu_isa(LIBRARY, None)
 
 
 @pytest.mark.parametrize("case", tagged("ci")[::3], ids=str)
-def test_lower_instruction_sets(isa: str, case: Case) -> None:
-    used = _ffi.cpu_isa(LIBRARY)
-    if used != isa:
-        pytest.skip(f"this processor has no {isa}: {used} would run again")
+def test_every_instruction_set(isa: str, case: Case) -> None:
     check(case, *run(case, "cpu"))
+
+
+BF16 = ["avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "isas", "named", "chosen", "why"),
+    [
+        ("AuthenticAMD", [], None, "generic", "this processor's best"),
+        ("AuthenticAMD", ["avx2"], None, "avx2", "this processor's best"),
+        ("GenuineIntel", ["avx2", "avx512"], None, "avx512", "this processor's best"),
+        ("AuthenticAMD", BF16, None, "avx512_bf16", "bf16 products have their full rate on this processor"),
+        ("GenuineIntel", BF16, None, "avx512", "this processor's bf16 products are slower than fp32"),
+        ("CentaurHauls", BF16, None, "avx512", "bf16 products were not measured on processors of this vendor"),
+        ("GenuineIntel", BF16, "avx512_bf16", "avx512_bf16", "JAX_DSV4_CPU_ISA names them"),
+        ("AuthenticAMD", BF16, "avx2", "avx2", "JAX_DSV4_CPU_ISA names them"),
+        ("AuthenticAMD", ["avx2"], "avx512", "avx2", "this processor's best"),
+    ],
+)
+def test_choice(vendor: str, isas: list[str], named: str | None, chosen: str, why: str) -> None:
+    assert _ffi.choose_cpu_isa(LIBRARY, vendor, isas, named) == (chosen, why)
+
+
+def test_choice_is_told() -> None:
+    isa = _ffi.cpu_isa(LIBRARY)
+    assert dsv4.implementations()["cpu"].detail.startswith(f"{isa.name} kernels ({isa.why}), ")
 
 
 def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
@@ -70,11 +94,8 @@ def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("topk", [64, 576, 1700])
-@pytest.mark.parametrize("isa", _ffi.CPU_ISAS, indirect=True)
 def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
     """Wherever it cuts, and however often; also where more tokens are cut than there is room for partials of, and for a token alone."""
-    if _ffi.cpu_isa(LIBRARY) != isa:
-        pytest.skip(f"this processor has no {isa}")
     rng, tokens, heads = np.random.default_rng(0), 30, 5
     cache = dsv4.append(dsv4.KVCache.create(4, 64), jnp.asarray(rng.standard_normal((256, 512)), jnp.float32), jnp.arange(256))
 

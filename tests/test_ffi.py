@@ -321,11 +321,12 @@ def test_plan_capacity(tokens: int, workers: int) -> None:
 
 @with_library
 def test_instruction_sets_have_the_names_that_python_gives_them() -> None:
-    text = (ROOT / "ffi" / "cpu" / "decode.cc").read_text()
-    names = re.search(r"kSelects\[\] = \{((?:\w+_kernels(?:, )?)+)\};", text)
-    assert names is not None
-    assert tuple(name.removesuffix("_kernels") for name in names[1].split(", ")) == _ffi.CPU_ISAS
-    assert _ffi.cpu_isa(LIBRARY) in _ffi.CPU_ISAS
+    enumerated = re.search(r"enum Isa : int \{([^}]*)\}", (ROOT / "ffi/cpu/choose.h").read_text())
+    kernels = re.search(r"kKernels\[\] = \{([^}]*)\}", (ROOT / "ffi/cpu/decode.cc").read_text())
+    assert enumerated is not None
+    assert kernels is not None
+    assert re.findall(r"k(\w+)", enumerated[1]) == [*(name.title().replace("_", "") for name in _ffi.CPU_ISAS), "Isas"]
+    assert tuple(re.findall(r"&(\w+)_kernels", kernels[1])) == _ffi.CPU_ISAS
 
 
 # --- A library that is absent

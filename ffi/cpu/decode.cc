@@ -1,9 +1,9 @@
 // What surrounds the kernels: which one runs, which tokens need none, and who combines.
-#include <atomic>
 #include <cstring>
 #include <limits>
 
 #include "common/fp8.h"
+#include "cpu/choose.h"
 #include "cpu/launch.h"
 
 namespace jax_dsv4::cpu {
@@ -23,24 +23,22 @@ void answer_token(const DecodeParams& p, int32_t token, float out, float lse) {
   }
 }
 
-using Select = const Kernels* (*)(const DecodeParams&);
+// By Isa.
 #if defined(__x86_64__)
-constexpr Select kSelects[] = {generic_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels};
+constexpr const Kernels* kKernels[] = {&generic_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels};
+static_assert(sizeof kKernels / sizeof *kKernels == kIsas);
 #else
-constexpr Select kSelects[] = {generic_kernels};
+constexpr const Kernels* kKernels[] = {&generic_kernels};
 #endif
-constexpr int kNumSelects = sizeof kSelects / sizeof *kSelects;
-std::atomic<int> isa_limit{kNumSelects - 1};
+
+bool is_bf16(const Scope& scope) { return scope.topk == 0 || scope.cache.layout != Layout::kFloat32; }
 
 }  // namespace
 
-void limit_isa(int highest) { isa_limit = highest < 0 ? 0 : highest < kNumSelects ? highest : kNumSelects - 1; }
-
 const Kernels& select_kernels(const DecodeParams& p) {
-  for (int i = isa_limit.load(std::memory_order_relaxed); i > 0; --i) {
-    if (const Kernels* kernels = kSelects[i](p)) return *kernels;
-  }
-  return *generic_kernels(p);
+  const Kernels& chosen = *kKernels[choice().isa];
+  const bool bf16 = p.q_dtype == Dtype::kBf16 && is_bf16(p.scopes[0]) && is_bf16(p.scopes[1]);
+  return chosen.bf16 && !bf16 ? *kKernels[kAvx512] : chosen;
 }
 
 int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head_groups) {

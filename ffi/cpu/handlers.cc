@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/bind.h"
+#include "cpu/choose.h"
 #include "cpu/launch.h"
 
 namespace jax_dsv4::cpu {
@@ -129,9 +130,20 @@ JAX_DSV4_TARGET(dsv4_plan, taking_struct(plan), plan_binding(ffi::Ffi::Bind()))
 JAX_DSV4_TARGET(dsv4_decode, taking_struct(decode), decode_binding(with_threads()).Ret<Buffer>())
 JAX_DSV4_TARGET(dsv4_append, taking_struct(append_rows), append_binding(with_threads()))
 
-// The instruction set that a bf16 call on packed caches uses here.
-JAX_DSV4_EXPORT const char* dsv4_cpu_isa() { return select_kernels(DecodeParams{}).name; }
+// The instruction set that a bf16 call uses here, and in *why the reason.
+JAX_DSV4_EXPORT int dsv4_cpu_isa(const char** why) {
+  const Choice chosen = choice();
+  *why = chosen.why;
+  return chosen.isa;
+}
 
-JAX_DSV4_EXPORT void dsv4_cpu_limit_isa(int highest) { limit_isa(highest); }
+JAX_DSV4_EXPORT void dsv4_cpu_name_isa(int isa) { name_isa(isa); }
+
+// The rule itself, of any processor.
+JAX_DSV4_EXPORT int dsv4_cpu_choose(const char* vendor, uint32_t isas, int named, const char** why) {
+  const Choice chosen = choose({vendor, isas}, named);
+  *why = chosen.why;
+  return chosen.isa;
+}
 
 }  // namespace jax_dsv4::cpu

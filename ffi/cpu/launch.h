@@ -71,6 +71,7 @@ struct Task {
 // The decode kernels of one instruction set. Results do not depend on how heads are grouped into tasks.
 struct Kernels {
   const char* name;
+  bool bf16;  // they take q and caches of bf16 numbers only (fp8_ds_mla's are such)
   // Attends; `scratch` is one lane's, 64-byte aligned.
   void (*attend)(const DecodeParams& p, const Task& task, uint8_t* scratch);
   // Writes out and lse of one token's heads from its partials, `count` rows from `row` on.
@@ -78,17 +79,10 @@ struct Kernels {
                   int32_t head_end);
 };
 
-// The instruction sets compiled in; null where this machine or this call cannot use one.
-const Kernels* generic_kernels(const DecodeParams& p);
-const Kernels* avx2_kernels(const DecodeParams& p);
-const Kernels* avx512_kernels(const DecodeParams& p);
-const Kernels* avx512_bf16_kernels(const DecodeParams& p);
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 
-// The fastest of them for this call on this machine, none beyond the limit.
+// Those of this process's choice (choose.h); where a call has fp32 numbers and they multiply bf16, the AVX-512 ones.
 const Kernels& select_kernels(const DecodeParams& p);
-
-// 0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 products. Default: no limit.
-void limit_isa(int highest);
 
 // Writes the tokens that no kernel will touch: zeros and -inf for a token without keys; NaN for one whose plan is not
 // for its lengths, does not cover it, or names what is out of bounds. Sets counters[token][g] to the number of items

@@ -36,7 +36,8 @@ class _CPU:
         library, detail = _ffi.load("libdsv4_cpu", "cpu")
         if library is None:
             return Availability(False, detail)
-        return Availability(True, f"{_ffi.cpu_isa(library)} kernels, {detail}")
+        isa = _ffi.cpu_isa(library)
+        return Availability(True, f"{isa.name} kernels ({isa.why}), {detail}")
 
     def exportable(self) -> bool:
         return False  # every process has a CPU: absent means absent
