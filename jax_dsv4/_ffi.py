@@ -19,7 +19,7 @@ from jax_dsv4 import _checks
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
 AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
 # The CPU kernels' instruction sets, in ascending order (ffi/cpu/choose.h).
-CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def register() -> None:
@@ -121,10 +121,14 @@ def cpu_isa(library: ctypes.CDLL) -> CpuIsa:
     return CpuIsa(CPU_ISAS[isa], (why.value or b"").decode())
 
 
-def choose_cpu_isa(library: ctypes.CDLL, vendor: str, isas: Iterable[str], named: str | None = None) -> CpuIsa:
-    """The choice on a processor of CPUID's `vendor` that has the instruction sets `isas`, where `named` is asked for."""
+def choose_cpu_isa(library: ctypes.CDLL, vendor: str, isas: Iterable[str], named: str | None = None, amx_refused: bool = False) -> CpuIsa:
+    """The choice on a processor of CPUID's `vendor` that has the instruction sets `isas`, where `named` is asked for.
+
+    amx_refused: it has AMX as well, but the operating system does not permit it.
+    """
     why, bits = ctypes.c_char_p(), sum(1 << CPU_ISAS.index(name) for name in {"generic", *isas})
-    isa = library.dsv4_cpu_choose(vendor.encode(), ctypes.c_uint32(bits), ctypes.c_int(_index(named)), ctypes.byref(why))
+    processor = vendor.encode(), ctypes.c_uint32(bits), ctypes.c_bool(amx_refused)
+    isa = library.dsv4_cpu_choose(*processor, ctypes.c_int(_index(named)), ctypes.byref(why))
     return CpuIsa(CPU_ISAS[isa], (why.value or b"").decode())
 
 

@@ -49,6 +49,7 @@ def test_every_instruction_set(isa: str, case: Case) -> None:
 
 
 BF16 = ["avx2", "avx512", "avx512_bf16"]
+AMX = [*BF16, "amx"]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,23 @@ BF16 = ["avx2", "avx512", "avx512_bf16"]
         ("GenuineIntel", BF16, "avx512_bf16", "avx512_bf16", "JAX_DSV4_CPU_ISA names them"),
         ("AuthenticAMD", BF16, "avx2", "avx2", "JAX_DSV4_CPU_ISA names them"),
         ("AuthenticAMD", ["avx2"], "avx512", "avx2", "this processor's best"),
+        ("GenuineIntel", AMX, "avx512_bf16", "avx512_bf16", "JAX_DSV4_CPU_ISA names them"),
+        ("GenuineIntel", BF16, "amx", "avx512", "this processor's bf16 products are slower than fp32"),
+        ("AuthenticAMD", BF16, "amx", "avx512_bf16", "bf16 products have their full rate on this processor"),
     ],
 )
 def test_choice(vendor: str, isas: list[str], named: str | None, chosen: str, why: str) -> None:
     assert _ffi.choose_cpu_isa(LIBRARY, vendor, isas, named) == (chosen, why)
+
+
+@pytest.mark.parametrize("named", [None, "amx"])
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD", "CentaurHauls"])
+def test_choice_of_amx(vendor: str, named: str | None) -> None:
+    """Wherever it is permitted; where it is refused, what there is without it, which is told."""
+    assert _ffi.choose_cpu_isa(LIBRARY, vendor, AMX, named).name == "amx"
+    refused = _ffi.choose_cpu_isa(LIBRARY, vendor, BF16, named, amx_refused=True)
+    without = _ffi.choose_cpu_isa(LIBRARY, vendor, BF16, named)
+    assert refused == (without.name, "the operating system does not permit AMX")
 
 
 def test_choice_is_told() -> None:
@@ -74,23 +88,39 @@ def test_choice_is_told() -> None:
     assert dsv4.implementations()["cpu"].detail.startswith(f"{isa.name} kernels ({isa.why}), ")
 
 
-def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
-    """The same call in a process with one thread gives the same bits, split tokens and head groups included."""
-    cases = [c for c in tagged("ci") if c.name in ("one_token_split", "many_tokens", "heads127", "one_scope")]
+BIT_CASES = [c for c in tagged("ci") if c.name in ("one_token_split", "many_tokens", "heads127", "one_scope")]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 16])
+def test_bits_do_not_depend_on_threads(tmp_path: Path, threads: int) -> None:
+    """Calls in a process with so many threads give the same bits on each instruction set, split tokens and head groups included."""
     script = (
-        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import numpy as np\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import cases, conformance\n"
-        f"for name in {[c.name for c in cases]!r}:\n"
-        "  case = next(c for c in cases.CASES if c.name == name)\n"
-        "  out, lse = conformance.run(case, 'cpu')\n"
-        f"  np.savez({str(tmp_path)!r} + '/' + name, out=np.asarray(out).view(np.uint16), lse=np.asarray(lse))\n"
+        "import sys; import numpy as np\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cpu\n"
+        f"test_cpu.cpu.CPU.lanes = {threads}\n"
+        f"test_cpu.save_bits({str(tmp_path / 'bits.npz')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    for case in cases:
-        alone = np.load(tmp_path / f"{case.name}.npz")
-        out, lse = run(case, "cpu")
-        assert_same_bits("out", np.asarray(out).view(np.uint16), alone["out"])
-        assert_same_bits("lse", lse, alone["lse"])
+    # XLA makes so many threads whatever the machine has.
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": str(threads)})
+    save_bits(tmp_path / "here.npz")
+    got, want = np.load(tmp_path / "bits.npz"), np.load(tmp_path / "here.npz")
+    assert set(got) == set(want)
+    for name in want:
+        assert_same_bits(name, got[name], want[name])
+
+
+def save_bits(path: str | Path) -> None:
+    """Results of some calls on each instruction set that there is."""
+    bits = {}
+    for isa in _ffi.CPU_ISAS:
+        _ffi.name_cpu_isa(LIBRARY, isa)
+        if _ffi.cpu_isa(LIBRARY).name != isa:
+            continue
+        for case in BIT_CASES:
+            out, lse = run(case, "cpu")
+            bits[f"{isa} {case} out"], bits[f"{isa} {case} lse"] = np.asarray(out).view(np.uint16), np.asarray(lse)
+    _ffi.name_cpu_isa(LIBRARY, None)
+    np.savez(path, **bits)
 
 
 @pytest.mark.parametrize("topk", [64, 576, 1700])

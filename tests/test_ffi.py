@@ -27,7 +27,7 @@ with_library = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
 
 INT_MAX = 2**31 - 1
 TOKENS, HEADS, WORKERS = 3, 4, 8
-LANE = CPU.lane_bytes_fixed + CPU.lane_bytes_per_head * HEADS
+LANE = CPU.lane_bytes(HEADS)
 i32, f32, bf16, u8 = jnp.int32, jnp.float32, jnp.bfloat16, jnp.uint8
 
 PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4)
@@ -283,9 +283,10 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedRowBytes": kv.PACKED_ROW_BYTES,
         "kPackedScaleBytes": kv.PACKED_SCALE_BYTES,
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
-        "kTileKeys": CPU.geometry(1).granularity,
+        "kPlanKeys": CPU.geometry(1).granularity,
         "kLaneBytesFixed": CPU.lane_bytes_fixed - 64,  # Python's has room to align
         "kLaneBytesPerHead": CPU.lane_bytes_per_head - cpp["kMergeBytesPerHead"],
+        "kHeadBlock": CPU.head_block,
         "kTokenCounters": CPU.counters_per_token,
         "kMaxSegments": CPU.max_segments,
         "kPartialNumbers": CPU.partial_numbers,

@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace jax_dsv4::cpu {
 namespace {
@@ -18,6 +22,10 @@ constexpr uint32_t bit(Isa isa) { return uint32_t{1} << isa; }
 bool has_fast_bf16(const Processor& processor) { return std::strcmp(processor.vendor, "AuthenticAMD") == 0; }
 
 const char* reason(const Processor& processor, Isa isa) {
+#if defined(JAX_DSV4_AMX_MODEL)
+  if (isa == kAmx) return "a model of AMX in C++, for tests";
+#endif
+  if (processor.amx_refused) return "the operating system does not permit AMX";
   if (isa == kAvx512Bf16) return "bf16 products have their full rate on this processor";
   if (isa == kAvx512 && (processor.isas & bit(kAvx512Bf16)) != 0 && !has_fast_bf16(processor)) {
     return std::strcmp(processor.vendor, "GenuineIntel") == 0
@@ -45,10 +53,35 @@ Processor this_processor() {
     isas |= bit(kAvx512);
     if (__builtin_cpu_supports("avx512bf16")) isas |= bit(kAvx512Bf16);
   }
-  return {vendor(), isas};
+  return {vendor(), isas, false};
 }
+
+#if defined(JAX_DSV4_AMX_MODEL)
+bool has_amx() { return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512bw"); }
+bool permit_amx() { return true; }
 #else
-Processor this_processor() { return {"", bit(kGeneric)}; }
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  unsigned a, b, c, features = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &features) && (features & kBf16) != 0 && (features & kTile) != 0 &&
+         __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512bw");
+}
+
+// Linux wants to be asked, once in a process, before it keeps the tiles' 8 KB for its threads. It refuses if a signal
+// stack is too small for them, or if it knows no AMX.
+bool permit_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+#else
+Processor this_processor() { return {"", bit(kGeneric), false}; }
+bool has_amx() { return false; }
+bool permit_amx() { return false; }
 #endif
 
 std::atomic<int> named_isa{-1};
@@ -69,8 +102,16 @@ Choice choose(const Processor& processor, int named) {
 }
 
 Choice choice() {
-  static const Processor processor = this_processor();
-  return choose(processor, named_isa.load(std::memory_order_relaxed));
+  static const Processor without_amx = this_processor();
+  Processor processor = without_amx;
+  const int named = named_isa.load(std::memory_order_relaxed);
+  // Who names other kernels is not to have the process's signal stacks restricted.
+  if ((named < 0 || named == kAmx) && has_amx()) {
+    static const bool permitted = permit_amx();
+    if (permitted) processor.isas |= bit(kAmx);
+    processor.amx_refused = !permitted;
+  }
+  return choose(processor, named);
 }
 
 void name_isa(int isa) { named_isa.store(isa, std::memory_order_relaxed); }

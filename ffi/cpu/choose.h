@@ -7,12 +7,13 @@
 namespace jax_dsv4::cpu {
 
 // The instruction sets that kernels are compiled for, in ascending order. jax_dsv4/_ffi.py: CPU_ISAS.
-enum Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kIsas };
+enum Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsas };
 
 // What a processor says of itself.
 struct Processor {
   const char* vendor;  // CPUID's, such as "AuthenticAMD"
   uint32_t isas;       // bit i: it has instruction set i
+  bool amx_refused;    // it has AMX too, but the operating system does not permit it
 };
 
 struct Choice {

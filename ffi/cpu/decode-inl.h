@@ -3,7 +3,7 @@
 // so nothing here may call an inline function of the standard library (the linker would keep one copy for all, in
 // whichever instruction set).
 //
-// Per tile of up to 64 valid keys, all heads of the task (a segment's first tile starts anew):
+// Per tile of up to kTileKeys valid keys, all heads of the task (a segment's first tile starts anew):
 //   rows[k, d]   = the tile's latents                                 (load_tile)
 //   s[h, k]      = sum_d q[h, d] * rows[k, d]                         (scores)
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
@@ -11,48 +11,6 @@
 // and after a segment's last tile, of what came before and of it:
 //   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_numbers, accumulate)
 // Scores, softmax and sums are fp32 throughout.
-
-// 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
-inline V exp2(V x) {
-  const V clamped = Simd::max(Simd::set1(-126), x), n = Simd::round(clamped), f = Simd::sub(clamped, n);
-  V y = Simd::set1(1.5252734e-5f);
-  y = Simd::fma(y, f, Simd::set1(1.5403530e-4f));
-  y = Simd::fma(y, f, Simd::set1(1.3333558e-3f));
-  y = Simd::fma(y, f, Simd::set1(9.6181291e-3f));
-  y = Simd::fma(y, f, Simd::set1(5.5504109e-2f));
-  y = Simd::fma(y, f, Simd::set1(2.4022651e-1f));
-  y = Simd::fma(y, f, Simd::set1(6.9314718e-1f));
-  y = Simd::fma(y, f, Simd::set1(1));
-  return Simd::finish_exp2(y, n, x);  // y * 2^n; 0 where x < -126, NaN where x is
-}
-
-// Scores to probabilities, in place; entries n .. 63 become 0.
-inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bool first) {
-  const V scale = Simd::set1(scale_log2);
-  for (int32_t h = 0; h < heads; ++h) {
-    float* row = s.p + h * kTileKeys;
-    for (int k = 0; k < kTileKeys; k += kL) Simd::store(row + k, Simd::mul(Simd::load(row + k), scale));
-    for (int k = n; k < kTileKeys; ++k) row[k] = -__builtin_inff();
-    V max = Simd::set1(-__builtin_inff());
-    for (int k = 0; k < kTileKeys; k += kL) max = Simd::max(Simd::load(row + k), max);
-    float m = Simd::hmax(max);
-    float alpha = 0;
-    if (!first) {
-      if (s.max[h] > m) m = s.max[h];
-      alpha = Simd::first(exp2(Simd::set1(s.max[h] - m)));
-    }
-    V sum = Simd::set1(0);
-    for (int k = 0; k < kTileKeys; k += kL) {
-      const V e = exp2(Simd::sub(Simd::load(row + k), Simd::set1(m)));
-      Simd::store(row + k, e);
-      sum = Simd::add(sum, e);
-    }
-    store_weights(s, h);
-    s.sum[h] = (first ? 0 : s.sum[h] * alpha) + Simd::hsum(sum);
-    s.max[h] = m;
-    s.alpha[h] = alpha;
-  }
-}
 
 // Attention to some keys of one head, not yet divided by its sum. Without a valid key: -inf, 0, and anything in o.
 struct State {
@@ -86,6 +44,7 @@ __attribute__((noinline)) void finish(const DecodeParams& p, int32_t token, int3
     Simd::store(state.o + d, empty ? Simd::set1(0) : Simd::mul(Simd::load(state.o + d), inverse));
   }
   const int64_t row = static_cast<int64_t>(token) * p.heads + head;
+  restore_order(state.o);
   write_out(p, row, state.o);
   p.lse[row] = empty ? -__builtin_inff() : kLn2 * (state.max + log2f(state.sum));
 }
@@ -125,11 +84,12 @@ inline void next_tile(const DecodeParams& p, const Task& task, KeyCursor* cursor
 
 void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   const int32_t heads = task.head_end - task.head_begin;
-  Scratch s = carve(bytes, heads);
+  const int32_t room = padded_heads(heads);
+  Scratch s = carve(bytes, room);
   // Segments are merged if they are the token's first ones. The first is summed up in place.
   const bool merges = task.kv_begin == 0;
-  float* total = reinterpret_cast<float*>(bytes + kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads));
-  float *max = total + heads * kLatentDim, *sum = max + heads, *keep = sum + heads, *take = keep + heads;
+  float* total = reinterpret_cast<float*>(bytes + kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(room));
+  float *max = total + room * kLatentDim, *sum = max + room, *keep = sum + room, *take = keep + room;
   static_assert(sizeof(float) * (kLatentDim + 4) <= kMergeBytesPerHead, "per head");
   if (!merges) {
     const State none{-__builtin_inff(), 0, nullptr};

@@ -25,7 +25,8 @@ void answer_token(const DecodeParams& p, int32_t token, float out, float lse) {
 
 // By Isa.
 #if defined(__x86_64__)
-constexpr const Kernels* kKernels[] = {&generic_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels};
+constexpr const Kernels* kKernels[] = {&generic_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels,
+                                       &amx_kernels};
 static_assert(sizeof kKernels / sizeof *kKernels == kIsas);
 #else
 constexpr const Kernels* kKernels[] = {&generic_kernels};
@@ -41,7 +42,7 @@ const Kernels& select_kernels(const DecodeParams& p) {
   return chosen.bf16 && !bf16 ? *kKernels[kAvx512] : chosen;
 }
 
-int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head_groups) {
+int32_t prepare_tokens(const DecodeParams& p, int32_t tile_keys, int32_t partial_rows, int32_t head_groups) {
   const Plan& plan = p.plan;
   const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;
   const int32_t claimed = plan.work_indptr[plan.workers];
@@ -84,7 +85,7 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head
     if (valid && end != begin) {
       partials = seen[1];
       valid = static_cast<int64_t>(end) - begin == partials;
-      const int32_t segment = segment_keys(length), merged = segments_before(seen[3], segment);
+      const int32_t segment = segment_keys(length, tile_keys), merged = segments_before(seen[3], segment);
       const int32_t wanted = 1 + segments_before(length, segment) - merged;
       const bool fits = wanted <= partial_rows - rows;
       const PartialRows mine{fits ? rows : -1, merged};
@@ -112,7 +113,7 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   int32_t* waiting = counters + group;
   if (__atomic_load_n(waiting, __ATOMIC_RELAXED) < 0) return;  // prepare_tokens has answered it
   const int32_t first = info.batch_idx * (p.scopes[0].topk + p.scopes[1].topk);
-  const int32_t length = p.plan.kv_lengths[info.batch_idx], keys = segment_keys(length);
+  const int32_t length = p.plan.kv_lengths[info.batch_idx], keys = segment_keys(length, kernels.tile_keys);
   const int32_t begin = segments_before(info.kv_start - first, keys);
   int32_t end = segments_before(info.kv_end - first, keys);
   bool cut = info.partial_qo_loc >= 0;
@@ -129,8 +130,10 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   task.kv_end = segments_end(end, keys, length);
   task.segment_keys = keys;
   task.row = !cut ? -1 : begin == 0 ? rows.first : rows.first + 1 + begin - rows.merged;
-  task.head_begin = static_cast<int32_t>(static_cast<int64_t>(p.heads) * group / head_groups);
-  task.head_end = static_cast<int32_t>(static_cast<int64_t>(p.heads) * (group + 1) / head_groups);
+  // Whole blocks of heads, but the last one.
+  const int32_t blocks = padded_heads(p.heads) / kHeadBlock;
+  task.head_begin = kHeadBlock * (blocks * group / head_groups);
+  task.head_end = min_int(kHeadBlock * (blocks * (group + 1) / head_groups), p.heads);
   if (begin < end) kernels.attend(p, task, scratch);
   // The last of a token's items merges all partials, in the order of their keys: the result does not depend on who was
   // last.

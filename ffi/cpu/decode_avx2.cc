@@ -104,7 +104,7 @@ struct Simd {
 
 }  // namespace
 
-const Kernels avx2_kernels{"avx2", false, attend, combine};
+const Kernels avx2_kernels{"avx2", false, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu
 

@@ -17,7 +17,7 @@ namespace {
 
 }  // namespace
 
-const Kernels avx512_kernels{"avx512", false, attend, combine};
+const Kernels avx512_kernels{"avx512", false, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu
 

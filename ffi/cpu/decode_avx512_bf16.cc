@@ -17,7 +17,7 @@ namespace {
 
 }  // namespace
 
-const Kernels avx512_bf16_kernels{"avx512_bf16", true, attend, combine};
+const Kernels avx512_bf16_kernels{"avx512_bf16", true, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu
 

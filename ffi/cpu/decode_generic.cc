@@ -86,6 +86,6 @@ struct Simd {
 
 }  // namespace
 
-const Kernels generic_kernels{"generic", false, attend, combine};
+const Kernels generic_kernels{"generic", false, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu

@@ -71,7 +71,8 @@ ffi::Error plan(const PlanOperands& o) {
 // the threads busy.
 int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
   int32_t groups = 1;
-  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads && heads / (2 * groups) >= 16) {
+  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads &&
+         heads / (2 * groups) >= kHeadBlock) {
     groups *= 2;
   }
   return groups;
@@ -101,7 +102,7 @@ ffi::Future decode(const CpuDecodeOperands& o, ffi::ThreadPool pool) {
   const Kernels& kernels = select_kernels(p);
   const int32_t count = p.plan.work_indptr[p.plan.workers];
   const int32_t groups = choose_head_groups(count < 0 ? 0 : count, p.heads, pool.num_threads());
-  const int32_t items = prepare_tokens(p, partial_rows, groups);
+  const int32_t items = prepare_tokens(p, kernels.tile_keys, partial_rows, groups);
   return parallel(pool, static_cast<int64_t>(items) * groups, lanes,
                   [p, &kernels, groups, scratch, stride](int64_t task, int64_t lane) {
                     const uintptr_t at = reinterpret_cast<uintptr_t>(scratch + lane * stride);
@@ -140,8 +141,8 @@ JAX_DSV4_EXPORT int dsv4_cpu_isa(const char** why) {
 JAX_DSV4_EXPORT void dsv4_cpu_name_isa(int isa) { name_isa(isa); }
 
 // The rule itself, of any processor.
-JAX_DSV4_EXPORT int dsv4_cpu_choose(const char* vendor, uint32_t isas, int named, const char** why) {
-  const Choice chosen = choose({vendor, isas}, named);
+JAX_DSV4_EXPORT int dsv4_cpu_choose(const char* vendor, uint32_t isas, bool amx_refused, int named, const char** why) {
+  const Choice chosen = choose({vendor, isas, amx_refused}, named);
   *why = chosen.why;
   return chosen.isa;
 }

@@ -2,6 +2,8 @@
 // and e4m3 times a power of two are bf16 numbers already, and a weight p is taken as the sum of two (subnormal bf16
 // numbers count as zero). Part of decode-inl.h, which see.
 
+constexpr int kTileKeys = 64;
+
 #include "cpu/blocks-inl.h"
 #include "cpu/keys-inl.h"
 
@@ -209,3 +211,8 @@ inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const
     for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
   }
 }
+
+// Numbers stay in the order of the cache.
+inline void restore_order(float*) {}
+
+#include "cpu/softmax-inl.h"

@@ -1,5 +1,7 @@
 // Products in fp32: any dtype of q, any layout. Part of decode-inl.h, which see.
 
+constexpr int kTileKeys = 64;
+
 #include "cpu/blocks-inl.h"
 #include "cpu/keys-inl.h"
 
@@ -169,3 +171,8 @@ inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const
     for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
   }
 }
+
+// Numbers stay in the order of the cache.
+inline void restore_order(float*) {}
+
+#include "cpu/softmax-inl.h"

@@ -19,10 +19,11 @@ class _CPU:
     name = "cpu"
     platforms: tuple[str, ...] = ("cpu",)
     fuses = True
-    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kTokenCounters, kMaxSegments, kPartialNumbers; 64 bytes
-    # more to align.
-    lane_bytes_fixed = 160 * 1024 + 64
+    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kHeadBlock, kTokenCounters, kMaxSegments,
+    # kPartialNumbers; 64 bytes more to align.
+    lane_bytes_fixed = 240 * 1024 + 64
     lane_bytes_per_head = 7 * 1024 + 64
+    head_block = 16
     counters_per_token = 10
     max_segments = 10
     partial_numbers = 2
@@ -52,6 +53,9 @@ class _CPU:
         # its own, wherever the plan cuts it. But partials cost time. More threads than items share an item's heads.
         return Geometry(workers=min(16, max(4 * self.lanes, -(-16 // max(tokens, 1)))), granularity=64, overhead=2)
 
+    def lane_bytes(self, heads: int) -> int:
+        return self.lane_bytes_fixed + self.lane_bytes_per_head * self.head_block * -(-heads // self.head_block)
+
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
         return plan_call(lengths, topks, self.geometry(lengths[0].shape[0]))
 
@@ -67,7 +71,7 @@ class _CPU:
             jax.ShapeDtypeStruct((partials, heads, LATENT_DIM), jnp.float32),  # partial outputs
             jax.ShapeDtypeStruct((partials, heads * self.partial_numbers), jnp.float32),  # partial maxima and sums
             jax.ShapeDtypeStruct((tokens, self.counters_per_token), jnp.int32),  # items not yet done, and rows
-            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
+            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes(heads)), jnp.uint8),
         )
         return decode_call(call, workspaces)
 
