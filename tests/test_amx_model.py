@@ -19,7 +19,7 @@ LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 # What the model needs, too: AVX-512 and GFNI.
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "gfni")
 # The suite, without what it does on other instruction sets.
-SELECTED = "not large and not generic and not avx2 and not avx512"
+SELECTED = "not large and not generic and not avx2 and not avx512 and not choice and not share_the_work and not workspace"
 
 
 def missing() -> str:

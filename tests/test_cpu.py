@@ -151,6 +151,29 @@ def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
             assert_same_bits(f"{name} of token {t}", one, expected[t : t + 1])
 
 
+@pytest.mark.parametrize("tile_keys", [64, 160])
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16])
+@pytest.mark.parametrize("threads", [2, 16, 32, 64])
+def test_threads_share_the_work(threads: int, tokens: int, heads: int, tile_keys: int) -> None:
+    """128 + 512 keys a token: tasks for all threads if so many can be had, and at most twice the time of a perfect division."""
+    implementation = type(cpu.CPU)()
+    implementation.lanes = threads
+    lengths = [jnp.full(tokens, n, jnp.int32) for n in (128, 512)]
+    work = implementation.plan(lengths, (128, 512), heads)
+    items = np.asarray(work.work_info_set)[: int(work.work_indptr[-1])]
+    begins, ends = (-(-(items[:, i] - items[:, 0] * 640) // tile_keys) for i in (4, 5))
+    segments = (ends - begins)[ends > begins]  # of the items that have any
+    assert segments.sum() == tokens * (640 // tile_keys)
+    groups = LIBRARY.dsv4_cpu_head_groups(min(len(items), int(segments.sum())), heads, threads)
+    finest = int(segments.sum()) * heads // 16
+    assert len(segments) * groups >= min(threads, finest)
+    free = np.zeros(threads)  # when each thread is
+    for item in np.repeat(segments, groups):
+        free[free.argmin()] += item / groups
+    assert free.max() <= 2 * max(segments.sum() / threads, 16 / heads)
+
+
 @pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens == 16], ids=str)
 def test_workspace_is_small(case: Case) -> None:
     """A call needs its inputs, its outputs and less than 64 MB."""

@@ -287,6 +287,7 @@ def test_python_and_cpp_state_the_same() -> None:
         "kLaneBytesFixed": CPU.lane_bytes_fixed - 64,  # Python's has room to align
         "kLaneBytesPerHead": CPU.lane_bytes_per_head - cpp["kMergeBytesPerHead"],
         "kHeadBlock": CPU.head_block,
+        "kMaxHeadGroups": CPU.head_groups,
         "kTokenCounters": CPU.counters_per_token,
         "kMaxSegments": CPU.max_segments,
         "kPartialNumbers": CPU.partial_numbers,

@@ -42,6 +42,25 @@ const Kernels& select_kernels(const DecodeParams& p) {
   return chosen.bf16 && !bf16 ? *kKernels[kAvx512] : chosen;
 }
 
+int32_t count_tasks(const DecodeParams& p, int32_t tile_keys) {
+  int64_t segments = 0;
+  for (int32_t t = 0; t < p.tokens; ++t) {
+    const int32_t length = max_int(0, p.plan.kv_lengths[t]);
+    segments += segments_before(length, segment_keys(length, tile_keys));
+  }
+  const int32_t items = max_int(0, p.plan.work_indptr[p.plan.workers]);
+  return segments < items ? static_cast<int32_t>(segments) : items;
+}
+
+int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
+  int32_t groups = 1;
+  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads &&
+         heads / (2 * groups) >= kHeadBlock) {
+    groups *= 2;
+  }
+  return groups;
+}
+
 int32_t prepare_tokens(const DecodeParams& p, int32_t tile_keys, int32_t partial_rows, int32_t head_groups) {
   const Plan& plan = p.plan;
   const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;

@@ -67,17 +67,6 @@ ffi::Error plan(const PlanOperands& o) {
   return ffi::Error::Success();
 }
 
-// A call is cut into items * head groups. More groups than 1 dequantise the same keys again, so only as many as keep
-// the threads busy.
-int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
-  int32_t groups = 1;
-  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads &&
-         heads / (2 * groups) >= kHeadBlock) {
-    groups *= 2;
-  }
-  return groups;
-}
-
 struct CpuDecodeOperands : DecodeOperands {
   Buffer workspace;
 };
@@ -93,15 +82,16 @@ ffi::Future decode(const CpuDecodeOperands& o, ffi::ThreadPool pool) {
   check.buffer(o.workspace, "workspace", ffi::DataType::U8, "(lanes, lane_bytes)", {-1, -1});
   if (!check.ok()) return done(check.error());
   const int64_t stride = o.workspace.dimensions()[1], lanes = o.workspace.dimensions()[0];
-  check.require(lanes > 0 && stride >= static_cast<int64_t>(lane_bytes(p.heads)) + 64, "workspace",
-                "have lanes of at least " + std::to_string(lane_bytes(p.heads) + 64) + " bytes",
+  // Where lanes have no room for all heads, tasks have fewer.
+  const int64_t least = static_cast<int64_t>(lane_bytes(group_heads(p.heads, kMaxHeadGroups))) + 64;
+  check.require(lanes > 0 && stride >= least, "workspace", "have lanes of at least " + std::to_string(least) + " bytes",
                 std::to_string(stride));
   if (!check.ok()) return done(check.error());
   uint8_t* scratch = data_of<uint8_t>(o.workspace);
 
   const Kernels& kernels = select_kernels(p);
-  const int32_t count = p.plan.work_indptr[p.plan.workers];
-  const int32_t groups = choose_head_groups(count < 0 ? 0 : count, p.heads, pool.num_threads());
+  int32_t groups = choose_head_groups(count_tasks(p, kernels.tile_keys), p.heads, pool.num_threads());
+  while (static_cast<int64_t>(lane_bytes(group_heads(p.heads, groups))) + 64 > stride) groups *= 2;
   const int32_t items = prepare_tokens(p, kernels.tile_keys, partial_rows, groups);
   return parallel(pool, static_cast<int64_t>(items) * groups, lanes,
                   [p, &kernels, groups, scratch, stride](int64_t task, int64_t lane) {
@@ -139,6 +129,11 @@ JAX_DSV4_EXPORT int dsv4_cpu_isa(const char** why) {
 }
 
 JAX_DSV4_EXPORT void dsv4_cpu_name_isa(int isa) { name_isa(isa); }
+
+// How many tasks share the heads of each of `items`.
+JAX_DSV4_EXPORT int dsv4_cpu_head_groups(int items, int heads, int threads) {
+  return choose_head_groups(items, heads, threads);
+}
 
 // The rule itself, of any processor.
 JAX_DSV4_EXPORT int dsv4_cpu_choose(const char* vendor, uint32_t isas, bool amx_refused, int named, const char** why) {

@@ -11,23 +11,31 @@ namespace jax_dsv4::cpu {
 
 // The plan's granularity (jax_dsv4/_implementations/cpu.py).
 constexpr int kPlanKeys = 64;
-// Scratch of one lane (one thread's work in progress); jax_dsv4/_implementations/cpu.py sizes the workspace by the same numbers.
+// Some kernels take heads in blocks, and heads that there are not as zeros.
+constexpr int kHeadBlock = 16;
+// Scratch of one lane (one thread's work in progress); jax_dsv4/_implementations/cpu.py sizes the workspace by the same
+// numbers.
 constexpr size_t kLaneBytesFixed = 240 * 1024;
 constexpr size_t kLaneBytesPerHead = 5 * 1024;
 // And of what has been merged so far.
 constexpr size_t kMergeBytesPerHead = 2 * 1024 + 64;
-constexpr int kMaxHeadGroups = 8;
+// Groups of heads that are tasks of their own, at most.
+constexpr int kMaxHeadGroups = kMaxHeads / kHeadBlock;
 // A token's counters: one per head group, then its PartialRows.
 constexpr int kTokenCounters = kMaxHeadGroups + 2;
 // Floats of a partial besides its output: the maximum and the sum.
 constexpr int kPartialNumbers = 2;
 
-// Some kernels take heads in blocks, and heads that there are not as zeros.
-constexpr int kHeadBlock = 16;
 constexpr int32_t padded_heads(int32_t heads) { return (heads + kHeadBlock - 1) / kHeadBlock * kHeadBlock; }
 
 constexpr size_t lane_bytes(int32_t heads) {
   return kLaneBytesFixed + (kLaneBytesPerHead + kMergeBytesPerHead) * static_cast<size_t>(padded_heads(heads));
+}
+
+// The most heads of one of so many groups of whole blocks.
+constexpr int32_t group_heads(int32_t heads, int32_t groups) {
+  const int32_t blocks = padded_heads(heads) / kHeadBlock;
+  return (blocks + groups - 1) / groups * kHeadBlock;
 }
 
 // A token's keys are attended to in segments, each by itself, and the segments merged in order: (((0, 1), 2), ...).
@@ -88,6 +96,13 @@ extern const Kernels generic_kernels, avx2_kernels, avx512_kernels, avx512_bf16_
 
 // Those of this process's choice (choose.h); where a call has fp32 numbers and they multiply bf16, the AVX-512 ones.
 const Kernels& select_kernels(const DecodeParams& p);
+
+// About how many of a plan's items have something to do: no more than there are segments.
+int32_t count_tasks(const DecodeParams& p, int32_t tile_keys);
+
+// A call is cut into items * head groups. More groups than 1 dequantise the same keys again, so only as many as keep
+// the threads busy.
+int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads);
 
 // Writes the tokens that no kernel will touch: zeros and -inf for a token without keys; NaN for one whose plan is not
 // for its lengths, does not cover it, or names what is out of bounds. Sets counters[token][g] to the number of items
