@@ -102,11 +102,13 @@ Choice choose(const Processor& processor, int named) {
 }
 
 Choice choice() {
+  // Once: a virtual machine's CPUID takes some microseconds.
   static const Processor without_amx = this_processor();
+  static const bool amx = has_amx();
   Processor processor = without_amx;
   const int named = named_isa.load(std::memory_order_relaxed);
   // Who names other kernels is not to have the process's signal stacks restricted.
-  if ((named < 0 || named == kAmx) && has_amx()) {
+  if ((named < 0 || named == kAmx) && amx) {
     static const bool permitted = permit_amx();
     if (permitted) processor.isas |= bit(kAmx);
     processor.amx_refused = !permitted;

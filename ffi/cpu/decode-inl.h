@@ -9,7 +9,7 @@
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
 //   o[h, d]      = o[h, d] * alpha[h] + sum_k p[h, k] * rows[k, d]    (accumulate)
 // and after a segment's last tile, of what came before and of it:
-//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_numbers, accumulate)
+//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_maxima, accumulate)
 // Scores, softmax and sums are fp32 throughout.
 
 // Attention to some keys of one head, not yet divided by its sum. Without a valid key: -inf, 0, and anything in o.
@@ -21,17 +21,19 @@ struct State {
   bool empty() const { return sum == 0 && max == -__builtin_inff(); }
 };
 
-// Merges in the numbers of what comes after, and says how its o is to be. Never inlined, as finish: whoever calls them,
-// the bits are the same.
-__attribute__((noinline)) void merge_numbers(float* max, float* sum, float next_max, float next_sum, float* keep,
-                                             float* take) {
+// Merges in the maximum of what comes after, and says how the sums and o are to be merged. Never inlined, as merge_sums
+// and finish: whoever calls them, the bits are the same.
+__attribute__((noinline)) void merge_maxima(float* max, float next_max, float* keep, float* take) {
   const bool grows = next_max > *max;
   const float m = grows ? next_max : *max, less = grows ? *max : next_max;
   const float other = Simd::first(exp2(Simd::set1(less - m)));
   *keep = grows ? other : 1;
   *take = grows ? 1 : other;
-  *sum = Simd::first(Simd::merge(Simd::set1(*sum), Simd::set1(*keep), Simd::set1(next_sum), Simd::set1(*take)));
   *max = m;
+}
+
+__attribute__((noinline)) void merge_sums(float* sum, float keep, float next_sum, float take) {
+  *sum = Simd::first(Simd::merge(Simd::set1(*sum), Simd::set1(keep), Simd::set1(next_sum), Simd::set1(take)));
 }
 
 // Writes out and lse of a head.
@@ -65,6 +67,9 @@ inline void store_partial(const DecodeParams& p, int32_t row, int32_t head, cons
   float* out = partial_out(p, row, head);
   for (int d = 0; d < kLatentDim; d += kL) Simd::storeu(out + d, Simd::load(state.o + d));
 }
+
+// Rows whose bytes are fetched before a task begins.
+constexpr int kFirstRows = 64;
 
 // The valid keys of a tile, all of one segment.
 struct Tile {
@@ -102,7 +107,7 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   Tile tiles[2];
   KeyCursor cursor = first_key(p, task.token, task.kv_begin);
   next_tile(p, task, &cursor, &tiles[0]);
-  for (int k = 0; k < tiles[0].n; ++k) prefetch_row(tiles[0].rows[k]);
+  for (int k = 0; k < tiles[0].n && k < kFirstRows; ++k) prefetch_row(tiles[0].rows[k]);
   load_queries(p, static_cast<int64_t>(task.token) * p.heads + task.head_begin, heads, s);
   bool empty = true, first = true;  // nothing is merged yet; the segment's first tile
   float* const own = s.o;
@@ -111,16 +116,20 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
     const Tile& tile = tiles[now];
     Tile& next = tiles[now ^ 1];
     next_tile(p, task, &cursor, &next);
-    load_tile(tile.rows, tile.n, s);
+    load_tile(tile.rows, tile.n, next.rows, next.n, s);
     scores(s, heads, tile.n);
     softmax(s, heads, tile.n, p.scale * kLog2e, first);
     const bool last = next.n == 0 || next.segment != tile.segment;
     Merge merge;
     if (merges && last && !empty) {
-      for (int32_t h = 0; h < heads; ++h) merge_numbers(max + h, sum + h, s.max[h], s.sum[h], keep + h, take + h);
+      for (int32_t h = 0; h < heads; ++h) merge_maxima(max + h, s.max[h], keep + h, take + h);
       merge = {total, keep, take};
     }
     accumulate(s, heads, tile.n, first, merge, next.rows, next.n);
+    // Only now: s.sum may become known beside the products.
+    if (merge.total != nullptr) {
+      for (int32_t h = 0; h < heads; ++h) merge_sums(sum + h, keep[h], s.sum[h], take[h]);
+    }
     first = last;
     if (!last) continue;
     if (!merges) {
@@ -161,7 +170,8 @@ void combine(const DecodeParams& p, int32_t token, int32_t row, int32_t count, i
         continue;
       }
       float keep, take;
-      merge_numbers(&state.max, &state.sum, part.max, part.sum, &keep, &take);
+      merge_maxima(&state.max, part.max, &keep, &take);
+      merge_sums(&state.sum, keep, part.sum, take);
       const V k = Simd::set1(keep), t = Simd::set1(take);
       for (int d = 0; d < kLatentDim; d += kL) {
         Simd::store(o + d, Simd::merge(Simd::load(o + d), k, Simd::loadu(out + d), t));

@@ -15,7 +15,7 @@ constexpr int kPlanKeys = 64;
 constexpr int kHeadBlock = 16;
 // Scratch of one lane (one thread's work in progress); jax_dsv4/_implementations/cpu.py sizes the workspace by the same
 // numbers.
-constexpr size_t kLaneBytesFixed = 240 * 1024;
+constexpr size_t kLaneBytesFixed = 272 * 1024;
 constexpr size_t kLaneBytesPerHead = 5 * 1024;
 // And of what has been merged so far.
 constexpr size_t kMergeBytesPerHead = 2 * 1024 + 64;

@@ -70,7 +70,7 @@ inline void load_row(const Row& row, uint16_t* dst) {
   }
 }
 
-inline void load_tile(const Row* rows, int n, const Scratch& s) {
+inline void load_tile(const Row* rows, int n, const Row*, int, const Scratch& s) {
   int k = 0;
   for (; k < n; ++k) load_row(rows[k], s.rows + k * kRowStride);
   // The score kernel takes keys in groups, the other one in pairs: a group's missing ones read as zeros.

@@ -63,7 +63,7 @@ inline void load_row(const Row& row, float* dst) {
   }
 }
 
-inline void load_tile(const Row* rows, int n, const Scratch& s) {
+inline void load_tile(const Row* rows, int n, const Row*, int, const Scratch& s) {
   for (int k = 0; k < n; ++k) {
     load_row(rows[k], s.rows + k * kRowStride);
   }

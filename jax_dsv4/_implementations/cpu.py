@@ -21,7 +21,7 @@ class _CPU:
     fuses = True
     # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kHeadBlock, kTokenCounters, kMaxSegments,
     # kPartialNumbers, kMaxHeadGroups; 64 bytes more to align.
-    lane_bytes_fixed = 240 * 1024 + 64
+    lane_bytes_fixed = 272 * 1024 + 64
     lane_bytes_per_head = 7 * 1024 + 64
     head_block = 16
     counters_per_token = 10
