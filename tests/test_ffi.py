@@ -324,7 +324,7 @@ def test_plan_capacity(tokens: int, workers: int) -> None:
 @with_library
 def test_instruction_sets_have_the_names_that_python_gives_them() -> None:
     enumerated = re.search(r"enum Isa : int \{([^}]*)\}", (ROOT / "ffi/cpu/choose.h").read_text())
-    kernels = re.search(r"kKernels\[\] = \{([^}]*)\}", (ROOT / "ffi/cpu/decode.cc").read_text())
+    kernels = re.search(r"kKernels\[kIsas\] = \{([^}]*)\}", (ROOT / "ffi/cpu/decode.cc").read_text())
     assert enumerated is not None
     assert kernels is not None
     assert re.findall(r"k(\w+)", enumerated[1]) == [*(name.title().replace("_", "") for name in _ffi.CPU_ISAS), "Isas"]

@@ -23,14 +23,12 @@ void answer_token(const DecodeParams& p, int32_t token, float out, float lse) {
   }
 }
 
-// By Isa.
+constexpr const Kernels* kKernels[kIsas] = {
+    &generic_kernels,
 #if defined(__x86_64__)
-constexpr const Kernels* kKernels[] = {&generic_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels,
-                                       &amx_kernels};
-static_assert(sizeof kKernels / sizeof *kKernels == kIsas);
-#else
-constexpr const Kernels* kKernels[] = {&generic_kernels};
+    &avx2_kernels,    &avx512_kernels, &avx512_bf16_kernels, &amx_kernels,
 #endif
+};
 
 bool is_bf16(const Scope& scope) { return scope.topk == 0 || scope.cache.layout != Layout::kFloat32; }
 

@@ -31,7 +31,7 @@ class _CPU:
     # work on a small call.
     lanes = min(64, os.cpu_count() or 1)
     # Of all lanes: the allocator gives larger blocks back, and fresh pages cost time in every call. Tasks have fewer heads for it.
-    workspace_bytes = 30 * 2**20
+    workspace_bytes = 32 * 2**20
     head_groups = 8  # at most
     # Of all partials, if one token's take no more, for the same reason.
     partial_bytes = 16 * 2**20
