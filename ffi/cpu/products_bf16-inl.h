@@ -1,6 +1,6 @@
-// Products in bf16 with fp32 sums, two at a time (AVX512-BF16): twice the rate of fp32. Nothing is lost by it: q, rope,
-// and e4m3 times a power of two are bf16 numbers already, and a weight p is taken as the sum of two (subnormal bf16
-// numbers count as zero). Part of decode-inl.h, which see.
+// Products in bf16 with fp32 sums, two at a time (AVX512-BF16): on AMD's processors at twice the rate of fp32. Nothing
+// is lost by it: q, rope, and e4m3 times a power of two are bf16 numbers already, and a weight p is taken as the sum of
+// two (subnormal bf16 numbers count as zero). Part of decode-inl.h, which see.
 
 constexpr int kTileKeys = 64;
 
