@@ -8,7 +8,9 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -16,8 +18,8 @@ from jax_dsv4 import _checks
 
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
 AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
-# The CPU kernels' instruction sets, in ascending order (ffi/cpu/decode.cc).
-CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+# The CPU kernels' instruction sets, in ascending order (ffi/cpu/choose.h).
+CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def register() -> None:
@@ -67,7 +69,7 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     isa = os.environ.get("JAX_DSV4_CPU_ISA")
     if platform == "cpu" and isa:
         _checks.require(isa in CPU_ISAS, "jax_dsv4", "the variable JAX_DSV4_CPU_ISA", f"be one of {CPU_ISAS}", isa)
-        limit_cpu_isa(library, isa)
+        name_cpu_isa(library, isa)
     return library, str(path)
 
 
@@ -105,12 +107,35 @@ def aiter_directory() -> Path | None:
     return None
 
 
-def cpu_isa(library: ctypes.CDLL) -> str:
-    """The instruction set that the CPU kernels use on this machine."""
-    library.dsv4_cpu_isa.restype = ctypes.c_char_p
-    return library.dsv4_cpu_isa().decode()
+class CpuIsa(NamedTuple):
+    """The instruction set of the CPU kernels that run, and why it is this one."""
+
+    name: str
+    why: str
 
 
-def limit_cpu_isa(library: ctypes.CDLL, name: str) -> None:
-    """Keeps the CPU kernels from using anything beyond `name`, for this process."""
-    library.dsv4_cpu_limit_isa(ctypes.c_int(CPU_ISAS.index(name)))
+def cpu_isa(library: ctypes.CDLL) -> CpuIsa:
+    """The choice for this process, for calls on bf16 numbers."""
+    why = ctypes.c_char_p()
+    isa = library.dsv4_cpu_isa(ctypes.byref(why))
+    return CpuIsa(CPU_ISAS[isa], (why.value or b"").decode())
+
+
+def choose_cpu_isa(library: ctypes.CDLL, vendor: str, isas: Iterable[str], named: str | None = None, amx_refused: bool = False) -> CpuIsa:
+    """The choice on a processor of CPUID's `vendor` that has the instruction sets `isas`, where `named` is asked for.
+
+    amx_refused: it has AMX as well, but the operating system does not permit it.
+    """
+    why, bits = ctypes.c_char_p(), sum(1 << CPU_ISAS.index(name) for name in {"generic", *isas})
+    processor = vendor.encode(), ctypes.c_uint32(bits), ctypes.c_bool(amx_refused)
+    isa = library.dsv4_cpu_choose(*processor, ctypes.c_int(_index(named)), ctypes.byref(why))
+    return CpuIsa(CPU_ISAS[isa], (why.value or b"").decode())
+
+
+def name_cpu_isa(library: ctypes.CDLL, name: str | None) -> None:
+    """Asks for an instruction set in this process, as JAX_DSV4_CPU_ISA does; None asks for none."""
+    library.dsv4_cpu_name_isa(ctypes.c_int(_index(name)))
+
+
+def _index(isa: str | None) -> int:
+    return -1 if isa is None else CPU_ISAS.index(isa)

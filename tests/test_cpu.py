@@ -14,11 +14,12 @@ import pytest
 from cases import Case, Problem, make, tagged
 from compare import OUT_BF16, assert_close, assert_same_bits
 from conformance import NativeConformance, attend, named, one_token, plan_of, with_work
+from cpu_bits import save_bits
 from programs import assert_same
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, _work
-from jax_dsv4._implementations import native
+from jax_dsv4._implementations import cpu, native
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
@@ -28,47 +29,82 @@ class TestCPU(NativeConformance):
     implementation = "cpu"
 
 
-@pytest.fixture(params=_ffi.CPU_ISAS[:-1])
+@pytest.fixture(params=_ffi.CPU_ISAS)
 def isa(request):
-    """Keeps the kernels from using anything beyond an instruction set."""
-    _ffi.limit_cpu_isa(LIBRARY, request.param)
+    """Has the kernels of an instruction set run."""
+    _ffi.name_cpu_isa(LIBRARY, request.param)
+    if _ffi.cpu_isa(LIBRARY).name != request.param:
+        pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    _ffi.limit_cpu_isa(LIBRARY, _ffi.CPU_ISAS[-1])
+    _ffi.name_cpu_isa(LIBRARY, None)
 
 
 @pytest.mark.parametrize("case", tagged("ci")[::3], ids=str)
-def test_lower_instruction_sets(isa: str, case: Case) -> None:
-    used = _ffi.cpu_isa(LIBRARY)
-    if used != isa:
-        pytest.skip(f"this processor has no {isa}: {used} would run again")
+def test_every_instruction_set(isa: str, case: Case) -> None:
     TestCPU().hold(case)
 
 
-def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
-    """The same call in a process with one thread gives the same bits, split tokens and head groups included."""
-    cases = [named(name) for name in ("one_token_split", "many_tokens", "heads127", "one_scope")]
+BF16 = ["avx2", "avx512", "avx512_bf16"]
+AMX = [*BF16, "amx"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "isas", "named", "chosen", "why"),
+    [
+        ("AuthenticAMD", [], None, "generic", "this processor's best"),
+        ("AuthenticAMD", ["avx2"], None, "avx2", "this processor's best"),
+        ("GenuineIntel", ["avx2", "avx512"], None, "avx512", "this processor's best"),
+        ("AuthenticAMD", BF16, None, "avx512_bf16", "bf16 products have their full rate on this processor"),
+        ("GenuineIntel", BF16, None, "avx512", "this processor's bf16 products are slower than fp32"),
+        ("CentaurHauls", BF16, None, "avx512", "bf16 products were not measured on processors of this vendor"),
+        ("GenuineIntel", BF16, "avx512_bf16", "avx512_bf16", "JAX_DSV4_CPU_ISA names them"),
+        ("AuthenticAMD", BF16, "avx2", "avx2", "JAX_DSV4_CPU_ISA names them"),
+        ("AuthenticAMD", ["avx2"], "avx512", "avx2", "this processor's best"),
+        ("GenuineIntel", AMX, "avx512_bf16", "avx512_bf16", "JAX_DSV4_CPU_ISA names them"),
+        ("GenuineIntel", BF16, "amx", "avx512", "this processor's bf16 products are slower than fp32"),
+        ("AuthenticAMD", BF16, "amx", "avx512_bf16", "bf16 products have their full rate on this processor"),
+    ],
+)
+def test_choice(vendor: str, isas: list[str], named: str | None, chosen: str, why: str) -> None:
+    assert _ffi.choose_cpu_isa(LIBRARY, vendor, isas, named) == (chosen, why)
+
+
+@pytest.mark.parametrize("named", [None, "amx"])
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD", "CentaurHauls"])
+def test_choice_of_amx(vendor: str, named: str | None) -> None:
+    """Wherever it is permitted; where it is refused, what there is without it, which is told."""
+    assert _ffi.choose_cpu_isa(LIBRARY, vendor, AMX, named).name == "amx"
+    refused = _ffi.choose_cpu_isa(LIBRARY, vendor, BF16, named, amx_refused=True)
+    without = _ffi.choose_cpu_isa(LIBRARY, vendor, BF16, named)
+    assert refused == (without.name, "the operating system does not permit AMX")
+
+
+def test_choice_is_told() -> None:
+    isa = _ffi.cpu_isa(LIBRARY)
+    assert dsv4.implementations()["cpu"].detail.startswith(f"{isa.name} kernels ({isa.why}), ")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 16, 64])  # with 64, lanes have no room for all heads of heads127
+def test_bits_do_not_depend_on_threads(tmp_path: Path, threads: int) -> None:
+    """Calls in a process with so many threads give the same bits on each instruction set, split tokens and head groups included."""
     script = (
-        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import numpy as np\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import cases, conformance\n"
-        f"for name in {[c.name for c in cases]!r}:\n"
-        "  case = next(c for c in cases.CASES if c.name == name)\n"
-        "  out, lse = conformance.attend(cases.make(case), 'cpu')\n"
-        f"  np.savez({str(tmp_path)!r} + '/' + name, out=np.asarray(out).view(np.uint16), lse=np.asarray(lse))\n"
+        "import sys; import numpy as np\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import cpu_bits\n"
+        f"cpu_bits.cpu.CPU.lanes = {threads}\n"
+        f"cpu_bits.save_bits({str(tmp_path / 'bits.npz')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    for case in cases:
-        alone = np.load(tmp_path / f"{case.name}.npz")
-        out, lse = attend(make(case), "cpu")
-        assert_same_bits("out", np.asarray(out).view(np.uint16), alone["out"])
-        assert_same_bits("lse", lse, alone["lse"])
+    # XLA makes so many threads whatever the machine has.
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": str(threads)})
+    save_bits(tmp_path / "here.npz")
+    got, want = np.load(tmp_path / "bits.npz"), np.load(tmp_path / "here.npz")
+    assert set(got) == set(want)
+    for name in want:
+        assert_same_bits(name, got[name], want[name])
 
 
 @pytest.mark.parametrize("topk", [64, 576, 1700])
-@pytest.mark.parametrize("isa", _ffi.CPU_ISAS, indirect=True)
 def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
     """Wherever it cuts, and however often; also where more tokens are cut than there is room for partials of, and for a token alone."""
-    if _ffi.cpu_isa(LIBRARY) != isa:
-        pytest.skip(f"this processor has no {isa}")
     rng, tokens, heads = np.random.default_rng(0), 30, 5
     cache = dsv4.append(dsv4.KVCache.create(4, 64), jnp.asarray(rng.standard_normal((256, 512)), jnp.float32), jnp.arange(256))
 
@@ -85,6 +121,29 @@ def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
         assert_same(attend(p, "cpu", plan=with_work(plan, work)), want)
     for t in range(0, tokens, 7):
         assert_same(attend(one_token(p, t), "cpu"), [x[t : t + 1] for x in want])
+
+
+@pytest.mark.parametrize("tile_keys", [64, 160])
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16])
+@pytest.mark.parametrize("threads", [2, 16, 32, 64])
+def test_threads_share_the_work(threads: int, tokens: int, heads: int, tile_keys: int) -> None:
+    """128 + 512 keys a token: tasks for all threads if so many can be had, and at most twice the time of a perfect division."""
+    implementation = type(cpu.CPU)()
+    implementation.lanes = threads
+    lengths = [jnp.full(tokens, n, jnp.int32) for n in (128, 512)]
+    work = implementation.plan(lengths, (128, 512), heads)
+    items = np.asarray(work.work_info_set)[: int(work.work_indptr[-1])]
+    begins, ends = (-(-(items[:, i] - items[:, 0] * 640) // tile_keys) for i in (4, 5))
+    segments = (ends - begins)[ends > begins]  # of the items that have any
+    assert segments.sum() == tokens * (640 // tile_keys)
+    groups = LIBRARY.dsv4_cpu_head_groups(min(len(items), int(segments.sum())), heads, threads)
+    finest = int(segments.sum()) * heads // 16
+    assert len(segments) * groups >= min(threads, finest)
+    free = np.zeros(threads)  # when each thread is
+    for item in np.repeat(segments, groups):
+        free[free.argmin()] += item / groups
+    assert free.max() <= 2 * max(segments.sum() / threads, 16 / heads)
 
 
 @pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens == 16], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ with_library = pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
 
 INT_MAX = 2**31 - 1
 TOKENS, HEADS, WORKERS = 3, 4, 8
-LANE = CPU.lane_bytes_fixed + CPU.lane_bytes_per_head * HEADS
+LANE = CPU.lane_bytes(HEADS)
 i32, f32, bf16, u8 = jnp.int32, jnp.float32, jnp.bfloat16, jnp.uint8
 
 PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4)
@@ -225,6 +226,19 @@ def test_bad_attributes(target: str, changed: dict) -> None:
         call(target, changed)
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+@pytest.mark.parametrize("name", ["libdsv4_cpu", "libdsv4_cuda", "libdsv4_rocm"])
+def test_nothing_but_targets_is_exported(name: str) -> None:
+    """Symbols of the C++ library, of which jaxlib may bring another, would be mixed with its own."""
+    path = _ffi.find_library(name)
+    if path is None:
+        pytest.skip(f"{name} was not built")
+    symbols = subprocess.check_output(["nm", "-D", "--defined-only", path], text=True)
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    assert "dsv4_" in symbols
+    assert not [symbol for symbol in names if not symbol.startswith("dsv4_")]
+
+
 @with_library
 @pytest.mark.parametrize("target", TARGETS)
 def test_too_few_buffers(target: str) -> None:
@@ -283,9 +297,11 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedRowBytes": kv.PACKED_ROW_BYTES,
         "kPackedScaleBytes": kv.PACKED_SCALE_BYTES,
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
-        "kTileKeys": CPU.geometry(1).granularity,
+        "kPlanKeys": CPU.geometry(1).granularity,
         "kLaneBytesFixed": CPU.lane_bytes_fixed - 64,  # Python's has room to align
         "kLaneBytesPerHead": CPU.lane_bytes_per_head - cpp["kMergeBytesPerHead"],
+        "kHeadBlock": CPU.head_block,
+        "kMaxHeadGroups": CPU.head_groups,
         "kTokenCounters": CPU.counters_per_token,
         "kMaxSegments": CPU.max_segments,
         "kPartialNumbers": CPU.partial_numbers,
@@ -321,11 +337,12 @@ def test_plan_capacity(tokens: int, workers: int) -> None:
 
 @with_library
 def test_instruction_sets_have_the_names_that_python_gives_them() -> None:
-    text = (ROOT / "ffi" / "cpu" / "decode.cc").read_text()
-    names = re.search(r"kSelects\[\] = \{((?:\w+_kernels(?:, )?)+)\};", text)
-    assert names is not None
-    assert tuple(name.removesuffix("_kernels") for name in names[1].split(", ")) == _ffi.CPU_ISAS
-    assert _ffi.cpu_isa(LIBRARY) in _ffi.CPU_ISAS
+    enumerated = re.search(r"enum Isa : int \{([^}]*)\}", (ROOT / "ffi/cpu/choose.h").read_text())
+    kernels = re.search(r"kKernels\[kIsas\] = \{([^}]*)\}", (ROOT / "ffi/cpu/decode.cc").read_text())
+    assert enumerated is not None
+    assert kernels is not None
+    assert re.findall(r"k(\w+)", enumerated[1]) == [*(name.title().replace("_", "") for name in _ffi.CPU_ISAS), "Isas"]
+    assert tuple(re.findall(r"&(\w+)_kernels", kernels[1])) == _ffi.CPU_ISAS
 
 
 # --- A library that is absent

@@ -3,56 +3,14 @@
 // so nothing here may call an inline function of the standard library (the linker would keep one copy for all, in
 // whichever instruction set).
 //
-// Per tile of up to 64 valid keys, all heads of the task (a segment's first tile starts anew):
+// Per tile of up to kTileKeys valid keys, all heads of the task (a segment's first tile starts anew):
 //   rows[k, d]   = the tile's latents                                 (load_tile)
 //   s[h, k]      = sum_d q[h, d] * rows[k, d]                         (scores)
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
 //   o[h, d]      = o[h, d] * alpha[h] + sum_k p[h, k] * rows[k, d]    (accumulate)
 // and after a segment's last tile, of what came before and of it:
-//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_numbers, accumulate)
+//   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_maxima, accumulate)
 // Scores, softmax and sums are fp32 throughout.
-
-// 2^x for x <= 0, relative error under 2e-7; below 2^-126: 0. NaN stays NaN.
-inline V exp2(V x) {
-  const V clamped = Simd::max(Simd::set1(-126), x), n = Simd::round(clamped), f = Simd::sub(clamped, n);
-  V y = Simd::set1(1.5252734e-5f);
-  y = Simd::fma(y, f, Simd::set1(1.5403530e-4f));
-  y = Simd::fma(y, f, Simd::set1(1.3333558e-3f));
-  y = Simd::fma(y, f, Simd::set1(9.6181291e-3f));
-  y = Simd::fma(y, f, Simd::set1(5.5504109e-2f));
-  y = Simd::fma(y, f, Simd::set1(2.4022651e-1f));
-  y = Simd::fma(y, f, Simd::set1(6.9314718e-1f));
-  y = Simd::fma(y, f, Simd::set1(1));
-  return Simd::finish_exp2(y, n, x);  // y * 2^n; 0 where x < -126, NaN where x is
-}
-
-// Scores to probabilities, in place; entries n .. 63 become 0.
-inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bool first) {
-  const V scale = Simd::set1(scale_log2);
-  for (int32_t h = 0; h < heads; ++h) {
-    float* row = s.p + h * kTileKeys;
-    for (int k = 0; k < kTileKeys; k += kL) Simd::store(row + k, Simd::mul(Simd::load(row + k), scale));
-    for (int k = n; k < kTileKeys; ++k) row[k] = -__builtin_inff();
-    V max = Simd::set1(-__builtin_inff());
-    for (int k = 0; k < kTileKeys; k += kL) max = Simd::max(Simd::load(row + k), max);
-    float m = Simd::hmax(max);
-    float alpha = 0;
-    if (!first) {
-      if (s.max[h] > m) m = s.max[h];
-      alpha = Simd::first(exp2(Simd::set1(s.max[h] - m)));
-    }
-    V sum = Simd::set1(0);
-    for (int k = 0; k < kTileKeys; k += kL) {
-      const V e = exp2(Simd::sub(Simd::load(row + k), Simd::set1(m)));
-      Simd::store(row + k, e);
-      sum = Simd::add(sum, e);
-    }
-    store_weights(s, h);
-    s.sum[h] = (first ? 0 : s.sum[h] * alpha) + Simd::hsum(sum);
-    s.max[h] = m;
-    s.alpha[h] = alpha;
-  }
-}
 
 // Attention to some keys of one head, not yet divided by its sum. Without a valid key: -inf, 0, and anything in o.
 struct State {
@@ -63,17 +21,19 @@ struct State {
   bool empty() const { return sum == 0 && max == -__builtin_inff(); }
 };
 
-// Merges in the numbers of what comes after, and says how its o is to be. Never inlined, as finish: whoever calls them,
-// the bits are the same.
-__attribute__((noinline)) void merge_numbers(float* max, float* sum, float next_max, float next_sum, float* keep,
-                                             float* take) {
+// Merges in the maximum of what comes after, and says how the sums and o are to be merged. Never inlined, as merge_sums
+// and finish: whoever calls them, the bits are the same.
+__attribute__((noinline)) void merge_maxima(float* max, float next_max, float* keep, float* take) {
   const bool grows = next_max > *max;
   const float m = grows ? next_max : *max, less = grows ? *max : next_max;
   const float other = Simd::first(exp2(Simd::set1(less - m)));
   *keep = grows ? other : 1;
   *take = grows ? 1 : other;
-  *sum = Simd::first(Simd::merge(Simd::set1(*sum), Simd::set1(*keep), Simd::set1(next_sum), Simd::set1(*take)));
   *max = m;
+}
+
+__attribute__((noinline)) void merge_sums(float* sum, float keep, float next_sum, float take) {
+  *sum = Simd::first(Simd::merge(Simd::set1(*sum), Simd::set1(keep), Simd::set1(next_sum), Simd::set1(take)));
 }
 
 // Writes out and lse of a head.
@@ -86,6 +46,7 @@ __attribute__((noinline)) void finish(const DecodeParams& p, int32_t token, int3
     Simd::store(state.o + d, empty ? Simd::set1(0) : Simd::mul(Simd::load(state.o + d), inverse));
   }
   const int64_t row = static_cast<int64_t>(token) * p.heads + head;
+  restore_order(state.o);
   write_out(p, row, state.o);
   p.lse[row] = empty ? -__builtin_inff() : kLn2 * (state.max + log2f(state.sum));
 }
@@ -107,6 +68,9 @@ inline void store_partial(const DecodeParams& p, int32_t row, int32_t head, cons
   for (int d = 0; d < kLatentDim; d += kL) Simd::storeu(out + d, Simd::load(state.o + d));
 }
 
+// Rows whose bytes are fetched before a task begins.
+constexpr int kFirstRows = 64;
+
 // The valid keys of a tile, all of one segment.
 struct Tile {
   Row rows[kTileKeys];
@@ -125,11 +89,12 @@ inline void next_tile(const DecodeParams& p, const Task& task, KeyCursor* cursor
 
 void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   const int32_t heads = task.head_end - task.head_begin;
-  Scratch s = carve(bytes, heads);
+  const int32_t room = padded_heads(heads);
+  Scratch s = carve(bytes, room);
   // Segments are merged if they are the token's first ones. The first is summed up in place.
   const bool merges = task.kv_begin == 0;
-  float* total = reinterpret_cast<float*>(bytes + kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(heads));
-  float *max = total + heads * kLatentDim, *sum = max + heads, *keep = sum + heads, *take = keep + heads;
+  float* total = reinterpret_cast<float*>(bytes + kLaneBytesFixed + kLaneBytesPerHead * static_cast<size_t>(room));
+  float *max = total + room * kLatentDim, *sum = max + room, *keep = sum + room, *take = keep + room;
   static_assert(sizeof(float) * (kLatentDim + 4) <= kMergeBytesPerHead, "per head");
   if (!merges) {
     const State none{-__builtin_inff(), 0, nullptr};
@@ -142,7 +107,7 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   Tile tiles[2];
   KeyCursor cursor = first_key(p, task.token, task.kv_begin);
   next_tile(p, task, &cursor, &tiles[0]);
-  for (int k = 0; k < tiles[0].n; ++k) prefetch_row(tiles[0].rows[k]);
+  for (int k = 0; k < tiles[0].n && k < kFirstRows; ++k) prefetch_row(tiles[0].rows[k]);
   load_queries(p, static_cast<int64_t>(task.token) * p.heads + task.head_begin, heads, s);
   bool empty = true, first = true;  // nothing is merged yet; the segment's first tile
   float* const own = s.o;
@@ -151,16 +116,20 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
     const Tile& tile = tiles[now];
     Tile& next = tiles[now ^ 1];
     next_tile(p, task, &cursor, &next);
-    load_tile(tile.rows, tile.n, s);
+    load_tile(tile.rows, tile.n, next.rows, next.n, s);
     scores(s, heads, tile.n);
     softmax(s, heads, tile.n, p.scale * kLog2e, first);
     const bool last = next.n == 0 || next.segment != tile.segment;
     Merge merge;
     if (merges && last && !empty) {
-      for (int32_t h = 0; h < heads; ++h) merge_numbers(max + h, sum + h, s.max[h], s.sum[h], keep + h, take + h);
+      for (int32_t h = 0; h < heads; ++h) merge_maxima(max + h, s.max[h], keep + h, take + h);
       merge = {total, keep, take};
     }
     accumulate(s, heads, tile.n, first, merge, next.rows, next.n);
+    // Only now: s.sum may become known beside the products.
+    if (merge.total != nullptr) {
+      for (int32_t h = 0; h < heads; ++h) merge_sums(sum + h, keep[h], s.sum[h], take[h]);
+    }
     first = last;
     if (!last) continue;
     if (!merges) {
@@ -201,7 +170,8 @@ void combine(const DecodeParams& p, int32_t token, int32_t row, int32_t count, i
         continue;
       }
       float keep, take;
-      merge_numbers(&state.max, &state.sum, part.max, part.sum, &keep, &take);
+      merge_maxima(&state.max, part.max, &keep, &take);
+      merge_sums(&state.sum, keep, part.sum, take);
       const V k = Simd::set1(keep), t = Simd::set1(take);
       for (int d = 0; d < kLatentDim; d += kL) {
         Simd::store(o + d, Simd::merge(Simd::load(o + d), k, Simd::loadu(out + d), t));

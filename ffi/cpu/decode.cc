@@ -1,9 +1,9 @@
 // What surrounds the kernels: which one runs, which tokens need none, and who combines.
-#include <atomic>
 #include <cstring>
 #include <limits>
 
 #include "common/fp8.h"
+#include "cpu/choose.h"
 #include "cpu/launch.h"
 
 namespace jax_dsv4::cpu {
@@ -23,27 +23,43 @@ void answer_token(const DecodeParams& p, int32_t token, float out, float lse) {
   }
 }
 
-using Select = const Kernels* (*)(const DecodeParams&);
+constexpr const Kernels* kKernels[kIsas] = {
+    &generic_kernels,
 #if defined(__x86_64__)
-constexpr Select kSelects[] = {generic_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels};
-#else
-constexpr Select kSelects[] = {generic_kernels};
+    &avx2_kernels,    &avx512_kernels, &avx512_bf16_kernels, &amx_kernels,
 #endif
-constexpr int kNumSelects = sizeof kSelects / sizeof *kSelects;
-std::atomic<int> isa_limit{kNumSelects - 1};
+};
+
+bool is_bf16(const Scope& scope) { return scope.topk == 0 || scope.cache.layout != Layout::kFloat32; }
 
 }  // namespace
 
-void limit_isa(int highest) { isa_limit = highest < 0 ? 0 : highest < kNumSelects ? highest : kNumSelects - 1; }
-
 const Kernels& select_kernels(const DecodeParams& p) {
-  for (int i = isa_limit.load(std::memory_order_relaxed); i > 0; --i) {
-    if (const Kernels* kernels = kSelects[i](p)) return *kernels;
-  }
-  return *generic_kernels(p);
+  const Kernels& chosen = *kKernels[choice().isa];
+  const bool bf16 = p.q_dtype == Dtype::kBf16 && is_bf16(p.scopes[0]) && is_bf16(p.scopes[1]);
+  return chosen.bf16 && !bf16 ? *kKernels[kAvx512] : chosen;
 }
 
-int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head_groups) {
+int32_t count_tasks(const DecodeParams& p, int32_t tile_keys) {
+  int64_t segments = 0;
+  for (int32_t t = 0; t < p.tokens; ++t) {
+    const int32_t length = max_int(0, p.plan.kv_lengths[t]);
+    segments += segments_before(length, segment_keys(length, tile_keys));
+  }
+  const int32_t items = max_int(0, p.plan.work_indptr[p.plan.workers]);
+  return segments < items ? static_cast<int32_t>(segments) : items;
+}
+
+int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
+  int32_t groups = 1;
+  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads &&
+         heads / (2 * groups) >= kHeadBlock) {
+    groups *= 2;
+  }
+  return groups;
+}
+
+int32_t prepare_tokens(const DecodeParams& p, int32_t tile_keys, int32_t partial_rows, int32_t head_groups) {
   const Plan& plan = p.plan;
   const int32_t stride = p.scopes[0].topk + p.scopes[1].topk;
   const int32_t claimed = plan.work_indptr[plan.workers];
@@ -87,7 +103,7 @@ int32_t prepare_tokens(const DecodeParams& p, int32_t partial_rows, int32_t head
     if (valid && end != begin) {
       partials = seen[kItems];
       valid = static_cast<int64_t>(end) - begin == partials;
-      const int32_t segment = segment_keys(length), merged = segments_before(seen[kFirstKeys], segment);
+      const int32_t segment = segment_keys(length, tile_keys), merged = segments_before(seen[kFirstKeys], segment);
       const int32_t wanted = 1 + segments_before(length, segment) - merged;
       const bool fits = wanted <= partial_rows - rows;
       const PartialRows mine{fits ? rows : -1, merged};
@@ -115,7 +131,7 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   int32_t* waiting = counters + group;
   if (__atomic_load_n(waiting, __ATOMIC_RELAXED) < 0) return;  // prepare_tokens has answered it
   const int32_t first = info.batch_idx * (p.scopes[0].topk + p.scopes[1].topk);
-  const int32_t length = p.plan.kv_lengths[info.batch_idx], keys = segment_keys(length);
+  const int32_t length = p.plan.kv_lengths[info.batch_idx], keys = segment_keys(length, kernels.tile_keys);
   const int32_t begin = segments_before(info.kv_start - first, keys);
   int32_t end = segments_before(info.kv_end - first, keys);
   bool cut = info.partial_qo_loc >= 0;
@@ -132,8 +148,10 @@ void run_task(const DecodeParams& p, const Kernels& kernels, int32_t head_groups
   task.kv_end = segments_end(end, keys, length);
   task.segment_keys = keys;
   task.row = !cut ? -1 : begin == 0 ? rows.first : rows.first + 1 + begin - rows.merged;
-  task.head_begin = static_cast<int32_t>(static_cast<int64_t>(p.heads) * group / head_groups);
-  task.head_end = static_cast<int32_t>(static_cast<int64_t>(p.heads) * (group + 1) / head_groups);
+  // Whole blocks of heads, but the last one.
+  const int32_t blocks = padded_heads(p.heads) / kHeadBlock;
+  task.head_begin = kHeadBlock * (blocks * group / head_groups);
+  task.head_end = min_int(kHeadBlock * (blocks * (group + 1) / head_groups), p.heads);
   if (begin < end) kernels.attend(p, task, scratch);
   // The last of a token's items merges all partials, in the order of their keys: the result does not depend on who was
   // last.

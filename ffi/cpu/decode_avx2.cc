@@ -102,14 +102,9 @@ struct Simd {
 // decode-inl.h builds on it.
 #include "cpu/decode-inl.h"
 
-constexpr Kernels kKernels{"avx2", attend, combine};
-
 }  // namespace
 
-const Kernels* avx2_kernels(const DecodeParams&) {
-  const bool usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  return usable ? &kKernels : nullptr;
-}
+const Kernels avx2_kernels{"avx2", false, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu
 

@@ -15,15 +15,9 @@ namespace {
 // The order of these matters: each builds on the one before.
 #include "cpu/decode-inl.h"
 
-constexpr Kernels kKernels{"avx512", attend, combine};
-
 }  // namespace
 
-const Kernels* avx512_kernels(const DecodeParams&) {
-  const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return usable ? &kKernels : nullptr;
-}
+const Kernels avx512_kernels{"avx512", false, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu
 

@@ -15,20 +15,9 @@ namespace {
 // decode-inl.h builds on both.
 #include "cpu/decode-inl.h"
 
-constexpr Kernels kKernels{"avx512_bf16", attend, combine};
-
-bool is_bf16(const Scope& scope) {
-  return scope.topk == 0 || scope.cache.layout == Layout::kFp8DsMla || scope.cache.layout == Layout::kBf16;
-}
-
 }  // namespace
 
-const Kernels* avx512_bf16_kernels(const DecodeParams& p) {
-  const bool usable = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool exact = p.q_dtype == Dtype::kBf16 && is_bf16(p.scopes[0]) && is_bf16(p.scopes[1]);
-  return usable && exact ? &kKernels : nullptr;
-}
+const Kernels avx512_bf16_kernels{"avx512_bf16", true, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu
 

@@ -84,10 +84,8 @@ struct Simd {
 // decode-inl.h builds on it.
 #include "cpu/decode-inl.h"
 
-constexpr Kernels kKernels{"generic", attend, combine};
-
 }  // namespace
 
-const Kernels* generic_kernels(const DecodeParams&) { return &kKernels; }
+const Kernels generic_kernels{"generic", false, kTileKeys, attend, combine};
 
 }  // namespace jax_dsv4::cpu

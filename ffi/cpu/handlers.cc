@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/bind.h"
+#include "cpu/choose.h"
 #include "cpu/launch.h"
 
 namespace jax_dsv4::cpu {
@@ -66,16 +67,6 @@ ffi::Error plan(const PlanOperands& o) {
   return ffi::Error::Success();
 }
 
-// A call is cut into items * head groups. More groups than 1 dequantise the same keys again, so only as many as keep
-// the threads busy.
-int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
-  int32_t groups = 1;
-  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads && heads / (2 * groups) >= 16) {
-    groups *= 2;
-  }
-  return groups;
-}
-
 struct CpuDecodeOperands : DecodeOperands {
   Buffer workspace;
 };
@@ -91,16 +82,17 @@ ffi::Future decode(const CpuDecodeOperands& o, ffi::ThreadPool pool) {
   check.buffer(o.workspace, "workspace", ffi::DataType::U8, "(lanes, lane_bytes)", {-1, -1});
   if (!check.ok()) return done(check.error());
   const int64_t stride = o.workspace.dimensions()[1], lanes = o.workspace.dimensions()[0];
-  check.require(lanes > 0 && stride >= static_cast<int64_t>(lane_bytes(p.heads)) + 64, "workspace",
-                "have lanes of at least " + std::to_string(lane_bytes(p.heads) + 64) + " bytes",
+  // Where lanes have no room for all heads, tasks have fewer.
+  const int64_t least = static_cast<int64_t>(lane_bytes(group_heads(p.heads, kMaxHeadGroups))) + 64;
+  check.require(lanes > 0 && stride >= least, "workspace", "have lanes of at least " + std::to_string(least) + " bytes",
                 std::to_string(stride));
   if (!check.ok()) return done(check.error());
   uint8_t* scratch = data_of<uint8_t>(o.workspace);
 
   const Kernels& kernels = select_kernels(p);
-  const int32_t count = p.plan.work_indptr[p.plan.workers];
-  const int32_t groups = choose_head_groups(count < 0 ? 0 : count, p.heads, pool.num_threads());
-  const int32_t items = prepare_tokens(p, partial_rows, groups);
+  int32_t groups = choose_head_groups(count_tasks(p, kernels.tile_keys), p.heads, pool.num_threads());
+  while (static_cast<int64_t>(lane_bytes(group_heads(p.heads, groups))) + 64 > stride) groups *= 2;
+  const int32_t items = prepare_tokens(p, kernels.tile_keys, partial_rows, groups);
   return parallel(pool, static_cast<int64_t>(items) * groups, lanes,
                   [p, &kernels, groups, scratch, stride](int64_t task, int64_t lane) {
                     const uintptr_t at = reinterpret_cast<uintptr_t>(scratch + lane * stride);
@@ -129,9 +121,25 @@ JAX_DSV4_TARGET(dsv4_plan, taking_struct(plan), plan_binding(ffi::Ffi::Bind()))
 JAX_DSV4_TARGET(dsv4_decode, taking_struct(decode), decode_binding(with_threads()).Ret<Buffer>())
 JAX_DSV4_TARGET(dsv4_append, taking_struct(append_rows), append_binding(with_threads()))
 
-// The instruction set that a bf16 call on packed caches uses here.
-JAX_DSV4_EXPORT const char* dsv4_cpu_isa() { return select_kernels(DecodeParams{}).name; }
+// The instruction set that a bf16 call uses here, and in *why the reason.
+JAX_DSV4_EXPORT int dsv4_cpu_isa(const char** why) {
+  const Choice chosen = choice();
+  *why = chosen.why;
+  return chosen.isa;
+}
 
-JAX_DSV4_EXPORT void dsv4_cpu_limit_isa(int highest) { limit_isa(highest); }
+JAX_DSV4_EXPORT void dsv4_cpu_name_isa(int isa) { name_isa(isa); }
+
+// How many tasks share the heads of each of `items`.
+JAX_DSV4_EXPORT int dsv4_cpu_head_groups(int items, int heads, int threads) {
+  return choose_head_groups(items, heads, threads);
+}
+
+// The rule itself, of any processor.
+JAX_DSV4_EXPORT int dsv4_cpu_choose(const char* vendor, uint32_t isas, bool amx_refused, int named, const char** why) {
+  const Choice chosen = choose({vendor, isas, amx_refused}, named);
+  *why = chosen.why;
+  return chosen.isa;
+}
 
 }  // namespace jax_dsv4::cpu

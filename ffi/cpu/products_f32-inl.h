@@ -1,5 +1,7 @@
 // Products in fp32: any dtype of q, any layout. Part of decode-inl.h, which see.
 
+constexpr int kTileKeys = 64;
+
 #include "cpu/blocks-inl.h"
 #include "cpu/keys-inl.h"
 
@@ -61,7 +63,7 @@ inline void load_row(const Row& row, float* dst) {
   }
 }
 
-inline void load_tile(const Row* rows, int n, const Scratch& s) {
+inline void load_tile(const Row* rows, int n, const Row*, int, const Scratch& s) {
   for (int k = 0; k < n; ++k) {
     load_row(rows[k], s.rows + k * kRowStride);
   }
@@ -169,3 +171,8 @@ inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const
     for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
   }
 }
+
+// Numbers stay in the order of the cache.
+inline void restore_order(float*) {}
+
+#include "cpu/softmax-inl.h"

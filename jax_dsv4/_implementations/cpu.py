@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax_dsv4 import _ffi
 from jax_dsv4._implementations.interface import Availability, KernelCall
 from jax_dsv4._implementations.native import append_call, decode_call, plan_call
-from jax_dsv4._work import Geometry, WorkPlan
+from jax_dsv4._work import MAX_WORKERS, Geometry, WorkPlan
 from jax_dsv4.cache import LATENT_DIM, KVCache
 
 
@@ -19,24 +19,29 @@ class _CPU:
     name = "cpu"
     platforms: tuple[str, ...] = ("cpu",)
     fuses = True
-    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kTokenCounters, kMaxSegments, kPartialNumbers; 64 bytes
-    # more to align.
-    lane_bytes_fixed = 160 * 1024 + 64
+    # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kHeadBlock, kTokenCounters, kMaxSegments,
+    # kPartialNumbers, kMaxHeadGroups; 64 bytes more to align.
+    lane_bytes_fixed = 272 * 1024 + 64
     lane_bytes_per_head = 7 * 1024 + 64
+    head_block = 16
     counters_per_token = 10
     max_segments = 10
     partial_numbers = 2
     # One lane a thread; threads beyond the lanes stay idle. No more than this machine has cores: fresh pages cost more than the kernel's
     # work on a small call.
-    lanes = min(32, os.cpu_count() or 1)
-    # Of all partials, if one token's take no more: the allocator gives larger blocks back, and fresh pages cost time in every call.
+    lanes = min(64, os.cpu_count() or 1)
+    # Of all lanes: the allocator gives larger blocks back, and fresh pages cost time in every call. Tasks have fewer heads for it.
+    workspace_bytes = 32 * 2**20
+    head_groups = 8  # at most
+    # Of all partials, if one token's take no more, for the same reason.
     partial_bytes = 16 * 2**20
 
     def availability(self) -> Availability:
         library, detail = _ffi.load("libdsv4_cpu", "cpu")
         if library is None:
             return Availability(False, detail)
-        return Availability(True, f"{_ffi.cpu_isa(library)} kernels, {detail}")
+        isa = _ffi.cpu_isa(library)
+        return Availability(True, f"{isa.name} kernels ({isa.why}), {detail}")
 
     def exportable(self) -> bool:
         return False  # every process has a CPU: absent means absent
@@ -46,19 +51,33 @@ class _CPU:
             return "it does not read layout 'aiter_fp8'"
         return None
 
-    def geometry(self, tokens: int) -> Geometry:
+    def geometry(self, tokens: int, heads: int = head_block) -> Geometry:
         # Enough items for all threads to end at about the same time. Results do not depend on it: a token's keys are summed in segments of
-        # its own, wherever the plan cuts it. But partials cost time. More threads than items share an item's heads.
-        return Geometry(workers=min(16, max(4 * self.lanes, -(-16 // max(tokens, 1)))), granularity=64, overhead=2)
+        # its own, wherever the plan cuts it. But partials cost time. More threads than items share an item's heads; where these are not
+        # enough by far, tokens are cut as finely as can be.
+        few = min(16, max(4 * self.lanes, -(-16 // max(tokens, 1))))
+        groups = max(1, min(self.head_groups, heads // self.head_block))
+        many = MAX_WORKERS if 4 * tokens * groups <= self.lanes else -(-self.lanes // groups)
+        return Geometry(workers=max(few, many), granularity=64, overhead=2)
+
+    def lane_bytes(self, heads: int) -> int:
+        blocks, groups = -(-heads // self.head_block), 1
+
+        def with_groups(groups: int) -> int:
+            return self.lane_bytes_fixed + self.lane_bytes_per_head * self.head_block * -(-blocks // groups)
+
+        while groups < self.head_groups and self.lanes * with_groups(groups) > self.workspace_bytes:
+            groups *= 2
+        return with_groups(groups)
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
-        return plan_call(lengths, topks, self.geometry(lengths[0].shape[0]))
+        return plan_call(lengths, topks, self.geometry(lengths[0].shape[0], num_heads))
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         tokens, heads, _ = call.q.shape
         # A plan for so many workers cuts less tokens than that, and a token that is cut has a row for each of its segments at most. One
         # that gets no rows is not cut.
-        geometry = self.geometry(tokens)
+        geometry = self.geometry(tokens, heads)
         cut = min(tokens, geometry.workers - 1)
         segments = min(self.max_segments, -(-sum(call.topks) // geometry.granularity))
         partials = max(1, min(cut * segments, max(segments, self.partial_bytes // (4 * LATENT_DIM * heads))))
@@ -66,7 +85,7 @@ class _CPU:
             jax.ShapeDtypeStruct((partials, heads, LATENT_DIM), jnp.float32),  # partial outputs
             jax.ShapeDtypeStruct((partials, heads * self.partial_numbers), jnp.float32),  # partial maxima and sums
             jax.ShapeDtypeStruct((tokens, self.counters_per_token), jnp.int32),  # items not yet done, and rows
-            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes_fixed + self.lane_bytes_per_head * heads), jnp.uint8),
+            jax.ShapeDtypeStruct((self.lanes, self.lane_bytes(heads)), jnp.uint8),
         )
         return decode_call(call, workspaces)
 
