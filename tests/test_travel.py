@@ -55,7 +55,7 @@ def step_of_bytes(data, *rest):
 def run(code: str, *arguments: object, **variables: str) -> str:
     """What a fresh process prints."""
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
