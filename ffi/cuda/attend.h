@@ -79,17 +79,114 @@ __device__ __forceinline__ bool softmax(float scale_log2, float (&top)[kHeads / 
   return rescale;
 }
 
+// S^T of a tile, and which of this thread's two keys a token attends to.
+template <typename Memory, int kSums, int kValues>
+__device__ __forceinline__ void score_tile(const Memory& shared, int buffer, int warp, int lane,
+                                           float (&s)[kSums][kValues], bool (&valid)[2]) {
+  multiply_scores(shared, buffer, s);
+  // Read by the lane that will tell this group's producers that the tile is free.
+  constexpr int kWarpsPerGroup = kWarps / kGroups;
+  uint2 words = {};
+  if (lane == warp / kWarpsPerGroup) words = *reinterpret_cast<const uint2*>(&shared.valid[buffer][2 * warp]);
+  words.x = __shfl_sync(~0u, words.x, warp / kWarpsPerGroup);
+  words.y = __shfl_sync(~0u, words.y, warp / kWarpsPerGroup);
+  valid[0] = (words.x >> (lane / 4) & 1) != 0;
+  valid[1] = (words.y >> (lane / 4) & 1) != 0;
+  wgmma_wait<0>();
+}
+
+// P^T to P in shared memory. Its rows are heads; this warp has the 16-byte units 2 * warp and the next.
+template <int kValues>
+__device__ __forceinline__ void put_weights(uint8_t* to, int warp, int lane, const float (&p)[kValues]) {
+  uint32_t pairs[kValues / 2];
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) pairs[i] = pack_bf16x2(p[2 * i], p[2 * i + 1]);
+  const uint32_t at = smem_address(to) + lane % 8 * kRowBytes + 16 * ((2 * warp + lane / 8 % 2) ^ lane % 8);
+  if constexpr (kValues == 4) {
+    store_transposed(at, pairs[0], pairs[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues / 2; i += 4) {
+      store_transposed(at + (4 * i + lane / 16 * 8) * kRowBytes, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+    }
+  }
+  fence_proxy_async();
+}
+
+// What a warpgroup has of an item.
+template <int kHeads>
+struct Attended {
+  static constexpr int kColumns = kHeads / 4;  // a thread's: 8 * (i / 2) + 2 * (lane % 4) + i % 2
+  // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's rows.
+  float maximum[kColumns], sum[kColumns], o[kPlanes][kHeads / 2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      maximum[i] = -INFINITY;
+      sum[i] = 0.f;
+    }
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int i = 0; i < kHeads / 2; ++i) o[plane][i] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[kColumns]) {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int i = 0; i < kHeads / 2; ++i) o[plane][i] *= factor[i / 4 * 2 + i % 2];
+    }
+  }
+
+  template <typename Memory>
+  __device__ __forceinline__ void put_softmax(Memory& shared, int attending, int warp, int lane) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sum[i] = column_sum(sum[i]);
+    if (lane >= 4) return;
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) {
+      const int column = 4 * i + 2 * lane;
+      *reinterpret_cast<float2*>(&shared.sums[attending][warp][column]) = {sum[i], sum[i + 1]};
+      if (warp == 0) *reinterpret_cast<float2*>(&shared.maxima[attending][column]) = {maximum[i], maximum[i + 1]};
+    }
+  }
+};
+
+// Scores, softmax and values of a tile that is full; `last` of this warpgroup's in the item.
+template <typename Work, int kHeads>
+__device__ __forceinline__ void attend_tile(float scale_log2, AttendShared<Work, kHeads>& shared, int attending,
+                                            int buffer, bool first, bool last, Attended<kHeads>& a) {
+  using Memory = AttendShared<Work, kHeads>;
+  constexpr int kColumns = Attended<kHeads>::kColumns;
+  const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
+  float s[Memory::kScoreSums][kHeads / 2], top[kColumns], factor[kColumns];
+  bool valid[2];
+  score_tile(shared, buffer, warp, lane, s, valid);
+  column_maxima(shared, attending, warp, lane, valid, s, top);
+  const bool rescale = softmax<kHeads>(scale_log2, top, s[0], a.maximum, a.sum, factor);
+  put_weights(shared.p[attending], warp, lane, s[0]);
+  if (Work::kCluster && last) a.put_softmax(shared, attending, warp, lane);  // that is sent while the products run
+  if (!first && __any_sync(~0u, rescale)) a.rescale(factor);
+  named_barrier_sync(1 + attending, kWarpgroup);
+  accumulate_values(shared, attending, buffer, a.o);
+  if constexpr (Work::kCluster) {
+    if (last) send_softmax(shared, attending, true);
+  }
+  wgmma_wait<0>();
+}
+
 // Warpgroup number `attending` of two that take an item's tiles in turn, each with a running maximum, sum and O^T of
-// its own, and add up at its end. In one piece: as further functions its phases would get other registers.
+// its own, and add up at its end.
 template <typename Work, int kHeads>
 __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work, kHeads>& shared, int attending) {
   const DecodeParams& params = args.params;
   using Memory = AttendShared<Work, kHeads>;
   constexpr int kTiles = Memory::kTiles, kAttending = Memory::kAttending;
   static_assert(kAttending == 2 && kAttending <= kTiles, "an item's last tiles are all held until its end");
-  constexpr int kColumns = kHeads / 4;  // a thread's: 8 * (i / 2) + 2 * (lane % 4) + i % 2
   const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
-  const int barrier = 1 + attending;
   // An mbarrier: racecheck reports hazards across a named one of these threads.
   uint32_t phase = 0;
   auto all_attending_sync = [&] {
@@ -112,7 +209,6 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
   int before = 0;  // tiles of the items before
   int held = -1;   // the tile that has this warpgroup's O^T
   while (more) {
-    // --- Q of the item
     copy_async_wait_all();
     fence_proxy_async();
     all_attending_sync();  // Q has come, and the item before is stored
@@ -122,85 +218,16 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
     more = work.next(&item);
     const int tiles = (now.end - now.begin + kKeyTile - 1) / kKeyTile;
 
-    // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's rows.
-    float maximum[kColumns], sum[kColumns], o[kPlanes][kHeads / 2];
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      maximum[i] = -INFINITY;
-      sum[i] = 0.f;
-    }
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-#pragma unroll
-      for (int i = 0; i < kHeads / 2; ++i) o[plane][i] = 0.f;
-    }
-    auto put_softmax = [&] {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) sum[i] = column_sum(sum[i]);
-      if (lane >= 4) return;
-#pragma unroll
-      for (int i = 0; i < kColumns; i += 2) {
-        const int column = 4 * i + 2 * lane;
-        *reinterpret_cast<float2*>(&shared.sums[attending][warp][column]) = {sum[i], sum[i + 1]};
-        if (warp == 0) *reinterpret_cast<float2*>(&shared.maxima[attending][column]) = {maximum[i], maximum[i + 1]};
-      }
-    };
+    Attended<kHeads> attended;
+    attended.clear();
     if constexpr (Work::kCluster) {
       if (attending >= tiles) send_softmax(shared, attending, false);
     }
     for (int tile = attending; tile < tiles; tile += kAttending) {
-      // --- the scores of a tile
-      const bool first = tile == attending, last = tile + kAttending >= tiles;
+      const bool last = tile + kAttending >= tiles;
       const int buffer = (before + tile) % kTiles;
       for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], (before + tile) / kTiles % 2);
-      float s[Memory::kScoreSums][kHeads / 2];
-      multiply_scores(shared, buffer, s);
-      // Read by the lane that will tell this group's producers that the tile is free.
-      constexpr int kWarpsPerGroup = kWarps / kGroups;
-      uint2 words = {};
-      if (lane == warp / kWarpsPerGroup) words = *reinterpret_cast<const uint2*>(&shared.valid[buffer][2 * warp]);
-      words.x = __shfl_sync(~0u, words.x, warp / kWarpsPerGroup);
-      words.y = __shfl_sync(~0u, words.y, warp / kWarpsPerGroup);
-      const bool valid[2] = {(words.x >> (lane / 4) & 1) != 0, (words.y >> (lane / 4) & 1) != 0};
-      wgmma_wait<0>();
-
-      // --- the softmax
-      float top[kColumns];
-      column_maxima(shared, attending, warp, lane, valid, s, top);
-      float factor[kColumns];
-      const bool rescale = softmax<kHeads>(scale_log2, top, s[0], maximum, sum, factor);
-
-      // --- P to shared memory. Its rows are heads; this warp has the 16-byte units 2 * warp and the next.
-      uint32_t pairs[kHeads / 4];
-#pragma unroll
-      for (int i = 0; i < kHeads / 4; ++i) pairs[i] = pack_bf16x2(s[0][2 * i], s[0][2 * i + 1]);
-      const uint32_t p =
-          smem_address(shared.p[attending]) + lane % 8 * kRowBytes + 16 * ((2 * warp + lane / 8 % 2) ^ lane % 8);
-      if constexpr (kHeads == 8) {
-        store_transposed(p, pairs[0], pairs[1]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kHeads / 4; i += 4) {
-          store_transposed(p + (4 * i + lane / 16 * 8) * kRowBytes, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
-        }
-      }
-      fence_proxy_async();
-
-      // --- the values
-      if (Work::kCluster && last) put_softmax();  // that is sent while the products run
-      if (!first && __any_sync(~0u, rescale)) {
-#pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) {
-#pragma unroll
-          for (int i = 0; i < kHeads / 2; ++i) o[plane][i] *= factor[i / 4 * 2 + i % 2];
-        }
-      }
-      named_barrier_sync(barrier, kWarpgroup);
-      accumulate_values(shared, attending, buffer, o);
-      if constexpr (Work::kCluster) {
-        if (last) send_softmax(shared, attending, true);
-      }
-      wgmma_wait<0>();
+      attend_tile<Work, kHeads>(scale_log2, shared, attending, buffer, tile == attending, last, attended);
       if (last) {
         held = buffer;
       } else if (lane < kGroups) {
@@ -208,15 +235,14 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
       }
     }
 
-    // --- the item's end
     if constexpr (Work::kCluster) {
-      share_token(params, shared, work, now, attending, tiles, maximum, o);
+      share_token(params, shared, work, now, attending, tiles, attended.maximum, attended.o);
       return;
     } else {
       if (held >= 0) {
-        put_softmax();
-        named_barrier_sync(barrier, kWarpgroup);  // no warp's products still read the tile
-        put_output(o, reinterpret_cast<float*>(shared.k[held]));
+        attended.put_softmax(shared, attending, warp, lane);
+        named_barrier_sync(1 + attending, kWarpgroup);  // no warp's products still read the tile
+        put_output(attended.o, reinterpret_cast<float*>(shared.k[held]));
       }
       all_attending_sync();  // also: nobody reads this item's Q any more
       if (more) copy_q(params, shared, item.token);

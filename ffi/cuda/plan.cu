@@ -41,9 +41,8 @@ __device__ PlanTotals totals_of_warp(PlanTotals x) {
 
 // The room before each of so many tokens, and after the last, whose steps are there, from the room before the first.
 template <int kThreads>
-__device__ __forceinline__ void scan_rooms(const PlanParams& p, PlanShare share, int32_t num_rooms, int32_t first_room,
-                                           int count, const PlanStep* steps, int32_t (*ends)[kThreads],
-                                           int32_t* rooms) {
+__device__ __forceinline__ void scan_rooms(PlanShare share, int32_t num_rooms, int32_t first_room, int count,
+                                           const PlanStep* steps, int32_t (*ends)[kThreads], int32_t* rooms) {
   const int thread = threadIdx.x;
   // n / num_rooms for n <= kThreads, where num_rooms <= kThreads, is n * reciprocal >> 20.
   const int reciprocal = ((1 << 20) + num_rooms - 1) / num_rooms;
@@ -97,39 +96,111 @@ __device__ __forceinline__ void write_rest(const PlanParams& p, PlanCursor end) 
   if (thread == 0) p.reduce_indptr[0] = 0;
 }
 
+template <int kThreads>
+struct PlanShared {
+  static constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0);
+  PlanTotals warp_totals[kWarps];
+  int32_t warp_tokens[kWarps];
+  Counts warp_counts[kWarps];
+  PlanStep steps[kThreads + kPadding];
+  int32_t ends[kPieceParts][kThreads];  // [part][piece, room at the piece's begin] the room at the part's end
+  int32_t rooms[kThreads + kPadding + 1];
+  int32_t lengths[kThreads];
+  PlanCursor places[kThreads];
+  PlanCut cuts[kThreads];
+};
+
+// A thread's token of those at hand.
+struct PlanLength {
+  int32_t keys, blocks;
+};
+
+template <int kThreads>
+__device__ __forceinline__ PlanLength length_at(const PlanParams& p, int first) {
+  const int token = first + threadIdx.x;
+  const int32_t keys = token < p.tokens ? plan_length(p, token) : 0;
+  return {keys, plan_blocks(p, keys)};
+}
+
+// The sums over all tokens, backwards, so that the first tokens are at hand in the end. They fit 32 bits:
+// common/bind.h sees to that.
+template <int kThreads>
+__device__ __forceinline__ PlanTotals sums_of_all(const PlanParams& p, PlanShared<kThreads>& shared,
+                                                  PlanLength* length) {
+  constexpr int kWarps = kThreads / 32;
+  const int thread = threadIdx.x, lane = thread % 32;
+  PlanTotals totals{};
+#pragma unroll 1
+  for (int first = (p.tokens - 1) / kThreads * kThreads; first >= 0; first -= kThreads) {
+    *length = length_at<kThreads>(p, first);
+    totals = plan_add(totals, plan_totals(plan_cost(p, length->blocks)));
+  }
+  totals = totals_of_warp(totals);
+  if (lane == 0) shared.warp_totals[thread / 32] = totals;
+  if (thread < kPadding) shared.steps[kThreads + thread] = {};
+  __syncthreads();
+  return totals_of_warp(lane < kWarps ? shared.warp_totals[lane] : PlanTotals{});
+}
+
+// The room before this thread's token where all are whole and of one cost, from its rank among those not empty.
+template <int kThreads>
+__device__ __forceinline__ int32_t room_by_rank(PlanShared<kThreads>& shared, int32_t payload, int32_t cost,
+                                                int32_t blocks, int32_t* tokens_before) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t some = __ballot_sync(~0u, blocks > 0);
+  if (lane == 0) shared.warp_tokens[warp] = __popc(some);
+  __syncthreads();
+  int32_t rank = *tokens_before + __popc(some & ((1u << lane) - 1));
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) {
+    if (i < warp) rank += shared.warp_tokens[i];
+    *tokens_before += shared.warp_tokens[i];
+  }
+  const int32_t of_worker = static_cast<uint32_t>(rank) % static_cast<uint32_t>(payload / cost);
+  return of_worker == 0 ? 0 : payload - of_worker * cost;
+}
+
+// Where this thread's token goes, by the counts of all before; moves the cursor past all tokens at hand, but for its
+// room.
+template <int kThreads>
+__device__ __forceinline__ PlanCursor place_of(PlanShared<kThreads>& shared, PlanCut cut, PlanCursor* cursor) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
+  if (lane == 31) shared.warp_counts[warp] = sums;
+  __syncthreads();
+  Counts at{cursor->worker, cursor->items, cursor->partials}, all = at;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) {
+    if (i == warp) at = all;
+    all = add(all, shared.warp_counts[i]);
+  }
+  *cursor = {all.worker, 0, all.items, all.partials};
+  return {at.worker + sums.worker - mine.worker, 0, at.items + sums.items - mine.items,
+          at.partials + sums.partials - mine.partials};
+}
+
+// The items of the tokens at hand, by as many threads to a token as there are.
+template <int kThreads>
+__device__ __forceinline__ void write_items(const PlanParams& p, const PlanShared<kThreads>& shared, int first,
+                                            int count) {
+  const int thread = threadIdx.x;
+  const int group_log2 = __clz(count - 1) + __ffs(kThreads) - 33, token = thread >> group_log2;
+  if (token >= count) return;
+#pragma unroll 1
+  for (int i = thread & ((1 << group_log2) - 1); i < shared.cuts[token].items; i += 1 << group_log2) {
+    plan_item(p, first + token, shared.lengths[token], shared.places[token], shared.cuts[token], i);
+  }
+}
+
 // Code that runs once costs what fetching it costs: no loop is unrolled that rarely runs twice, and few numbers are
 // divided.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
-  constexpr int kWarps = kThreads / 32;
-  static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0);
-  __shared__ PlanTotals warp_totals[kWarps];
-  __shared__ int32_t warp_tokens[kWarps];
-  __shared__ Counts warp_counts[kWarps];
-  __shared__ PlanStep steps[kThreads + kPadding];
-  // [part][piece, room at the piece's begin] the room at the part's end
-  __shared__ int32_t ends[kPieceParts][kThreads];
-  __shared__ int32_t rooms[kThreads + kPadding + 1];
-  __shared__ int32_t lengths[kThreads];
-  __shared__ PlanCursor places[kThreads];
-  __shared__ PlanCut cuts[kThreads];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-
-  // --- the sums over all tokens
-  // Backwards, so that the first tokens are at hand in the end. The sum fits 32 bits: common/bind.h sees to that.
-  PlanTotals totals{};
-  int32_t length = 0, blocks = 0;
-#pragma unroll 1
-  for (int first = (p.tokens - 1) / kThreads * kThreads; first >= 0; first -= kThreads) {
-    length = first + thread < p.tokens ? plan_length(p, first + thread) : 0;
-    blocks = plan_blocks(p, length);
-    totals = plan_add(totals, plan_totals(plan_cost(p, blocks)));
-  }
-  totals = totals_of_warp(totals);
-  if (lane == 0) warp_totals[warp] = totals;
-  if (thread < kPadding) steps[kThreads + thread] = {};
-  __syncthreads();
-  totals = totals_of_warp(lane < kWarps ? warp_totals[lane] : PlanTotals{});
+  __shared__ PlanShared<kThreads> shared;
+  const int thread = threadIdx.x;
+  PlanLength length{};
+  const PlanTotals totals = sums_of_all(p, shared, &length);
   const PlanShare share = plan_share(p, totals);
   const int32_t num_rooms = plan_rooms(p, share);
   // Whole tokens of one cost: as many to every worker, and nothing to scan.
@@ -142,62 +213,28 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     const int count = min(kThreads, p.tokens - first);
     if (first > 0) {
       __syncthreads();  // what the items before are written from is no longer needed
-      length = thread < count ? plan_length(p, first + thread) : 0;
-      blocks = plan_blocks(p, length);
+      length = length_at<kThreads>(p, first);
     }
-    lengths[thread] = length;
-
-    // --- the room before each token
+    shared.lengths[thread] = length.keys;
     int32_t room;
     if (alike) {
-      const uint32_t some = __ballot_sync(~0u, blocks > 0);
-      if (lane == 0) warp_tokens[warp] = __popc(some);
-      __syncthreads();
-      int32_t rank = tokens_before + __popc(some & ((1u << lane) - 1));
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        if (i < warp) rank += warp_tokens[i];
-        tokens_before += warp_tokens[i];
-      }
-      const int32_t of_worker = static_cast<uint32_t>(rank) % static_cast<uint32_t>(share.payload / totals.largest);
-      room = of_worker == 0 ? 0 : share.payload - of_worker * totals.largest;
+      room = room_by_rank(shared, share.payload, totals.largest, length.blocks, &tokens_before);
     } else {
-      steps[thread] = plan_step(p, share, blocks);
+      shared.steps[thread] = plan_step(p, share, length.blocks);
       __syncthreads();
-      scan_rooms<kThreads>(p, share, num_rooms, start.room, count, steps, ends, rooms);
+      scan_rooms<kThreads>(share, num_rooms, start.room, count, shared.steps, shared.ends, shared.rooms);
       __syncthreads();
-      room = thread < count ? rooms[thread] : 0;
+      room = thread < count ? shared.rooms[thread] : 0;
     }
-
-    // --- where each token goes: counts of all before
-    const PlanCut cut = plan_cut(share, blocks, room);
-    const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
-    if (lane == 31) warp_counts[warp] = sums;
+    const PlanCut cut = plan_cut(share, length.blocks, room);
+    const PlanCursor place = place_of(shared, cut, &start);
+    shared.places[thread] = place;
+    shared.cuts[thread] = cut;
+    if (thread < count) plan_token(p, first + thread, length.keys, place, cut);
+    start.room = alike ? 0 : shared.rooms[count];
     __syncthreads();
-    Counts at{start.worker, start.items, start.partials}, all = at;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      if (i == warp) at = all;
-      all = add(all, warp_counts[i]);
-    }
-    const PlanCursor place{at.worker + sums.worker - mine.worker, 0, at.items + sums.items - mine.items,
-                           at.partials + sums.partials - mine.partials};
-    places[thread] = place;
-    cuts[thread] = cut;
-    if (thread < count) plan_token(p, first + thread, length, place, cut);
-    start = {all.worker, alike ? 0 : rooms[count], all.items, all.partials};
-    __syncthreads();
-
-    // --- the items, by as many threads to a token as there are
-    const int group_log2 = __clz(count - 1) + __ffs(kThreads) - 33, token = thread >> group_log2;
-    if (token < count) {
-#pragma unroll 1
-      for (int i = thread & ((1 << group_log2) - 1); i < cuts[token].items; i += 1 << group_log2) {
-        plan_item(p, first + token, lengths[token], places[token], cuts[token], i);
-      }
-    }
+    write_items(p, shared, first, count);
   }
-
   write_rest<kThreads>(p, start);
 }
 

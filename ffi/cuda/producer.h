@@ -3,7 +3,6 @@
 #define JAX_DSV4_CUDA_PRODUCER_H_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/shared.h"
 #include "cuda/work.h"
@@ -156,72 +155,134 @@ __device__ __forceinline__ void store_piece(uint4 packed, uint2 scales, int j, i
   }
 }
 
-// A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
-// the store: no other thread has to know when the bytes arrive. It fills `group` of every tile. Copies run some pieces
-// ahead, from rows that were asked into L2 half a group before, or a whole group ahead. In one piece: its phases share
-// where the copies are.
-template <typename Work, int kAlign, typename Memory>
-__device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, int group) {
-  constexpr int kTiles = Memory::kTiles, kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
-  constexpr int kBatches = (kPieces + kAtOnce - 1) / kAtOnce, kBatchesAhead = (kAhead + kAtOnce - 1) / kAtOnce;
-  constexpr bool kWholeGroup = kAhead == kPieces;
+// A producing lane's copies of packed pieces, through its part of a ring, always so many pieces ahead of those that it
+// converts: from rows that were asked into L2 half a group before, or a whole group ahead.
+template <int kAlign, typename Memory>
+class Copies {
+ public:
+  static constexpr int kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
+  static constexpr int kBatches = (kPieces + kAtOnce - 1) / kAtOnce;
+  static constexpr bool kWholeGroup = kAhead == kPieces;
   static_assert(kWholeGroup || kAhead < kPieces && kAtOnce == 1);
 
+  __device__ Copies(const DecodeArgs& args, Memory& shared, int key, int quarter)
+      : ring_(shared.packed[threadIdx.x / 32]),
+        ring_scales_(shared.scales[threadIdx.x / 32]),
+        nowhere_(static_cast<const uint8_t*>(args.params.q)),
+        key_(key),
+        quarter_(quarter) {}
+
+  // Turns to group n, the next one being that of `next`, if there is one: asks for its scales now, for its pieces as
+  // the ring has room.
+  __device__ __forceinline__ void turn(int n, KeyRow next, bool more) {
+    next_row_ = next.row;
+    const bool real = next.row != nullptr;
+    real_ = real_ << 1 | real;
+    more_ = more_ << 1 | more;
+    if (quarter_ == 0) {
+      copy<kPackedScaleBytes, kAlign>(&ring_scales_[(n + 1) & 1][key_], real ? next.scales : nowhere_, real);
+    }
+    if (!kWholeGroup && real) {
+      prefetch_l2(next.row + 128 * quarter_);
+      if (quarter_ == 0) prefetch_l2(next.row + 512);
+    }
+    ring_begin_ = kWholeGroup ? 0 : n * kPieces;
+  }
+
+  // The first pieces of the first group.
+  __device__ __forceinline__ void begin() {
+    start_row();
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      copy_piece(kPieces + j);
+      if (j % kAtOnce == kAtOnce - 1 || j == kPieces - 1) copy_async_commit();
+    }
+  }
+
+  __device__ bool more() const { return more_ & 1; }                // there is a group n + 1
+  __device__ bool real() const { return real_ >> 1 & 1; }           // group n has this lane's key
+  __device__ void wait() { copy_async_wait<kBatchesAhead - 1>(); }  // for what was asked for first
+  __device__ uint2 scales(int n) const { return ring_scales_[n & 1][key_]; }
+  __device__ uint4 piece(int j) const { return ring_[place(j)][quarter_ + kLanesPerKey * key_]; }
+
+  // Asks for piece j + kAhead of the group, or of the next one.
+  __device__ void go_on(int j) {
+    if (j + kAhead == kPieces) start_row();
+    copy_piece(j + kAhead);
+  }
+
+ private:
+  static constexpr int kBatchesAhead = (kAhead + kAtOnce - 1) / kAtOnce;
+
+  __device__ void start_row() { row_ = (next_row_ ? next_row_ : nowhere_) + 16 * quarter_; }
+  __device__ uint32_t place(int j) const {
+    return kWholeGroup ? ring_begin_ + j % kPieces : (ring_begin_ + j) % kAhead;
+  }
+  __device__ void copy_piece(int j) {  // those past a group's last are the next one's
+    copy<16, kAlign>(&ring_[place(j)][quarter_ + kLanesPerKey * key_], row_ + 16 * kLanesPerKey * (j % kPieces),
+                     real_ >> (1 - j / kPieces) & 1);
+  }
+
+  uint4 (*const ring_)[32];
+  uint2 (*const ring_scales_)[kKeysPerWarp];
+  const uint8_t* const nowhere_;  // an address for copies of no bytes
+  const int key_, quarter_;
+  const uint8_t* next_row_;
+  const uint8_t* row_;            // that copies are at, from this lane's quarter of the first piece on
+  uint32_t real_ = 0, more_ = 0;  // bit i: group n + 1 - i has this lane's key; there is such a group
+  uint32_t ring_begin_;           // where group n's first piece lies in the ring
+};
+
+// A lane's share of a group, as bf16, to its place in the tile.
+template <bool kAnyScale, int kAlign, typename Memory>
+__device__ __forceinline__ void expand_group(Copies<kAlign, Memory>& copies, uint2 scales, int key, int quarter,
+                                             uint8_t* rows) {
+  constexpr int kAtOnce = Memory::kPiecesAtOnce;
+#pragma unroll
+  for (int first = 0; first < kPieces; first += kAtOnce) {
+    const int end = first + kAtOnce < kPieces ? first + kAtOnce : kPieces;
+    copies.wait();
+    uint4 packed[kAtOnce];
+#pragma unroll
+    for (int j = first; j < end; ++j) packed[j - first] = copies.piece(j);
+#pragma unroll
+    for (int j = first; j < end; ++j) copies.go_on(j);
+    copy_async_commit();
+#pragma unroll
+    for (int j = first; j < end; ++j) store_piece<kAnyScale>(packed[j - first], scales, j, key, quarter, rows);
+  }
+}
+
+// A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
+// the store: no other thread has to know when the bytes arrive. It fills `group` of every tile.
+template <typename Work, int kAlign, typename Memory>
+__device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, int group) {
+  constexpr int kTiles = Memory::kTiles;
   const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
   const int key = lane / kLanesPerKey, quarter = lane % kLanesPerKey;
   const int word = group * kWarps + warp;  // of `valid`: the 8 rows of a tile that are this warp's
-  uint4(*const ring)[32] = shared.packed[threadIdx.x / 32];
-  uint2(*const ring_scales)[kKeysPerWarp] = shared.scales[threadIdx.x / 32];
-  const auto nowhere = static_cast<const uint8_t*>(args.params.q);  // an address for copies of no bytes
-
   Groups<Work> groups(args, word * kKeysPerWarp + key);
+  Copies<kAlign, Memory> copies(args, shared, key, quarter);
   KeySlot slot{-1, false, false};  // of the group after the one that copies are at, or will be next
-  const uint8_t* row;              // that copies are at, from this lane's quarter of the first piece on
-  uint32_t real = 0, more = 0;     // bit i: group n + 1 - i has this lane's key; there is such a group
-  uint32_t ring_begin;             // where group n's first piece lies in the ring
-  auto start_row = [&](const uint8_t* start) { row = (start ? start : nowhere) + 16 * quarter; };
-  auto place = [&](int j) { return kWholeGroup ? ring_begin + j % kPieces : (ring_begin + j) % kAhead; };
-  auto copy_piece = [&](int j) {  // those past a group's last are the next one's
-    copy<16, kAlign>(&ring[place(j)][lane], row + 16 * kLanesPerKey * (j % kPieces), real >> (1 - j / kPieces) & 1);
-  };
 
   // The first rounds only fill the pipeline.
-  for (int n = -2; n < 0 || more & 1; ++n) {
-    // --- slots: one more group, and those of the one after it
+  for (int n = -2; n < 0 || copies.more(); ++n) {
     const KeySlot next_slot = slot;
     slot = groups.fetch();
     if (n == -2) continue;
-
-    // --- copies of the next group: its scales now, its pieces as the ring has room
-    const KeyRow next = locate(args, next_slot);
-    const bool next_real = next.row != nullptr;
-    real = real << 1 | next_real;
-    more = more << 1 | next_slot.group;
-    if (quarter == 0) {
-      copy<kPackedScaleBytes, kAlign>(&ring_scales[(n + 1) & 1][key], next_real ? next.scales : nowhere, next_real);
-    }
-    if (!kWholeGroup && next_real) {
-      prefetch_l2(next.row + 128 * quarter);
-      if (quarter == 0) prefetch_l2(next.row + 512);
-    }
-    ring_begin = kWholeGroup ? 0 : n * kPieces;
+    copies.turn(n, locate(args, next_slot), next_slot.group);
     if (n < 0) {
-      start_row(next.row);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        copy_piece(kPieces + j);
-        if (j % kAtOnce == kAtOnce - 1 || j == kPieces - 1) copy_async_commit();
-      }
+      copies.begin();
       continue;
     }
 
-    // --- this group's scales are here, and its place in the tile is free
+    // This group's scales are here, and its place in the tile is free.
     const int buffer = n % kTiles;
     uint8_t* const rows = shared.k[buffer][0] + word * (kKeysPerWarp * kRowBytes);
-    const uint32_t lanes = __ballot_sync(~0u, real >> 1 & 1);
-    copy_async_wait<kBatchesAhead - 1>();
+    const uint32_t lanes = __ballot_sync(~0u, copies.real());
+    copies.wait();
     __syncwarp();  // the scales came through another lane
-    const uint2 scales = ring_scales[n & 1][key];
+    const uint2 scales = copies.scales(n);
     barrier_wait(&shared.free[buffer][group], n / kTiles % 2 ^ 1);
     if (lane == 0) {
       uint32_t keys = 0;
@@ -229,36 +290,12 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
       for (int i = 0; i < kKeysPerWarp; ++i) keys |= (lanes >> (kLanesPerKey * i) & 1) << i;
       shared.valid[buffer][word] = keys;
     }
-
-    // --- pieces to bf16, in the tile
-    auto expand_group = [&](auto any_scale) {
-      constexpr bool kAnyScale = decltype(any_scale)::value;
-#pragma unroll
-      for (int batch = 0; batch < kBatches; ++batch) {
-        const int first = batch * kAtOnce, end = first + kAtOnce < kPieces ? first + kAtOnce : kPieces;
-        copy_async_wait<kBatchesAhead - 1>();
-        uint4 packed[kAtOnce];
-#pragma unroll
-        for (int j = first; j < end; ++j) packed[j - first] = ring[place(j)][lane];
-#pragma unroll
-        for (int j = first; j < end; ++j) {
-          if (j + kAhead == kPieces) start_row(next.row);
-          copy_piece(j + kAhead);
-        }
-        copy_async_commit();
-#pragma unroll
-        for (int j = first; j < end; ++j) {
-          store_piece<kAnyScale>(packed[j - first], scales, j, key, quarter, rows);
-        }
-      }
-    };
     // Two copies of the code, so that the one that runs has no branches: latencies hide in straight lines.
     if (__any_sync(~0u, needs_any_scale(scales))) {
-      expand_group(std::true_type{});
+      expand_group<true>(copies, scales, key, quarter, rows);
     } else {
-      expand_group(std::false_type{});
+      expand_group<false>(copies, scales, key, quarter, rows);
     }
-
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.full[buffer][group]);
