@@ -5,11 +5,18 @@ Slot s is row `s % block_size` of block `s // block_size`. Layouts, for a latent
 `"fp8_ds_mla"`  584 bytes a slot, byte-compatible with FlashMLA's MODEL1 and vLLM. A block is `block_size` rows of 576 bytes (448
                 e4m3fn, then 64 bfloat16), then `block_size` groups of 8 bytes (7 ue8m0 scales, one for every 64 nope numbers, and a
                 pad byte), then whatever pads it to its stride.
+`"mxfp8_528"`   528 bytes a slot: 512 e4m3fn, nope and rope alike, and 16 ue8m0 scales, one for every 32 numbers. FlashMLA's V41.
+`"nvfp4_288"`   288 bytes a slot: 512 e2m1 in 256 bytes, number 2k in the low half of byte k, and 32 e4m3fn scales, one for every 16
+                numbers. FlashMLA's V41_FP4; for the extra scope only.
 `"bf16"`        512 bfloat16 a slot.
 `"float32"`     512 float32 a slot, for exactness tests (CPU and XLA).
 `"aiter_fp8"`   576 bytes a slot: 512 e4m3fn, nope and rope alike, in units of the cache's one scale, then 64 zeros. It is what AITER's
                 persistent kernels read. They also read row 0 for lanes that have no key, so the first block is zeros and belongs to no
                 slot: slot s is row `block_size + s`.
+
+DeepSeek-V4.1's two, `"mxfp8_528"` and `"nvfp4_288"`, come in two arrangements, which no byte tells apart. `"inline"`: each slot's scales
+directly follow its numbers, without padding between slots. `"footer"`: the scales of all slots of a block follow the numbers of all, as in
+`"fp8_ds_mla"`.
 """
 
 from __future__ import annotations
@@ -35,8 +42,8 @@ PACKED_ROW_BYTES = NOPE_DIM + 2 * ROPE_DIM
 PACKED_SCALE_BYTES = 8
 PACKED_TOKEN_BYTES = PACKED_ROW_BYTES + PACKED_SCALE_BYTES
 AITER_ROW_BYTES = 576
-# Writers of fp8_ds_mla round a block's bytes up to a multiple of this.
-PACKED_STRIDE_MULTIPLE = 576
+MXFP8_TILE, NVFP4_TILE = 32, 16
+ARRANGEMENTS = ("inline", "footer")
 
 
 @dataclass(frozen=True)
@@ -48,20 +55,31 @@ class Layout:
     dtype: Any
     token_bytes: int
     zero_blocks: int = 0  # at the front of `data`, of no slot
+    scale_bytes: int = 0  # of token_bytes; where there are any, `data` is [num_blocks, block_stride_bytes]
+    stride_multiple: int = 1  # that writers round a block up to whose scales are at its end
+    arrangements: tuple[str, ...] = ()  # that a cache may have, where it may have several
+    extra_only: bool = False  # not for the sliding window
 
     @property
     def row(self) -> int:
         """Numbers a slot in `data`, for layouts that keep nothing but rows."""
         return self.token_bytes // jnp.dtype(self.dtype).itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a slot's numbers."""
+        return self.token_bytes - self.scale_bytes
+
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("fp8_ds_mla", 0, jnp.uint8, PACKED_TOKEN_BYTES),
+        Layout("fp8_ds_mla", 0, jnp.uint8, PACKED_TOKEN_BYTES, scale_bytes=PACKED_SCALE_BYTES, stride_multiple=576),
         Layout("bf16", 1, jnp.bfloat16, 2 * LATENT_DIM),
         Layout("float32", 2, jnp.float32, 4 * LATENT_DIM),
         Layout("aiter_fp8", 3, jnp.uint8, AITER_ROW_BYTES, zero_blocks=1),
+        Layout("mxfp8_528", 5, jnp.uint8, 528, scale_bytes=16, stride_multiple=512, arrangements=ARRANGEMENTS),
+        Layout("nvfp4_288", 6, jnp.uint8, 288, scale_bytes=32, stride_multiple=512, arrangements=ARRANGEMENTS, extra_only=True),
     )
 }
 
@@ -74,37 +92,45 @@ class KVCache:
       data: the bytes, by layout.
         `"fp8_ds_mla"`: uint8 [num_blocks, block_stride_bytes], with any stride of at least block_size * 584. The bytes that another engine
         wrote can be wrapped as they are, also as vLLM sees them: [num_blocks, block_size, 584].
+        `"mxfp8_528"`, `"nvfp4_288"`: likewise with 528 and 288. An inline block's stride is a multiple of these.
         `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype.
         `"aiter_fp8"`: uint8 [1 + num_blocks, block_size, 576], the first block zeros.
       block_size: slots in a block.
-      layout: `"fp8_ds_mla"`, `"bf16"`, `"float32"` or `"aiter_fp8"`.
+      layout: `"fp8_ds_mla"`, `"mxfp8_528"`, `"nvfp4_288"`, `"bf16"`, `"float32"` or `"aiter_fp8"`.
+      arrangement: `"mxfp8_528"` and `"nvfp4_288"`: where the scales are, `"inline"` or `"footer"`. Bytes read in the wrong one give wrong
+        numbers and no error. Other layouts: None.
       scale: `"aiter_fp8"`: what a stored number is multiplied by, a positive Python float. The largest magnitude that can be kept is
         448 * scale, the smallest that is not rounded to zero scale / 1024. Other layouts: 1.
 
     Bytes that no valid slot of a call names may be anything, NaN included.
 
     Raises:
-      ValueError: a wrong dtype or shape, a stride that is too small, more slots than int32 can number.
+      ValueError: a wrong dtype or shape, a stride that is too small or no multiple of an inline slot, an arrangement that is missing,
+        unknown or out of place, more slots than int32 can number.
     """
 
     data: jax.Array
     block_size: int
     layout: str
     scale: float
-    __slots__ = ("block_size", "data", "layout", "scale")
+    arrangement: str | None
+    __slots__ = ("arrangement", "block_size", "data", "layout", "scale")
     _OP: ClassVar[str] = "KVCache"
+    _AUX: ClassVar[tuple[str, ...]] = ("block_size", "layout", "scale", "arrangement")
 
-    def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla", scale: float = 1.0):
+    def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla", scale: float = 1.0, arrangement: str | None = None):
         spec = _layout(layout, self._OP)
         block_size = _checks.require_int(block_size, self._OP, "block_size", 1)
         _checks.require_dtype(data, self._OP, "data", spec.dtype)
-        if layout == "fp8_ds_mla":
-            if data.ndim == 3 and data.shape[1:] == (block_size, PACKED_TOKEN_BYTES):
-                data = data.reshape(data.shape[0], block_size * PACKED_TOKEN_BYTES)
+        _require_arrangement(arrangement, spec, self._OP)
+        if spec.scale_bytes:
+            token = spec.token_bytes
+            if data.ndim == 3 and data.shape[1:] == (block_size, token):
+                data = data.reshape(data.shape[0], block_size * token)
             _checks.require_shape(data, self._OP, "data", "(num_blocks, block_stride_bytes)", (None, None))
-            least = block_size * PACKED_TOKEN_BYTES
-            rule = f"be at least block_size * {PACKED_TOKEN_BYTES} = {least} bytes"
-            _checks.require(data.shape[1] >= least, self._OP, "data's block stride", rule, data.shape[1])
+            rule = f"be at least block_size * {token} = {block_size * token} bytes"
+            _checks.require(data.shape[1] >= block_size * token, self._OP, "data's block stride", rule, data.shape[1])
+            _require_pitch(data.shape[1], spec, arrangement, self._OP, "data's block stride")
         else:
             blocks = "1 + num_blocks" if spec.zero_blocks else "num_blocks"
             names, shape = f"({blocks}, block_size, {spec.row})", (None, block_size, spec.row)
@@ -116,6 +142,7 @@ class KVCache:
         object.__setattr__(self, "block_size", block_size)
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "arrangement", arrangement)
 
     @classmethod
     def create(
@@ -126,25 +153,30 @@ class KVCache:
         *,
         block_stride_bytes: int | None = None,
         scale: float = 1.0,
+        arrangement: str | None = None,
     ) -> KVCache:
         """A cache of zeros.
 
-        `block_stride_bytes` is for `"fp8_ds_mla"` alone; default: as FlashMLA and vLLM pad a block, to a multiple of 576.
+        `block_stride_bytes` is for layouts with scales; default: as FlashMLA and vLLM pad a block, to a multiple of 576 bytes
+        (`"fp8_ds_mla"`) or 512 (footers), and inline blocks not at all.
         """
         op = "KVCache.create"
         spec = _layout(layout, op)
         num_blocks = _checks.require_int(num_blocks, op, "num_blocks", 0)
         block_size = _checks.require_int(block_size, op, "block_size", 1)
         _checks.require_fits_int32(num_blocks * block_size, op, "num_blocks * block_size")
-        if layout == "fp8_ds_mla":
+        _require_arrangement(arrangement, spec, op)
+        if spec.scale_bytes:
+            multiple = 1 if arrangement == "inline" else spec.stride_multiple
             if block_stride_bytes is None:
-                block_stride_bytes = -(-block_size * PACKED_TOKEN_BYTES // PACKED_STRIDE_MULTIPLE) * PACKED_STRIDE_MULTIPLE
-            stride = _checks.require_int(block_stride_bytes, op, "block_stride_bytes", block_size * PACKED_TOKEN_BYTES)
+                block_stride_bytes = -(-block_size * spec.token_bytes // multiple) * multiple
+            stride = _checks.require_int(block_stride_bytes, op, "block_stride_bytes", block_size * spec.token_bytes)
+            _require_pitch(stride, spec, arrangement, op, "block_stride_bytes")
             shape: tuple[int, ...] = (num_blocks, stride)
         else:
             _checks.require(block_stride_bytes is None, op, "block_stride_bytes", f"be left out for layout {layout!r}", block_stride_bytes)
             shape = (spec.zero_blocks + num_blocks, block_size, spec.row)
-        return cls(jnp.zeros(shape, spec.dtype), block_size=block_size, layout=layout, scale=scale)
+        return cls(jnp.zeros(shape, spec.dtype), block_size=block_size, layout=layout, scale=scale, arrangement=arrangement)
 
     @property
     def num_blocks(self) -> int:
@@ -163,27 +195,32 @@ class KVCache:
 
     def replace(self, data: jax.Array) -> KVCache:
         """The same cache with other bytes."""
-        return KVCache(data, block_size=self.block_size, layout=self.layout, scale=self.scale)
+        return KVCache(data, **{name: getattr(self, name) for name in self._AUX})
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"KVCache is immutable; use append() or replace() instead of setting {name}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For copy and pickle. No checks here either: a tree's leaves may be anything.
-        return _restored, (self.data, self.block_size, self.layout, self.scale)
+        return _restored, (self.data, *self._aux)
 
     def __repr__(self) -> str:
         kind, shape = getattr(self.data, "dtype", self.data), list(getattr(self.data, "shape", ()))
-        return f"KVCache(layout={self.layout!r}, block_size={self.block_size}, data={kind}{shape})"
+        arrangement = f", arrangement={self.arrangement!r}" if self.arrangement else ""
+        return f"KVCache(layout={self.layout!r}{arrangement}, block_size={self.block_size}, data={kind}{shape})"
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, str, float]]:
-        return ((jax.tree_util.GetAttrKey("data"), self.data),), (self.block_size, self.layout, self.scale)
+    @property
+    def _aux(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self._AUX)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[Any, ...]]:
+        return ((jax.tree_util.GetAttrKey("data"), self.data),), self._aux
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[int, str, float], children: Any) -> KVCache:
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: Any) -> KVCache:
         # Transformations put placeholders where arrays were: no checks here.
         cache = object.__new__(cls)
-        for name, value in zip(("data", "block_size", "layout", "scale"), (*children, *aux)):
+        for name, value in zip(("data", *cls._AUX), (*children, *aux)):
             object.__setattr__(cache, name, value)
         return cache
 
@@ -254,13 +291,20 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     if cache.layout == "aiter_fp8":
         codes = cache.data[LAYOUTS[cache.layout].zero_blocks + block, offset, :LATENT_DIM]
         return _from_e4m3(codes) * jnp.float32(cache.scale)
-    if cache.layout != "fp8_ds_mla":
+    spec = LAYOUTS[cache.layout]
+    if not spec.scale_bytes:
         return cache.data[block, offset].astype(jnp.float32)
-    rows = _gather_bytes(cache.data, block, offset * PACKED_ROW_BYTES, PACKED_ROW_BYTES)
-    scale_bytes = _gather_bytes(cache.data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, SCALE_TILES)
-    nope = _from_e4m3(rows[..., :NOPE_DIM]).reshape(*slots.shape, SCALE_TILES, SCALE_TILE) * _from_ue8m0(scale_bytes)[..., None]
-    rope = _from_bf16(rows[..., NOPE_DIM:].reshape(*slots.shape, ROPE_DIM, 2))
-    return jnp.concatenate([nope.reshape(*slots.shape, NOPE_DIM), rope], axis=-1)
+    row_at, scales_at = _places(cache, offset)
+    rows, scales = _gather_bytes(cache.data, block, row_at, spec.row_bytes), _gather_bytes(cache.data, block, scales_at, spec.scale_bytes)
+    return _UNPACK[cache.layout](rows, scales)
+
+
+def _places(cache: KVCache, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where in its block a slot's numbers begin, and where its scales; ffi/common/params.h has the same."""
+    spec = LAYOUTS[cache.layout]
+    if cache.arrangement == "inline":
+        return offset * spec.token_bytes, offset * spec.token_bytes + spec.row_bytes
+    return offset * spec.row_bytes, cache.block_size * spec.row_bytes + offset * spec.scale_bytes
 
 
 def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
@@ -275,18 +319,86 @@ def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Arra
     if cache.layout == "aiter_fp8":
         codes = jnp.pad(_to_e4m3(latents.astype(jnp.float32) * _inverse(cache.scale)), ((0, 0), (0, AITER_ROW_BYTES - LATENT_DIM)))
         return cache.data.at[LAYOUTS[cache.layout].zero_blocks + block, offset].set(codes, mode="drop")
-    if cache.layout != "fp8_ds_mla":
+    if not LAYOUTS[cache.layout].scale_bytes:
         return cache.data.at[block, offset].set(latents.astype(cache.data.dtype), mode="drop")
-    rows, scales = quantize(latents)
-    data = _scatter_bytes(cache.data, block, offset * PACKED_ROW_BYTES, rows)
-    return _scatter_bytes(data, block, cache.block_size * PACKED_ROW_BYTES + offset * PACKED_SCALE_BYTES, scales)
+    rows, scales = _PACK[cache.layout](latents.astype(jnp.float32))
+    row_at, scales_at = _places(cache, offset)
+    return _scatter_bytes(_scatter_bytes(cache.data, block, row_at, rows), block, scales_at, scales)
 
 
-def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Latents [count, 512] to uint8 rows [count, 576] and scale groups [count, 8] of `"fp8_ds_mla"`."""
-    latents = latents.astype(jnp.float32)
+# Latents float32 [count, 512] to uint8 rows [count, row_bytes] and scales [count, scale_bytes], and back with any leading axes.
+
+
+def _pack_fp8_ds_mla(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     tiles = latents[:, :NOPE_DIM].reshape(-1, SCALE_TILES, SCALE_TILE)
-    amax = jnp.max(jnp.where(jnp.isnan(tiles), 0, jnp.abs(tiles)), axis=-1)
+    nope, scales = _to_scaled_e4m3(tiles)
+    rope = _to_bf16(latents[:, NOPE_DIM:])
+    rows = jnp.concatenate([nope.reshape(-1, NOPE_DIM), rope.reshape(-1, 2 * ROPE_DIM)], axis=-1)
+    return rows, jnp.pad(scales, ((0, 0), (0, PACKED_SCALE_BYTES - SCALE_TILES)))
+
+
+def _unpack_fp8_ds_mla(rows: jax.Array, scales: jax.Array) -> jax.Array:
+    nope = _scaled(_from_e4m3(rows[..., :NOPE_DIM]), _from_ue8m0(scales[..., :SCALE_TILES]))
+    rope = _from_bf16(rows[..., NOPE_DIM:].reshape(*rows.shape[:-1], ROPE_DIM, 2))
+    return jnp.concatenate([nope, rope], axis=-1)
+
+
+def _pack_mxfp8(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tiles = latents.reshape(-1, LATENT_DIM // MXFP8_TILE, MXFP8_TILE)
+    codes, scales = _to_scaled_e4m3(tiles)
+    finite = jnp.all(jnp.isfinite(tiles), axis=-1)
+    codes = jnp.where(finite[..., None], codes, jnp.uint8(0x7F))
+    return codes.reshape(-1, LATENT_DIM), jnp.where(finite, scales, jnp.uint8(0xFF))
+
+
+def _unpack_mxfp8(rows: jax.Array, scales: jax.Array) -> jax.Array:
+    return _scaled(_from_e4m3(rows), _from_ue8m0(scales))
+
+
+def _pack_nvfp4(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Numbers are compared with the middles between values, not divided: exact, where a quotient would be rounded twice, and on some devices
+    # not to nearest.
+    tiles = latents.reshape(-1, LATENT_DIM // NVFP4_TILE, NVFP4_TILE)
+    magnitudes, nan = jnp.abs(tiles), jnp.any(jnp.isnan(tiles), axis=-1)
+    amax = _largest(magnitudes)
+    codes = jnp.arange(2, 127, dtype=jnp.uint8)[None, None]
+    scales = 1 + _reached(amax[..., None], (_from_e4m3(codes - 1) + _from_e4m3(codes)) / 2 * 6, codes)
+    codes = jnp.arange(1, 8, dtype=jnp.uint8)[None, None, None]
+    middles = (_from_e2m1(codes - 1) + _from_e2m1(codes)) / 2 * _from_e4m3(scales)[..., None, None]
+    codes = _reached(magnitudes[..., None], middles, codes) | jnp.signbit(tiles).astype(jnp.uint8) << jnp.uint8(3)
+    codes = jnp.where(nan[..., None], jnp.uint8(0), codes).reshape(-1, LATENT_DIM // 2, 2)
+    return codes[..., 0] | codes[..., 1] << jnp.uint8(4), jnp.where(nan, jnp.uint8(0x7F), scales)
+
+
+def _reached(values: jax.Array, middles: jax.Array, codes: jax.Array) -> jax.Array:
+    """How many of the codes, each above a middle, are reached: at the middle itself the even ones."""
+    reached = (values > middles) | ((values == middles) & (codes % 2 == 0))
+    return jnp.sum(reached, axis=-1, dtype=jnp.uint8)
+
+
+def _unpack_nvfp4(rows: jax.Array, scales: jax.Array) -> jax.Array:
+    codes = jnp.stack([rows & jnp.uint8(15), rows >> jnp.uint8(4)], axis=-1).reshape(*rows.shape[:-1], LATENT_DIM)
+    return _scaled(_from_e2m1(codes), _from_e4m3(scales))
+
+
+_PACK = {"fp8_ds_mla": _pack_fp8_ds_mla, "mxfp8_528": _pack_mxfp8, "nvfp4_288": _pack_nvfp4}
+_UNPACK = {"fp8_ds_mla": _unpack_fp8_ds_mla, "mxfp8_528": _unpack_mxfp8, "nvfp4_288": _unpack_nvfp4}
+
+
+def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
+    """Numbers [..., count], each times the scale of its tile, [..., tiles]."""
+    tiles = numbers.reshape(*scales.shape, numbers.shape[-1] // scales.shape[-1])
+    return (tiles * scales[..., None]).reshape(numbers.shape)
+
+
+def _largest(magnitudes: jax.Array) -> jax.Array:
+    """Of each tile; NaN is passed over, as XLA's maximum does in some places and not in others."""
+    return jnp.max(jnp.where(jnp.isnan(magnitudes), 0, magnitudes), axis=-1)
+
+
+def _to_scaled_e4m3(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes of tiles [..., tiles, numbers], and their scales as ue8m0."""
+    amax = _largest(jnp.abs(tiles))
     # The smallest k with amax <= 448 * 2^k, from amax's bits: amax = 1.m * 2^e and 448 = 1.75 * 2^8.
     bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, jnp.float32(1e-4)), jnp.int32)
     k = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
@@ -294,10 +406,7 @@ def quantize(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     # 2^-k in two factors, for no factor may be subnormal (XLA may flush it).
     half = k // 2
     power = jax.lax.bitcast_convert_type(jnp.stack([127 - half, 127 - (k - half)]) << 23, jnp.float32)[..., None]
-    nope = _to_e4m3(tiles * power[0] * power[1])
-    rope = _to_bf16(latents[:, NOPE_DIM:])
-    rows = jnp.concatenate([nope.reshape(-1, NOPE_DIM), rope.reshape(-1, 2 * ROPE_DIM)], axis=-1)
-    return rows, jnp.pad((k + 127).astype(jnp.uint8), ((0, 0), (0, PACKED_SCALE_BYTES - SCALE_TILES)))
+    return _to_e4m3(tiles * power[0] * power[1]), (k + 127).astype(jnp.uint8)
 
 
 def _to_e4m3(values: jax.Array) -> jax.Array:
@@ -308,6 +417,13 @@ def _to_e4m3(values: jax.Array) -> jax.Array:
 
 def _from_e4m3(codes: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def _from_e2m1(codes: jax.Array) -> jax.Array:
+    """A sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
+    magnitudes, half = (codes & jnp.uint8(7)).astype(jnp.uint32), jnp.uint32(126 << 23)
+    bits = jnp.where(magnitudes < 2, magnitudes * half, (magnitudes << 22) + half)
+    return jax.lax.bitcast_convert_type(bits | (codes & jnp.uint8(8)).astype(jnp.uint32) << 28, jnp.float32)
 
 
 # Bytes and bfloat16 by shifts: a program that is exported with symbolic sizes cannot be run where a bitcast changes the number of numbers.
@@ -354,6 +470,17 @@ def _require_scale(scale: float, spec: Layout, op: str) -> None:
     # Within these neither the scale nor its inverse is subnormal in float32.
     _checks.require(2.0**-100 <= scale <= 2.0**100, op, "scale", "be positive, from 2**-100 to 2**100", scale)
     _checks.require(spec.name == "aiter_fp8" or scale == 1, op, "scale", f"be 1 for layout {spec.name!r}", scale)
+
+
+def _require_arrangement(arrangement: str | None, spec: Layout, op: str) -> None:
+    wanted = " or ".join(map(repr, spec.arrangements))
+    rule = f"be {wanted} for layout {spec.name!r}" if wanted else f"be left out for layout {spec.name!r}"
+    _checks.require(arrangement in (spec.arrangements or (None,)), op, "arrangement", rule, repr(arrangement))
+
+
+def _require_pitch(stride: int, spec: Layout, arrangement: str | None, op: str, argument: str) -> None:
+    rule = f"be a multiple of {spec.token_bytes} bytes, an inline slot of layout {spec.name!r}"
+    _checks.require(arrangement != "inline" or stride % spec.token_bytes == 0, op, argument, rule, stride)
 
 
 def _layout(name: str, op: str) -> Layout:

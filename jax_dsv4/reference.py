@@ -77,6 +77,83 @@ def unpack_fp8_ds_mla(packed: Array, block_size: int) -> Array:
     return np.concatenate([nope, rope], axis=1)
 
 
+def pack_mxfp8_528(latents: Array, block_size: int, block_stride_bytes: int, arrangement: str) -> Array:
+    """Latents float [num_blocks * block_size, 512] to uint8 [num_blocks, block_stride_bytes]; padding is zero.
+
+    512 e4m3fn and 16 ue8m0 scales, one for every 32 numbers: all NaN where one of these is not finite. `arrangement`: "inline", each slot's
+    scales after its numbers, or "footer", all scales after all numbers.
+    """
+    tiles = np.asarray(latents, np.float32).astype(np.float64).reshape(-1, 16, 32)
+    amax = np.max(np.abs(tiles), axis=-1)
+    finite = np.isfinite(amax)
+    mantissa, exponent = np.frexp(np.where(finite, np.maximum(amax, float(np.float32(1e-4))), 1) / 448)
+    exponent = np.where(mantissa == 0.5, exponent - 1, exponent)
+    codes = np.where(finite[..., None], float_to_e4m3(tiles / 2.0 ** exponent[..., None]), 0x7F)
+    return _in_blocks(codes.reshape(-1, 512), np.where(finite, exponent + 127, 255), block_size, block_stride_bytes, arrangement)
+
+
+def unpack_mxfp8_528(packed: Array, block_size: int, arrangement: str) -> Array:
+    """uint8 [num_blocks, block_stride_bytes] to float64 [num_blocks * block_size, 512]."""
+    codes, scales = _out_of_blocks(packed, block_size, 512, 16, arrangement)
+    factors = np.where(scales == 255, np.nan, 2.0 ** (scales.astype(np.float64) - 127))
+    return e4m3_to_float(codes) * np.repeat(factors, 32, axis=1)
+
+
+def e2m1_to_float(code: Array) -> Array:
+    """e2m1 patterns 0 to 15 to float64."""
+    code = np.asarray(code).astype(np.int64)
+    exponent, mantissa = code // 2 % 4, code % 2
+    return np.where(code >= 8, -1.0, 1.0) * np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+
+
+def pack_nvfp4_288(latents: Array, block_size: int, block_stride_bytes: int, arrangement: str) -> Array:
+    """As `pack_mxfp8_528`: 512 e2m1, the even one of two in the lower half of a byte, and 32 e4m3fn scales, one for every 16 numbers.
+
+    A scale is that of amax / 6, from 2^-9 to 448: NaN where a number is; what is too large for it saturates.
+    """
+    tiles = np.asarray(latents, np.float32).astype(np.float64).reshape(-1, 32, 16)
+    amax = np.max(np.abs(tiles), axis=-1)
+    nan = np.isnan(amax)
+    scales = float_to_e4m3(np.where(nan, amax, np.clip(amax / 6, 2.0**-9, 448)))
+    quotients = np.where(nan[..., None], 0, tiles) / np.where(nan, 1, e4m3_to_float(scales))[..., None]
+    grid = e2m1_to_float(np.arange(8))
+    distance = np.abs(np.minimum(np.abs(quotients), 6)[..., None] - grid)
+    nearest = distance == distance.min(axis=-1, keepdims=True)
+    # Of two equally near the even one: it counts as nearer.
+    codes = np.argmax(nearest * (2 - np.arange(8) % 2), axis=-1) + 8 * np.signbit(quotients)
+    pairs = codes.reshape(-1, 256, 2)
+    return _in_blocks(pairs[..., 0] + 16 * pairs[..., 1], scales, block_size, block_stride_bytes, arrangement)
+
+
+def unpack_nvfp4_288(packed: Array, block_size: int, arrangement: str) -> Array:
+    """uint8 [num_blocks, block_stride_bytes] to float64 [num_blocks * block_size, 512]."""
+    pairs, scales = _out_of_blocks(packed, block_size, 256, 32, arrangement)
+    numbers = e2m1_to_float(np.stack([pairs % 16, pairs // 16], axis=-1).reshape(-1, 512))
+    return numbers * np.repeat(e4m3_to_float(scales), 16, axis=1)
+
+
+def _byte_places(block_size: int, row_bytes: int, scale_bytes: int, arrangement: str) -> tuple[Array, Array]:
+    """Where in a block each slot's numbers are, and its scales."""
+    slot = np.arange(block_size)[:, None]
+    whole = row_bytes + scale_bytes
+    if arrangement == "inline":
+        return whole * slot + np.arange(row_bytes), whole * slot + np.arange(row_bytes, whole)
+    return row_bytes * slot + np.arange(row_bytes), row_bytes * block_size + scale_bytes * slot + np.arange(scale_bytes)
+
+
+def _in_blocks(rows: Array, scales: Array, block_size: int, block_stride_bytes: int, arrangement: str) -> Array:
+    packed = np.zeros((len(rows) // block_size, block_stride_bytes), np.uint8)
+    for part, at in zip((rows, scales), _byte_places(block_size, rows.shape[1], scales.shape[1], arrangement)):
+        packed[:, at] = part.reshape(len(packed), *at.shape)
+    return packed
+
+
+def _out_of_blocks(packed: Array, block_size: int, row_bytes: int, scale_bytes: int, arrangement: str) -> tuple[Array, Array]:
+    packed = np.asarray(packed, np.uint8)
+    rows_at, scales_at = _byte_places(block_size, row_bytes, scale_bytes, arrangement)
+    return packed[:, rows_at].reshape(-1, row_bytes), packed[:, scales_at].reshape(-1, scale_bytes)
+
+
 class ReferenceScope(NamedTuple):
     """latents float [num_slots, 512]; indices int [tokens, topk]; lengths int [tokens]."""
 

@@ -6,7 +6,9 @@ Tags: `ci` runs everywhere; `corner` the odd ones; `flashmla` FlashMLA's own tes
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +22,37 @@ from jax_dsv4 import reference
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 
+class Packing(NamedTuple):
+    """A layout with scales, as the oracle has it, and where it has a slot's bytes."""
+
+    pack: Callable[..., np.ndarray]
+    unpack: Callable[..., np.ndarray]
+    row_bytes: int
+    scale_bytes: int
+    stride_multiple: int
+
+    def stride(self, block_size: int, arrangement: str | None, extra_bytes: int = 0) -> int:
+        """A block's, at least `extra_bytes` more than `KVCache.create` gives it."""
+        multiple = self.row_bytes + self.scale_bytes
+        if arrangement == "inline":
+            return (block_size + -(-extra_bytes // multiple)) * multiple
+        return -(-block_size * multiple // self.stride_multiple) * self.stride_multiple + extra_bytes
+
+    def slot_bytes(self, block_size: int, arrangement: str | None) -> np.ndarray:
+        """[block_size, bytes of a slot]: each slot's numbers, then its scales."""
+        in_order = np.arange(block_size * (self.row_bytes + self.scale_bytes))
+        if arrangement == "inline":
+            return in_order.reshape(block_size, -1)
+        return np.concatenate([part.reshape(block_size, -1) for part in np.split(in_order, [block_size * self.row_bytes])], axis=1)
+
+
+PACKED = {
+    "fp8_ds_mla": Packing(reference.pack_fp8_ds_mla, reference.unpack_fp8_ds_mla, 576, 8, 576),
+    "mxfp8_528": Packing(reference.pack_mxfp8_528, reference.unpack_mxfp8_528, 512, 16, 512),
+    "nvfp4_288": Packing(reference.pack_nvfp4_288, reference.unpack_nvfp4_288, 256, 32, 512),
+}
+
+
 @dataclass(frozen=True)
 class ScopeCase:
     """One scope: `slots` cached positions in blocks of `block_size` (the last one part empty), `topk` entries a token."""
@@ -28,9 +61,11 @@ class ScopeCase:
     slots: int = 640
     block_size: int = 64
     layout: str = "fp8_ds_mla"
-    stride_extra_bytes: int = 0
+    arrangement: str | None = None
+    stride_extra_bytes: int = 0  # in whole slots where those are inline
     lengths: str = "hostile"  # full, random, hostile, gaps, zero
     holes: float = 0.1  # share of entries that name no slot
+    twice: bool = False  # the first entry is the last one too
 
 
 @dataclass(frozen=True)
@@ -61,6 +96,23 @@ class Problem(NamedTuple):
     lse: np.ndarray
 
 
+_WINDOW = {"layout": "mxfp8_528", "arrangement": "inline", "block_size": 32}
+_ENTRIES = {"layout": "nvfp4_288", "arrangement": "inline"}
+# Every pair of caches that one call may have: (layout, arrangement) of the window's and of the entries'.
+Pair = tuple[tuple[str, str | None], tuple[str, str | None]]
+_FORMS = (("fp8_ds_mla", None), ("bf16", None), ("mxfp8_528", "inline"), ("mxfp8_528", "footer"))
+PAIRS: list[Pair] = [(swa, extra) for swa in _FORMS for extra in (*_FORMS, ("nvfp4_288", "inline"), ("nvfp4_288", "footer"))]
+
+
+def in_layouts(case: Case, pair: Pair) -> Case:
+    """The case with other caches."""
+    scopes = [
+        scope and dataclasses.replace(scope, layout=layout, arrangement=arrangement)
+        for scope, (layout, arrangement) in zip((case.swa, case.extra), pair)
+    ]
+    return dataclasses.replace(case, swa=scopes[0], extra=scopes[1])
+
+
 def _grid() -> list[Case]:
     cases = []
     # Every head count at which some kernel changes its blocking, and both scopes, with everything hostile.
@@ -72,12 +124,18 @@ def _grid() -> list[Case]:
         swa = ScopeCase(128, slots=700, block_size=block_size, stride_extra_bytes=block_size % 7 * 64)
         extra = ScopeCase(100, slots=1000, block_size=2, stride_extra_bytes=408)
         cases.append(Case(f"block{block_size}", 8, 4, swa, extra, tags=("ci", "corner")))
-    for layout in [name for name in dsv4.cache.LAYOUTS if name != "aiter_fp8"]:  # AITER's precision is another: tests/gfx950
+    for layout in ("fp8_ds_mla", "bf16", "float32"):  # AITER's precision is another: tests/gfx950
         for dtype in ("bfloat16", "float32"):
             swa, extra = ScopeCase(128, layout=layout), ScopeCase(90, block_size=2, layout=layout)
             cases.append(Case(f"{layout}-q_{dtype}", 16, 6, swa, extra, dtype=dtype))
     cases += [
         Case("mixed_layouts", 16, 4, ScopeCase(128, layout="bf16"), ScopeCase(128), tags=("ci", "corner")),
+        # DeepSeek-V4.1: a window of 133 keys where a draft model adds 5; 6 query tokens a request, one of its entries attended to
+        # twice; and 100 entries of 128 heads.
+        Case("v4.1-draft", 64, 6, ScopeCase(133, **_WINDOW)),
+        Case("v4.1-verify", 64, 12, ScopeCase(128, **_WINDOW), ScopeCase(512, slots=1500, twice=True, **_ENTRIES)),
+        Case("v4.1-topk100", 128, 4, ScopeCase(128, **_WINDOW), ScopeCase(100, slots=512, block_size=5, **_ENTRIES)),
+        Case("v4.1-float32", 8, 3, ScopeCase(133, **_WINDOW), ScopeCase(100, block_size=16, **_ENTRIES), dtype="float32"),
         Case("one_scope", 16, 7, ScopeCase(128)),
         Case("one_scope_no_sink", 64, 2, ScopeCase(640), sink=None),
         Case("infinite_sinks", 16, 6, ScopeCase(128), ScopeCase(64), sink="infinite", tags=("ci", "corner")),
@@ -162,6 +220,8 @@ def _make_scope(
     nowhere = np.array([-1, -1, -1, -2, INT_MIN, INT_MAX, slots, slots + 1, 10**9])
     holes = rng.random(indices.shape) < case.holes
     indices = np.where(holes, rng.choice(nowhere, indices.shape), indices)
+    if case.twice:
+        indices[:, -1] = indices[:, 0]
     lengths = {
         "full": np.full(tokens, case.topk),
         "random": rng.integers(0, case.topk + 1, tokens),
@@ -189,18 +249,16 @@ def _make_cache(
     case: ScopeCase, latents: np.ndarray, attended: np.ndarray, blocks: int, rng: np.random.Generator
 ) -> tuple[dsv4.KVCache, np.ndarray]:
     """The cache with every byte that nobody attends to set (NaN in every format), and its values in float64."""
-    if case.layout == "fp8_ds_mla":
-        stride = -(-case.block_size * 584 // 576) * 576 + case.stride_extra_bytes
-        packed = reference.pack_fp8_ds_mla(latents, case.block_size, stride)
-        rows = packed[:, : case.block_size * 576].reshape(blocks, case.block_size, 576)
-        groups = packed[:, case.block_size * 576 : case.block_size * 584].reshape(blocks, case.block_size, 8)
-        unattended = ~attended.reshape(blocks, case.block_size)
-        rows[unattended], groups[unattended], groups[..., 7] = 0xFF, 0xFF, 0xFF
-        packed[:, case.block_size * 584 :] = 0xFF
-        packed[:, : case.block_size * 576] = rows.reshape(blocks, -1)
-        packed[:, case.block_size * 576 : case.block_size * 584] = groups.reshape(blocks, -1)
-        cache = dsv4.KVCache(jnp.asarray(packed), block_size=case.block_size)
-        return cache, reference.unpack_fp8_ds_mla(packed, case.block_size)
+    if case.layout in PACKED:
+        packing = PACKED[case.layout]
+        named = () if case.arrangement is None else (case.arrangement,)
+        stride = packing.stride(case.block_size, case.arrangement, case.stride_extra_bytes)
+        packed = np.full((blocks, stride), 0xFF, np.uint8)
+        at = packing.slot_bytes(case.block_size, case.arrangement)
+        written = packing.pack(latents, case.block_size, stride, *named)[:, at]
+        packed[:, at] = np.where(attended.reshape(blocks, case.block_size, 1), written, 0xFF)
+        cache = dsv4.KVCache(jnp.asarray(packed), block_size=case.block_size, layout=case.layout, arrangement=case.arrangement)
+        return cache, packing.unpack(packed, case.block_size, *named)
     if case.layout == "aiter_fp8":
         scale = rng.uniform(0.012, 0.03)
         codes = np.where(attended[:, None], latents / scale, np.nan).astype(ml_dtypes.float8_e4m3fn)

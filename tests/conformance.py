@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Problem, make, tagged
+from cases import PAIRS, Case, Pair, Problem, in_layouts, make, tagged
 from compare import LSE, OUT_BF16, OUT_FLOAT32, Answer, Tolerance, assert_answer, assert_same_bits
 
 import jax_dsv4 as dsv4
@@ -55,6 +56,20 @@ def named(name: str) -> Case:
 GARBLED = ("heads16", "many_tokens", "flashmla-b4q3h128k576x2048bs2")
 
 
+# Every pair of layouts with a share of the cases, which all together are all of them; with JAX_DSV4_TEST_EVERY_PAIR each with every case.
+EVERY_PAIR = bool(os.environ.get("JAX_DSV4_TEST_EVERY_PAIR"))
+OF_PAIRS = [case for case in tagged("ci", *["flashmla"] * EVERY_PAIR) if case.swa.layout == "fp8_ds_mla" and case.extra]
+SHARE = 1 if EVERY_PAIR else len(PAIRS)
+IN_PAIRS = [(pair, case) for i, pair in enumerate(PAIRS) for case in OF_PAIRS[i % SHARE :: SHARE]]
+
+
+def _name(parameter: Pair | Case) -> str:
+    return parameter.name if isinstance(parameter, Case) else "+".join("-".join(filter(None, form)) for form in parameter)
+
+
+in_pairs = pytest.mark.parametrize(("pair", "case"), IN_PAIRS, ids=_name)
+
+
 class Conformance:
     implementation: ClassVar[str]
     # Of every cache, where the backend has one of its own.
@@ -79,7 +94,8 @@ class Conformance:
         if reason := self.refusal(case):
             pytest.skip(f"{self.implementation}: {reason}")
         if self.layout is not None:
-            scopes = (s and dataclasses.replace(s, layout=self.layout, stride_extra_bytes=0) for s in (case.swa, case.extra))
+            own = dict(layout=self.layout, arrangement=None, stride_extra_bytes=0)
+            scopes = (s and dataclasses.replace(s, **own) for s in (case.swa, case.extra))
             case = dataclasses.replace(case, **dict(zip(("swa", "extra"), scopes)))
         return make(case, seed, self.log2_magnitude)
 
@@ -108,6 +124,12 @@ class Conformance:
         if not self.fuses:
             pytest.skip(f"{self.implementation}: it always does so")
         self.hold(case, fused=False)
+
+    @in_pairs
+    def test_layouts(self, pair: Pair, case: Case) -> None:
+        if self.layout is not None:
+            pytest.skip(f"{self.implementation}: it has a layout of its own")
+        self.hold(in_layouts(case, pair))
 
     @pytest.mark.parametrize("seed", range(1, 6))
     def test_seeds(self, seed: int) -> None:

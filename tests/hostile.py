@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from cases import PACKED
 
 from jax_dsv4 import reference
 
@@ -51,18 +52,19 @@ def draw_rows(kinds: Sequence[str], rng: np.random.Generator, count: int) -> np.
     return np.stack([np.concatenate([draw_tile(kinds[(row + t) % len(kinds)], rng) for t in range(8)]) for row in range(count)])
 
 
-def written(data: np.ndarray, latents: np.ndarray, slots: np.ndarray, block_size: int, layout: str) -> np.ndarray:
+def written(
+    data: np.ndarray, latents: np.ndarray, slots: np.ndarray, block_size: int, layout: str, arrangement: str | None = None
+) -> np.ndarray:
     """What append must leave, row by row: the oracle's bytes where a slot is, the old ones elsewhere."""
     data = data.copy()
     for row, slot in zip(latents, slots.tolist()):
         if not 0 <= slot < data.shape[0] * block_size:
             continue
         block, at = divmod(slot, block_size)
-        if layout == "fp8_ds_mla":
-            packed = reference.pack_fp8_ds_mla(row[None].astype(np.float32), 1, 584)[0]
-            data[block, 576 * at : 576 * at + 576] = packed[:576]
-            scales = 576 * block_size + 8 * at
-            data[block, scales : scales + 8] = packed[576:]
+        if layout in PACKED:
+            packing, named = PACKED[layout], () if arrangement is None else (arrangement,)
+            alone = packing.pack(row[None].astype(np.float32), 1, packing.row_bytes + packing.scale_bytes, *named)[0]
+            data[block, packing.slot_bytes(block_size, arrangement)[at]] = alone
         elif layout == "bf16":
             data[block, at] = reference.float_to_bf16(row.astype(np.float32)).view(data.dtype)
         else:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Problem, make, tagged
+from cases import Case, Pair, Problem, in_layouts, make, tagged
 from compare import OUT_BF16, assert_close, assert_same_bits
-from conformance import NativeConformance, attend, named, one_token, plan_of, with_work
+from conformance import NativeConformance, attend, in_pairs, named, one_token, plan_of, with_work
 from cpu_bits import save_bits
 from programs import assert_same
 
@@ -42,6 +42,16 @@ def isa(request):
 @pytest.mark.parametrize("case", tagged("ci")[::3], ids=str)
 def test_every_instruction_set(isa: str, case: Case) -> None:
     TestCPU().hold(case)
+
+
+@in_pairs
+def test_layouts_on_all_instruction_sets(pair: Pair, case: Case) -> None:
+    for name in _ffi.CPU_ISAS:
+        _ffi.name_cpu_isa(LIBRARY, name)
+        try:
+            TestCPU().hold(in_layouts(case, pair))
+        finally:
+            _ffi.name_cpu_isa(LIBRARY, None)
 
 
 BF16 = ["avx2", "avx512", "avx512_bf16"]

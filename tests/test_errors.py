@@ -17,6 +17,7 @@ from marks import needs_cpu
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
+from jax_dsv4._implementations.aiter import AITER
 
 
 def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
@@ -31,6 +32,7 @@ u8 = lambda *shape: array(jnp.uint8, *shape)  # noqa: E731
 
 # 8 slots; q of 4 tokens and 16 heads; a window of 6 entries.
 CACHE = dsv4.KVCache(u8(2, 4 * 584), block_size=4)
+ENTRIES = dsv4.KVCache(u8(2, 4 * 288), block_size=4, layout="nvfp4_288", arrangement="inline")
 scope = partial(dsv4.Scope, CACHE)
 Q, SWA = bf16(4, 16, 512), scope(i32(4, 6), i32(4))
 DECODE, APPEND, PLAN = "sparse_mla_decode", "append", "plan_decode"
@@ -161,6 +163,39 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
         lambda: dsv4.KVCache(u8(2**25, 64 * 584), block_size=64),
         f"KVCache: num_blocks * block_size must fit int32 ({INT32}), got 2147483648",
     ),
+    # DeepSeek-V4.1's caches
+    (
+        lambda: decode(swa=dsv4.Scope(ENTRIES, i32(4, 6), i32(4))),
+        f"{DECODE}: swa.cache must have a layout of the sliding window ('nvfp4_288' is for extra only), got 'nvfp4_288'",
+    ),
+    (
+        lambda: dsv4.KVCache(u8(1, 528), block_size=1, layout="mxfp8_528"),
+        "KVCache: arrangement must be 'inline' or 'footer' for layout 'mxfp8_528', got None",
+    ),
+    (
+        lambda: dsv4.KVCache.create(1, 4, "nvfp4_288", arrangement="interleaved"),
+        "KVCache.create: arrangement must be 'inline' or 'footer' for layout 'nvfp4_288', got 'interleaved'",
+    ),
+    (
+        lambda: dsv4.KVCache(u8(1, 584), block_size=1, arrangement="footer"),
+        "KVCache: arrangement must be left out for layout 'fp8_ds_mla', got 'footer'",
+    ),
+    (
+        lambda: dsv4.KVCache(u8(2, 4 * 528 + 16), block_size=4, layout="mxfp8_528", arrangement="inline"),
+        "KVCache: data's block stride must be a multiple of 528 bytes, an inline slot of layout 'mxfp8_528', got 2128",
+    ),
+    (
+        lambda: dsv4.KVCache.create(2, 4, "nvfp4_288", arrangement="inline", block_stride_bytes=1280),
+        "KVCache.create: block_stride_bytes must be a multiple of 288 bytes, an inline slot of layout 'nvfp4_288', got 1280",
+    ),
+    (
+        lambda: dsv4.KVCache(u8(2, 1151), block_size=4, layout="nvfp4_288", arrangement="footer"),
+        "KVCache: data's block stride must be at least block_size * 288 = 1152 bytes, got 1151",
+    ),
+    (
+        lambda: dsv4.KVCache(u8(2, 4, 584), block_size=4, layout="mxfp8_528", arrangement="inline"),
+        "KVCache: data must have shape (num_blocks, block_stride_bytes) = (*, *), got (2, 4, 584)",
+    ),
     # append and dequantize
     (lambda: append("cache"), f"{APPEND}: cache must be a KVCache, got str"),
     (lambda: append(latents=array(jnp.float16, 3, 512)), f"{APPEND}: latents must have dtype bfloat16 or float32, got float16"),
@@ -204,9 +239,16 @@ def test_the_same_calls_pass_without_the_fault() -> None:
     """So that each row above fails for its one fault."""
     assert decode().shape == Q.shape
     assert decode(extra=SWA, attn_sink=f32(16), scale=1).shape == Q.shape
+    assert decode(extra=dsv4.Scope(ENTRIES, i32(4, 6), i32(4))).shape == Q.shape
     assert decode_with_plan().shape == Q.shape
     assert append().data.shape == CACHE.data.shape
     assert plan(i32(4), i32(4), extra_topk=3).made_for.extra_topk == 3
+
+
+@pytest.mark.parametrize("layout", ["mxfp8_528", "nvfp4_288"])
+def test_aiter_does_not_read_these(layout: str) -> None:
+    cache = dsv4.KVCache.create(1, 4, layout, arrangement="inline")
+    assert AITER.unsupported(16, [cache]) == f"it reads layout 'aiter_fp8', and the cache's is {layout!r}"
 
 
 @needs_cpu

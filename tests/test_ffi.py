@@ -73,14 +73,16 @@ TARGETS: dict[str, tuple[dict, dict, dict]] = {
             "has_sink": True,
             "swa_block_size": np.int32(4),
             "swa_layout": np.int32(0),
+            "swa_inline": np.int32(0),
             "extra_block_size": np.int32(4),
             "extra_layout": np.int32(1),
+            "extra_inline": np.int32(0),
         },
     ),
     "dsv4_append": (
         {"cache": (u8, 2, 4 * 584), "latents": (f32, 3, 512), "slots": (i32, 3)},
         {"updated": (u8, 2, 4 * 584)},
-        {"block_size": np.int32(4), "layout": np.int32(0)},
+        {"block_size": np.int32(4), "layout": np.int32(0), "inline": np.int32(0)},
     ),
 }
 
@@ -132,6 +134,18 @@ BAD_CALLS = [
         "dsv4_decode",
         {"swa_block_size": np.int32(INT_MAX)},
         f"{DECODE}: swa.cache.block_stride_bytes must be at least block_size * 584 = {584 * INT_MAX}, got 2336",
+    ),
+    ("dsv4_decode", {"swa_inline": np.int32(1)}, f"{DECODE}: swa.cache.inline must be 0 in this layout, got 1"),
+    ("dsv4_decode", {"swa_layout": np.int32(5), "swa_inline": np.int32(2)}, f"{DECODE}: swa.cache.inline must be 0 or 1, got 2"),
+    (
+        "dsv4_decode",
+        {"swa_layout": np.int32(5), "swa_inline": np.int32(1)},
+        f"{DECODE}: swa.cache.block_stride_bytes must be a multiple of 528, an inline slot, got 2336",
+    ),
+    (
+        "dsv4_append",
+        {"cache": (u8, 2, 1151), "layout": np.int32(6)},
+        "append: cache.block_stride_bytes must be at least block_size * 288 = 1152, got 1151",
     ),
     ("dsv4_decode", {"swa_layout": np.int32(99)}, f"{DECODE}: swa.cache.layout must be one that this platform reads, got 99"),
     ("dsv4_decode", {"extra_layout": np.int32(-1)}, f"{DECODE}: extra.cache.layout must be one that this platform reads, got -1"),
@@ -297,6 +311,8 @@ def test_python_and_cpp_state_the_same() -> None:
         "kPackedRowBytes": kv.PACKED_ROW_BYTES,
         "kPackedScaleBytes": kv.PACKED_SCALE_BYTES,
         "kPackedTokenBytes": kv.PACKED_TOKEN_BYTES,
+        "kMxfp8Tile": kv.MXFP8_TILE,
+        "kNvfp4Tile": kv.NVFP4_TILE,
         "kPlanKeys": CPU.geometry(1).granularity,
         "kLaneBytesFixed": CPU.lane_bytes_fixed - 64,  # Python's has room to align
         "kLaneBytesPerHead": CPU.lane_bytes_per_head - cpp["kMergeBytesPerHead"],
@@ -322,7 +338,10 @@ def test_python_and_cpp_state_the_same() -> None:
     }
     assert constants("rocm/params.h").items() >= of_rocm.items()
     assert (kv.NOPE_DIM, kv.PACKED_ROW_BYTES, kv.PACKED_TOKEN_BYTES) == (448, 576, 584)
+    for name, layout in (("Mxfp8", kv.LAYOUTS["mxfp8_528"]), ("Nvfp4", kv.LAYOUTS["nvfp4_288"])):
+        assert (cpp[f"k{name}RowBytes"], cpp[f"k{name}ScaleBytes"]) == (layout.row_bytes, layout.scale_bytes)
     spelled = {"fp8_ds_mla": "kFp8DsMla", "bf16": "kBf16", "float32": "kFloat32", "aiter_fp8": "kAiterFp8"}
+    spelled |= {"mxfp8_528": "kMxfp8", "nvfp4_288": "kNvfp4"}
     assert {name: cpp[f"Layout::{spelled[name]}"] for name in kv.LAYOUTS} == {name: layout.code for name, layout in kv.LAYOUTS.items()}
 
 

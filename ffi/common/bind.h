@@ -100,29 +100,20 @@ inline bool fill_q(Checker& check, const Buffer& q, const void** data, Dtype* dt
                        std::to_string(heads));
 }
 
-inline int64_t layout_token_bytes(Layout layout) {
-  switch (layout) {
-    case Layout::kFp8DsMla:
-      return kPackedTokenBytes;
-    case Layout::kBf16:
-      return 2 * kLatentDim;
-    case Layout::kFloat32:
-      return 4 * kLatentDim;
-    default:
-      return 0;
-  }
-}
-
-// A cache buffer is [num_blocks, ...]: uint8 [num_blocks, block_stride_bytes] for fp8_ds_mla, [num_blocks, block_size,
-// 512] else.
+// A cache buffer is [num_blocks, ...]: uint8 [num_blocks, block_stride_bytes] where there are scales, [num_blocks,
+// block_size, 512] else. `inline_scales`: 1 where each slot's scales directly follow its numbers, else 0.
 inline bool fill_cache(Checker& check, const Buffer& buffer, const std::string& argument, int32_t block_size,
-                       int32_t layout, Cache* cache) {
+                       int32_t layout, int32_t inline_scales, Cache* cache) {
   cache->layout = static_cast<Layout>(layout);
-  const int64_t token_bytes = layout_token_bytes(cache->layout);
-  check.require(token_bytes > 0, argument + ".layout", "be one that this platform reads", std::to_string(layout));
+  const SlotBytes bytes = slot_bytes(cache->layout);
+  const int64_t slot = bytes.row + bytes.scales;
+  check.require(slot > 0, argument + ".layout", "be one that this platform reads", std::to_string(layout));
   check.require(block_size > 0, argument + ".block_size", "be positive", std::to_string(block_size));
+  const bool either = cache->layout == Layout::kMxfp8 || cache->layout == Layout::kNvfp4;
+  check.require(inline_scales == 0 || (inline_scales == 1 && either), argument + ".inline",
+                either ? "be 0 or 1" : "be 0 in this layout", std::to_string(inline_scales));
   if (!check.ok()) return false;
-  if (cache->layout == Layout::kFp8DsMla) {
+  if (bytes.scales > 0) {
     check.buffer(buffer, argument, ffi::DataType::U8, "(num_blocks, block_stride_bytes)", {-1, -1});
   } else {
     check.buffer(buffer, argument, cache->layout == Layout::kBf16 ? ffi::DataType::BF16 : ffi::DataType::F32,
@@ -133,16 +124,19 @@ inline bool fill_cache(Checker& check, const Buffer& buffer, const std::string& 
   cache->data = data_of<const uint8_t>(buffer);
   cache->num_blocks = dims[0];
   cache->block_size = block_size;
-  cache->block_stride_bytes = cache->layout == Layout::kFp8DsMla ? dims[1] : block_size * token_bytes;
-  return check.require(
-      cache->block_stride_bytes >= block_size * token_bytes, argument + ".block_stride_bytes",
-      "be at least block_size * " + std::to_string(token_bytes) + " = " + std::to_string(block_size * token_bytes),
-      std::to_string(cache->block_stride_bytes));
+  cache->block_stride_bytes = bytes.scales > 0 ? dims[1] : block_size * slot;
+  arrange(cache, inline_scales != 0);
+  const int64_t stride = cache->block_stride_bytes;
+  check.require(stride >= block_size * slot, argument + ".block_stride_bytes",
+                "be at least block_size * " + std::to_string(slot) + " = " + std::to_string(block_size * slot),
+                std::to_string(stride));
+  return check.require(inline_scales == 0 || stride % slot == 0, argument + ".block_stride_bytes",
+                       "be a multiple of " + std::to_string(slot) + ", an inline slot", std::to_string(stride));
 }
 
 inline bool fill_scope(Checker& check, const std::string& name, int64_t tokens, const ScopeOperands& o,
-                       int32_t block_size, int32_t layout, Scope* scope) {
-  if (!fill_cache(check, o.cache, name + ".cache", block_size, layout, &scope->cache) ||
+                       int32_t block_size, int32_t layout, int32_t inline_scales, Scope* scope) {
+  if (!fill_cache(check, o.cache, name + ".cache", block_size, layout, inline_scales, &scope->cache) ||
       !check.buffer(o.indices, name + ".indices", ffi::DataType::S32, "(tokens, topk)", {tokens, -1}) ||
       !check.buffer(o.lengths, name + ".lengths", ffi::DataType::S32, "(tokens,)", {tokens})) {
     return false;
@@ -261,7 +255,7 @@ struct DecodeOperands {
   Buffer out, lse, partial_out, partial_lse, counters;
   float scale;
   bool has_sink;
-  int32_t swa_block_size, swa_layout, extra_block_size, extra_layout;
+  int32_t swa_block_size, swa_layout, swa_inline, extra_block_size, extra_layout, extra_inline;
 };
 
 template <typename Binding>
@@ -269,7 +263,8 @@ auto decode_binding(Binding&& context) {
   return with_attributes<int32_t>(with_results<5>(with_operands<14>(std::move(context)))
                                       .template Attr<float>("scale")
                                       .template Attr<bool>("has_sink"),
-                                  "swa_block_size", "swa_layout", "extra_block_size", "extra_layout");
+                                  "swa_block_size", "swa_layout", "swa_inline", "extra_block_size", "extra_layout",
+                                  "extra_inline");
 }
 
 // `partial_numbers`: floats that a platform keeps of a partial besides its output. One: its lse.
@@ -280,8 +275,8 @@ inline ffi::Error fill_decode_params(const DecodeOperands& o, int64_t counters_p
   const int64_t tokens = o.q.dimensions()[0], heads = o.q.dimensions()[1];
   // Without a sink, nothing: zeros would be filled in by a kernel of their own in every call.
   check.buffer(o.sink, "attn_sink", ffi::DataType::F32, o.has_sink ? "(heads,)" : "(0,)", {o.has_sink ? heads : 0});
-  if (!fill_scope(check, "swa", tokens, o.swa, o.swa_block_size, o.swa_layout, &p->scopes[0]) ||
-      !fill_scope(check, "extra", tokens, o.extra, o.extra_block_size, o.extra_layout, &p->scopes[1]) ||
+  if (!fill_scope(check, "swa", tokens, o.swa, o.swa_block_size, o.swa_layout, o.swa_inline, &p->scopes[0]) ||
+      !fill_scope(check, "extra", tokens, o.extra, o.extra_block_size, o.extra_layout, o.extra_inline, &p->scopes[1]) ||
       !fill_plan(check, tokens, o.plan, &p->plan)) {
     return check.error();
   }
@@ -315,17 +310,18 @@ inline ffi::Error fill_decode_params(const DecodeOperands& o, int64_t counters_p
 
 struct AppendOperands {
   Buffer cache, latents, slots, updated;
-  int32_t block_size, layout;
+  int32_t block_size, layout, inline_scales;
 };
 
 template <typename Binding>
 auto append_binding(Binding&& context) {
-  return with_attributes<int32_t>(with_results<1>(with_operands<3>(std::move(context))), "block_size", "layout");
+  return with_attributes<int32_t>(with_results<1>(with_operands<3>(std::move(context))), "block_size", "layout",
+                                  "inline");
 }
 
 inline ffi::Error fill_append_params(const AppendOperands& o, AppendParams* p) {
   Checker check("append");
-  if (fill_cache(check, o.cache, "cache", o.block_size, o.layout, &p->cache)) {
+  if (fill_cache(check, o.cache, "cache", o.block_size, o.layout, o.inline_scales, &p->cache)) {
     fill_rows(check, o.latents, o.slots, o.cache, o.updated, p);
   }
   p->data_out = data_of<uint8_t>(o.updated);

@@ -55,6 +55,32 @@ JAX_DSV4_HD uint8_t float_to_e4m3(float value) {
   return static_cast<uint8_t>(sign | (rounded >> 20));
 }
 
+// e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and with bit 3 their negatives.
+JAX_DSV4_HD float e2m1_to_float(uint8_t code) {
+  const uint32_t sign = static_cast<uint32_t>(code & 8) << 28, magnitude = code & 7;
+  return bits_to_float(sign | (magnitude < 2 ? magnitude * (126u << 23) : (magnitude << 22) + (126u << 23)));
+}
+
+// The code nearest value / scale: to nearest even, beyond 6 saturated. It is compared with the middles between codes,
+// times the scale, which are exact for an e4m3 scale: a quotient would be rounded before.
+JAX_DSV4_HD uint8_t float_to_e2m1(float value, float scale) {
+  const uint32_t bits = float_to_bits(value);
+  const float magnitude = bits_to_float(bits & 0x7fffffffu);
+  const int code = (magnitude > 0.25f * scale) + (magnitude >= 0.75f * scale) + (magnitude > 1.25f * scale) +
+                   (magnitude >= 1.75f * scale) + (magnitude > 2.5f * scale) + (magnitude >= 3.5f * scale) +
+                   (magnitude > 5 * scale);
+  return static_cast<uint8_t>((bits >> 28 & 8) | code);
+}
+
+// The e4m3 scale of a tile of e2m1 whose largest magnitude is `amax`: amax / 6, from 2^-9 to 448. NaN gives NaN.
+JAX_DSV4_HD uint8_t e4m3_scale_of(float amax) {
+  // Rounded twice, a quotient beside the middle of two codes would be taken for it. Of what amax has past its first 16
+  // bits it matters only whether it is zero: a middle times 6 has 7.
+  const uint32_t bits = float_to_bits(amax);
+  const float quotient = bits_to_float((bits & ~0xffu) | ((bits & 0xff) != 0 ? 0x80 : 0)) / 6;
+  return float_to_e4m3(quotient < 0x1p-9f ? 0x1p-9f : quotient);
+}
+
 // ue8m0: 2^(byte - 127); 255 is NaN.
 JAX_DSV4_HD float ue8m0_to_float(uint8_t byte) {
   if (byte == 255) return bits_to_float(0x7fc00000u);

@@ -20,12 +20,45 @@ constexpr int kPackedScaleBytes = 8;
 constexpr int kPackedTokenBytes = kPackedRowBytes + kPackedScaleBytes;  // 584
 static_assert(kPackedTokenBytes == 584, "fp8_ds_mla is byte-compatible with FlashMLA's MODEL1");
 
+// mxfp8_528: 512 e4m3, a ue8m0 for every 32. nvfp4_288: 512 e2m1, number 2k in the low half of byte k, an e4m3 for
+// every
+// 16. A slot's scales directly follow its numbers (inline), or a block's the numbers of all its slots, as above.
+constexpr int kMxfp8Tile = 32;
+constexpr int kMxfp8RowBytes = kLatentDim;
+constexpr int kMxfp8ScaleBytes = kLatentDim / kMxfp8Tile;
+constexpr int kNvfp4Tile = 16;
+constexpr int kNvfp4RowBytes = kLatentDim / 2;
+constexpr int kNvfp4ScaleBytes = kLatentDim / kNvfp4Tile;
+static_assert(kMxfp8RowBytes + kMxfp8ScaleBytes == 528 && kNvfp4RowBytes + kNvfp4ScaleBytes == 288,
+              "byte-compatible with FlashMLA's V41 and V41_FP4");
+
 constexpr int kMaxHeads = 128;
 // Exponentials are taken in base 2.
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-enum class Layout : int32_t { kFp8DsMla = 0, kBf16 = 1, kFloat32 = 2, kAiterFp8 = 3 };
+enum class Layout : int32_t { kFp8DsMla = 0, kBf16 = 1, kFloat32 = 2, kAiterFp8 = 3, kMxfp8 = 5, kNvfp4 = 6 };
 enum class Dtype : int32_t { kBf16 = 0, kFloat32 = 1 };
+
+// Bytes of a slot: its numbers, and the scales of layouts that have them.
+struct SlotBytes {
+  int32_t row, scales;
+};
+JAX_DSV4_HD constexpr SlotBytes slot_bytes(Layout layout) {
+  switch (layout) {
+    case Layout::kFp8DsMla:
+      return {kPackedRowBytes, kPackedScaleBytes};
+    case Layout::kBf16:
+      return {2 * kLatentDim, 0};
+    case Layout::kFloat32:
+      return {4 * kLatentDim, 0};
+    case Layout::kMxfp8:
+      return {kMxfp8RowBytes, kMxfp8ScaleBytes};
+    case Layout::kNvfp4:
+      return {kNvfp4RowBytes, kNvfp4ScaleBytes};
+    default:
+      return {0, 0};
+  }
+}
 
 // A cache. Slot s is row s % block_size of block s / block_size; a slot outside [0, num_blocks * block_size) is
 // invalid.
@@ -35,7 +68,21 @@ struct Cache {
   int64_t block_stride_bytes;  // >= block_size * bytes per token; what lies past a block's tokens is never read
   int32_t block_size;
   Layout layout;
+  // Of a block: row i begins at i * row_pitch, its scales at scales_begin + i * scale_pitch.
+  int64_t scales_begin;
+  int32_t row_pitch, scale_pitch;
+
+  JAX_DSV4_HD_MEMBER int64_t row_at(int64_t offset) const { return offset * row_pitch; }
+  JAX_DSV4_HD_MEMBER int64_t scales_at(int64_t offset) const { return scales_begin + offset * scale_pitch; }
 };
+
+// The places of a block of so many slots.
+JAX_DSV4_HD void arrange(Cache* cache, bool inline_scales) {
+  const SlotBytes bytes = slot_bytes(cache->layout);
+  cache->row_pitch = inline_scales ? bytes.row + bytes.scales : bytes.row;
+  cache->scale_pitch = inline_scales ? bytes.row + bytes.scales : bytes.scales;
+  cache->scales_begin = inline_scales ? bytes.row : int64_t{cache->block_size} * bytes.row;
+}
 
 // A cache and the slots of it that each token attends to.
 struct Scope {

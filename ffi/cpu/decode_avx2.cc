@@ -53,24 +53,41 @@ struct Simd {
     return _mm256_or_ps(_mm256_andnot_ps(tiny, mul(y, _mm256_castsi256_ps(power))), nan);
   }
 
-  // 64 e4m3 numbers with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  // e4m3 numbers, 32 or 64, with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  template <int kNumbers>
   static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
     const __m256i top = _mm256_set1_epi8(0x7f);
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 32));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + kNumbers - 32));
     const __m256i nan = _mm256_or_si256(_mm256_cmpeq_epi8(_mm256_and_si256(low, top), top),
                                         _mm256_cmpeq_epi8(_mm256_and_si256(high, top), top));
     if (scale > 246 || !_mm256_testz_si256(nan, nan)) {
-      for (int i = 0; i < kScaleTile; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
+      for (int i = 0; i < kNumbers; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
       return;
     }
     const V factor = _mm256_castsi256_ps(_mm256_set1_epi32((scale + 8) << 23));
-    for (int i = 0; i < kScaleTile; i += 16) {
+    for (int i = 0; i < kNumbers; i += 16) {
       const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
       const __m256i half = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3f80)),
                                            _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16(-0x8000)));
       store(dst + i, mul(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), factor));
       store(dst + i + 8, mul(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), factor));
+    }
+  }
+
+  // A row of nvfp4. A lookup takes three bits of an index; the fourth is the sign.
+  static void dequantize_e2m1(const uint8_t* src, const float* scales, float* dst) {
+    const V values = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));
+    for (int i = 0; i < kLatentDim; i += kNvfp4Tile) {
+      const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(src + i / 2)), high = _mm_srli_epi16(low, 4);
+      const __m128i codes = _mm_unpacklo_epi8(low, high);
+      const V scale = set1(scales[i / kNvfp4Tile]);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i code = _mm256_cvtepu8_epi32(half == 0 ? codes : _mm_unpackhi_epi64(codes, codes));
+        const V signs = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(code, 28), sign));
+        store(dst + i + 8 * half, mul(_mm256_xor_ps(_mm256_permutevar8x32_ps(values, code), signs), scale));
+      }
     }
   }
 

@@ -7,14 +7,16 @@
 namespace jax_dsv4::cpu {
 namespace {
 
-// e4m3_to_float of every byte.
+// What every code stands for.
+template <int kCodes>
 struct Table {
-  float value[256];
-  Table() {
-    for (int i = 0; i < 256; ++i) value[i] = e4m3_to_float(static_cast<uint8_t>(i));
+  float value[kCodes];
+  explicit Table(float (*decode)(uint8_t)) {
+    for (int i = 0; i < kCodes; ++i) value[i] = decode(static_cast<uint8_t>(i));
   }
 };
-const Table kE4m3;
+const Table<256> kE4m3(e4m3_to_float);
+const Table<16> kE2m1(e2m1_to_float);
 
 struct Simd {
   static constexpr int kLanes = 4;
@@ -59,9 +61,18 @@ struct Simd {
     return result;
   }
 
+  template <int kNumbers>
   static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
     const float factor = ue8m0_to_float(scale);
-    for (int i = 0; i < kScaleTile; ++i) dst[i] = kE4m3.value[src[i]] * factor;
+    for (int i = 0; i < kNumbers; ++i) dst[i] = kE4m3.value[src[i]] * factor;
+  }
+
+  // A row of nvfp4.
+  static void dequantize_e2m1(const uint8_t* src, const float* scales, float* dst) {
+    for (int i = 0; i < kLatentDim; i += 2) {
+      dst[i] = kE2m1.value[src[i / 2] & 15] * scales[i / kNvfp4Tile];
+      dst[i + 1] = kE2m1.value[src[i / 2] >> 4] * scales[i / kNvfp4Tile];
+    }
   }
 
   static void bf16_to_float(const uint8_t* src, float* dst, int n) {

@@ -3,8 +3,8 @@
 
 // One valid cached position: where its bytes are.
 struct Row {
-  const uint8_t* data;    // packed: 448 e4m3 then 64 bf16; otherwise 512 numbers
-  const uint8_t* scales;  // packed: 7 ue8m0; otherwise null
+  const uint8_t* data;
+  const uint8_t* scales;  // null where the layout has none
   Layout layout;
 };
 
@@ -42,6 +42,8 @@ __attribute__((always_inline)) inline void store_sums(const Simd::V (&acc)[H][N]
   }
 }
 
+constexpr uint8_t kUnitScale = 127;  // ue8m0
+
 struct KeyCursor {
   int32_t at;          // the next key number within the token
   int32_t swa_length;  // key numbers below it are the swa scope's
@@ -58,20 +60,30 @@ inline bool find_row(const Cache& cache, int32_t slot, Row* row) {
   const int64_t offset = slot - block * cache.block_size;
   const uint8_t* base = cache.data + block * cache.block_stride_bytes;
   row->layout = cache.layout;
-  row->scales = nullptr;
-  switch (cache.layout) {
+  row->data = base + cache.row_at(offset);
+  row->scales = cache.scale_pitch > 0 ? base + cache.scales_at(offset) : nullptr;
+  return true;
+}
+
+// The numbers of a row that has scales, as fp32.
+inline void dequantize_row(const Row& row, float* dst) {
+  switch (row.layout) {
     case Layout::kFp8DsMla:
-      row->data = base + offset * kPackedRowBytes;
-      row->scales = base + static_cast<int64_t>(cache.block_size) * kPackedRowBytes + offset * kPackedScaleBytes;
-      return true;
-    case Layout::kBf16:
-      row->data = base + offset * 2 * kLatentDim;
-      return true;
-    case Layout::kFloat32:
-      row->data = base + offset * 4 * kLatentDim;
-      return true;
-    default:
-      return false;
+      for (int t = 0; t < kScaleTiles; ++t) {
+        Simd::dequantize_tile<kScaleTile>(row.data + t * kScaleTile, row.scales[t], dst + t * kScaleTile);
+      }
+      Simd::bf16_to_float(row.data + kNopeDim, dst + kNopeDim, kRopeDim);
+      break;
+    case Layout::kMxfp8:
+      for (int t = 0; t < kMxfp8ScaleBytes; ++t) {
+        Simd::dequantize_tile<kMxfp8Tile>(row.data + t * kMxfp8Tile, row.scales[t], dst + t * kMxfp8Tile);
+      }
+      break;
+    default: {
+      alignas(64) float scales[kNvfp4ScaleBytes];
+      Simd::dequantize_tile<kNvfp4ScaleBytes>(row.scales, kUnitScale, scales);
+      Simd::dequantize_e2m1(row.data, scales, dst);
+    }
   }
 }
 
@@ -90,9 +102,7 @@ inline int next_rows(const DecodeParams& p, int32_t token, int32_t kv_end, KeyCu
 }
 
 inline void prefetch_row(const Row& row) {
-  const int bytes = row.layout == Layout::kFp8DsMla ? kPackedRowBytes
-                    : row.layout == Layout::kBf16   ? 2 * kLatentDim
-                                                    : 4 * kLatentDim;
+  const int bytes = slot_bytes(row.layout).row;
   for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row.data + b, 0, 2);
   if (row.scales != nullptr) __builtin_prefetch(row.scales, 0, 2);
 }

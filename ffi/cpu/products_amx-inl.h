@@ -95,44 +95,95 @@ class Conversion {
       const int beyond = later - groups() * kGroupKeys;
       later_[i] = later < n_ ? &tile_[later] : beyond >= 0 && beyond < next_n_ ? &next_[beyond] : nullptr;
       now_[i] = key < n_ ? &tile_[key] : &kNoKey;
-      usual_[i] = now_[i]->layout == Layout::kFp8DsMla;
+      const Layout layout = now_[i]->layout;
+      const bool mxfp8 = layout == Layout::kMxfp8;
+      usual_[i] = mxfp8 || layout == Layout::kFp8DsMla;
+      if (layout == Layout::kNvfp4) {
+        Simd::dequantize_tile<kNvfp4ScaleBytes>(now_[i]->scales, kUnitScale, factors_[i]);
+      }
       if (!usual_[i]) continue;
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(now_[i]->scales));
-      const __m256i power = _mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(7));
-      usual_[i] = (_mm256_cmple_epu32_mask(power, _mm256_set1_epi32(246 - 7)) & 0x7f) == 0x7f;
-      const __m256i bias = _mm256_slli_epi32(power, 7);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(scales_[i]), _mm256_or_si256(bias, _mm256_slli_epi32(bias, 16)));
+      // Of every half a block, which is a tile of mxfp8.
+      const __m128i loaded = mxfp8 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(now_[i]->scales))
+                                   : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(now_[i]->scales));
+      const __m128i bytes = mxfp8 ? loaded : _mm_unpacklo_epi8(loaded, loaded);
+      const __mmask16 in_use = mxfp8 ? 0xffff : 0x3fff;
+      const __m512i power = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(7));
+      usual_[i] = (_mm512_cmple_epu32_mask(power, _mm512_set1_epi32(246 - 7)) & in_use) == in_use;
+      const __m512i bias = _mm512_slli_epi32(power, 7);
+      _mm512_store_si512(scales_[i], _mm512_or_si512(bias, _mm512_slli_epi32(bias, 16)));
     }
   }
 
   static void fetch(const Row& row, int block) {
-    const bool packed = row.layout == Layout::kFp8DsMla;
-    const uint8_t* bytes = row.data + block * (packed ? kBlock : 2 * kBlock);
+    const int per_block = row.layout == Layout::kBf16 ? 2 * kBlock : row.layout == Layout::kNvfp4 ? kBlock / 2 : kBlock;
+    const uint8_t* bytes = row.data + block * per_block;
     __builtin_prefetch(bytes, 0, 2);
-    if (!packed || block == kScaleTiles) __builtin_prefetch(bytes + 64, 0, 2);
-    if (packed && block == kScaleTiles) __builtin_prefetch(row.scales, 0, 2);
+    const bool last = block == kBlocks - 1;
+    if (row.layout == Layout::kBf16 || (row.layout == Layout::kFp8DsMla && last)) __builtin_prefetch(bytes + 64, 0, 2);
+    if (row.scales != nullptr && last) __builtin_prefetch(row.scales, 0, 2);
   }
 
   // e4m3 times a power of two has four bits: as bf16 it is a float's upper half.
   __attribute__((noinline)) static void convert_exactly(const Row& row, int block, uint16_t* to) {
     alignas(64) float numbers[kBlock];
-    Simd::dequantize_tile(row.data + block * kBlock, row.scales[block], numbers);
+    const uint8_t* data = row.data + block * kBlock;
+    if (row.layout == Layout::kMxfp8) {
+      for (int half = 0; half < 2; ++half) {
+        Simd::dequantize_tile<kMxfp8Tile>(data + half * kMxfp8Tile, row.scales[2 * block + half],
+                                          numbers + half * kMxfp8Tile);
+      }
+    } else {
+      Simd::dequantize_tile<kScaleTile>(data, row.scales[block], numbers);
+    }
     for (int i = 0; i < kBlock; i += kL) {
       const __m512i bits = _mm512_castps_si512(Simd::load(numbers + i));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
     }
   }
 
-  static void convert_any(const Row& row, int block, __m512i* block0, __m512i* block1) {
-    if (row.layout == Layout::kBf16) {
+  // e2m1 times e4m3 has six bits. Lane l of both vectors is tile l of the block.
+  void convert_e2m1(int key, int block, __m512i* block0, __m512i* block1) const {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(now_[key]->data + block * (kBlock / 2)));
+    const __m512i twice =
+        _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), _mm512_castsi256_si512(bytes));
+    const __m512i tile = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const V scale = _mm512_permutexvar_ps(tile, _mm512_castps128_ps512(_mm_load_ps(factors_[key] + 4 * block)));
+    const V values = Simd::e2m1_values();
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    // Byte j of a lane, each in 32 bits; the odd lanes have the second half of 16 bytes.
+    const __m512i first =
+        _mm512_add_epi32(_mm512_broadcast_i32x4(_mm_setr_epi32(0x80808000, 0x80808001, 0x80808002, 0x80808003)),
+                         _mm512_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8));
+    const auto half = [&](int bytes_before) {
+      const __m512i codes = _mm512_shuffle_epi8(twice, _mm512_add_epi32(first, _mm512_set1_epi32(bytes_before)));
+      const V even = Simd::mul(_mm512_permutexvar_ps(codes, values), scale);
+      const V odd = Simd::mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values), scale);
+      return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd),
+                                       upper,
+                                       0xf8);  // a | (b & c)
+    };
+    *block0 = half(0);
+    *block1 = half(4);
+  }
+
+  void convert_any(int key, int block, __m512i* block0, __m512i* block1) const {
+    const Row& row = *now_[key];
+    if (row.layout == Layout::kNvfp4) {
+      convert_e2m1(key, block, block0, block1);
+    } else if (row.layout == Layout::kBf16) {
       load_block(row.data + block * 2 * kBlock, block0, block1);
-    } else if (block == kScaleTiles) {
+    } else if (row.layout == Layout::kFp8DsMla && block == kScaleTiles) {
       load_block(row.data + kNopeDim, block0, block1);
     } else {
       alignas(64) uint16_t exact[kBlock];
       convert_exactly(row, block, exact);
       load_block(exact, block0, block1);
     }
+  }
+
+  // Of the two halves of a block.
+  static __m512i bias(const uint32_t* scales) {
+    return _mm512_mask_set1_epi32(_mm512_set1_epi32(static_cast<int>(scales[0])), 0xff00, static_cast<int>(scales[1]));
   }
 
   // False: some byte of the two keys is not a usual one.
@@ -147,8 +198,7 @@ class Conversion {
     if (_mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(static_cast<char>(236))) != 0) return false;
     const __m512i a_low = _mm512_gf2p8affine_epi64_epi8(a, low, 0), a_high = _mm512_gf2p8affine_epi64_epi8(a, high, 0);
     const __m512i b_low = _mm512_gf2p8affine_epi64_epi8(b, low, 0), b_high = _mm512_gf2p8affine_epi64_epi8(b, high, 0);
-    const __m512i a_bias = _mm512_set1_epi32(static_cast<int>(scales_[key][block]));
-    const __m512i b_bias = _mm512_set1_epi32(static_cast<int>(scales_[key + 1][block]));
+    const __m512i a_bias = bias(scales_[key] + 2 * block), b_bias = bias(scales_[key + 1] + 2 * block);
     *a0 = _mm512_add_epi16(_mm512_unpacklo_epi8(a_low, a_high), a_bias);
     *a1 = _mm512_add_epi16(_mm512_unpackhi_epi8(a_low, a_high), a_bias);
     *b0 = _mm512_add_epi16(_mm512_unpacklo_epi8(b_low, b_high), b_bias);
@@ -156,15 +206,18 @@ class Conversion {
     return true;
   }
 
+  bool usual(int key, int block) const {
+    return usual_[key] && (block < kScaleTiles || now_[key]->layout == Layout::kMxfp8);
+  }
+
   void convert(int group, int block, int half) {
     uint16_t* row = rows_[(base_ + group) % 2] + (2 * block + half) * 2 * kTile;
     uint16_t* pair = pairs_[(base_ + group) % kRing] + 4 * block * kTile + half * kTile / 2;
     for (int key = 16 * half; key < 16 * half + 16; key += 2, row += 64, pair += 32) {
       __m512i a0, a1, b0, b1;
-      const bool usual = block < kScaleTiles && usual_[key] && usual_[key + 1];
-      if (!usual || !convert_usual(key, block, &a0, &a1, &b0, &b1)) {
-        convert_any(*now_[key], block, &a0, &a1);
-        convert_any(*now_[key + 1], block, &b0, &b1);
+      if (!usual(key, block) || !usual(key + 1, block) || !convert_usual(key, block, &a0, &a1, &b0, &b1)) {
+        convert_any(key, block, &a0, &a1);
+        convert_any(key + 1, block, &b0, &b1);
       }
       _mm512_store_si512(row, a0);
       _mm512_store_si512(row + 32, b0);
@@ -179,9 +232,12 @@ class Conversion {
 
   alignas(64) uint16_t rows_[2][kGroupNumbers];
   uint16_t pairs_[kRing][kGroupNumbers];
-  uint32_t scales_[kGroupKeys][kBlocks];  // (scale - 7) << 7 in both halves, of the group that is being converted
+  // Of the group that is being converted: e4m3's (scale - 7) << 7 in both halves, of every half a block; nvfp4's
+  // scales.
+  alignas(64) uint32_t scales_[kGroupKeys][2 * kBlocks];
+  alignas(64) float factors_[kGroupKeys][kNvfp4ScaleBytes];
   const Row *now_[kGroupKeys], *later_[kGroupKeys];
-  bool usual_[kGroupKeys];  // packed, and its scales give normal numbers
+  bool usual_[kGroupKeys];  // e4m3, and its scales give normal numbers
   const Row *tile_, *next_;
   int n_, next_n_;
   int base_;  // where in the ring its groups begin

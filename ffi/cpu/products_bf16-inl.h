@@ -1,6 +1,6 @@
 // Products in bf16 with fp32 sums, two at a time (AVX512-BF16): on AMD's processors at twice the rate of fp32. Nothing
-// is lost by it: q, rope, and e4m3 times a power of two are bf16 numbers already, and a weight p is taken as the sum of
-// two (subnormal bf16 numbers count as zero). Part of decode-inl.h, which see.
+// is lost by it: q, rope, e4m3 times a power of two, and e2m1 times e4m3 are bf16 numbers already, and a weight p is
+// taken as the sum of two (subnormal bf16 numbers count as zero). Part of decode-inl.h, which see.
 
 constexpr int kTileKeys = 64;
 
@@ -57,16 +57,11 @@ inline void load_row(const Row& row, uint16_t* dst) {
     for (int d = 0; d < kLatentDim; d += 32) _mm512_store_si512(dst + d, _mm512_loadu_si512(row.data + 2 * d));
     return;
   }
-  for (int t = 0; t < kScaleTiles; ++t) {
-    alignas(64) float tile[kScaleTile];
-    Simd::dequantize_tile(row.data + t * kScaleTile, row.scales[t], tile);
-    for (int d = 0; d < kScaleTile; d += 32) {
-      const __m512bh both = _mm512_cvtne2ps_pbh(Simd::load(tile + d + 16), Simd::load(tile + d));
-      _mm512_store_si512(dst + t * kScaleTile + d, (__m512i)both);
-    }
-  }
-  for (int d = 0; d < kRopeDim; d += 32) {
-    _mm512_store_si512(dst + kNopeDim + d, _mm512_loadu_si512(row.data + kNopeDim + 2 * d));
+  alignas(64) float numbers[kLatentDim];
+  dequantize_row(row, numbers);
+  for (int d = 0; d < kLatentDim; d += 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(Simd::load(numbers + d + 16), Simd::load(numbers + d));
+    _mm512_store_si512(dst + d, (__m512i)both);
   }
 }
 

@@ -51,11 +51,8 @@ inline void load_queries(const DecodeParams& p, int64_t first_head, int32_t head
 }
 
 inline void load_row(const Row& row, float* dst) {
-  if (row.layout == Layout::kFp8DsMla) {
-    for (int t = 0; t < kScaleTiles; ++t) {
-      Simd::dequantize_tile(row.data + t * kScaleTile, row.scales[t], dst + t * kScaleTile);
-    }
-    Simd::bf16_to_float(row.data + kNopeDim, dst + kNopeDim, kRopeDim);
+  if (row.scales != nullptr) {
+    dequantize_row(row, dst);
   } else if (row.layout == Layout::kBf16) {
     Simd::bf16_to_float(row.data, dst, kLatentDim);
   } else {

@@ -36,22 +36,40 @@ struct Simd {
     return _mm512_mask_mov_ps(_mm512_scalef_ps(y, n), tiny, set1(0));
   }
 
-  // 64 e4m3 numbers with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  // e4m3 numbers, 32 or 64, with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  template <int kNumbers>
   static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
-    const __m512i bytes = _mm512_loadu_si512(src);
+    const __m512i bytes = kNumbers == 64
+                              ? _mm512_loadu_si512(src)
+                              : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
     const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
     if (scale > 246 || _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f)) != 0) {
-      for (int i = 0; i < kScaleTile; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
+      for (int i = 0; i < kNumbers; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
       return;
     }
     const V factor = _mm512_castsi512_ps(_mm512_set1_epi32((scale + 8) << 23));
-    for (int i = 0; i < kScaleTile; i += 32) {
+    for (int i = 0; i < kNumbers; i += 32) {
       const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
       const __m512i half = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(0x3f80)),
                                            _mm512_and_si512(_mm512_slli_epi16(wide, 8), _mm512_set1_epi16(-0x8000)));
       store(dst + i, mul(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), factor));
       store(dst + i + 16, mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), factor));
     }
+  }
+
+  // A row of nvfp4. A lookup takes four bits of an index, whatever is above them.
+  static void dequantize_e2m1(const uint8_t* src, const float* scales, float* dst) {
+    const V values = e2m1_values();
+    for (int i = 0; i < kLatentDim; i += 2 * kNvfp4Tile, scales += 2) {
+      const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i / 2)), high = _mm_srli_epi16(low, 4);
+      const __m512i a = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
+      const __m512i b = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(low, high));
+      store(dst + i, mul(_mm512_permutexvar_ps(a, values), set1(scales[0])));
+      store(dst + i + kNvfp4Tile, mul(_mm512_permutexvar_ps(b, values), set1(scales[1])));
+    }
+  }
+  static V e2m1_values() {
+    return _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
   }
 
   static void bf16_to_float(const uint8_t* src, float* dst, int n) {

@@ -52,8 +52,10 @@ def decode_call(call: KernelCall, workspaces: Sequence[jax.ShapeDtypeStruct]) ->
         has_sink=sink is not None,
         swa_block_size=np.int32(swa.cache.block_size),
         swa_layout=np.int32(kv.LAYOUTS[swa.cache.layout].code),
+        swa_inline=np.int32(swa.cache.arrangement == "inline"),
         extra_block_size=np.int32(extra.cache.block_size),
         extra_layout=np.int32(kv.LAYOUTS[extra.cache.layout].code),
+        extra_inline=np.int32(extra.cache.arrangement == "inline"),
     )
     return out, lse
 
@@ -62,7 +64,10 @@ def append_call(cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.
     """The target dsv4_append, in place where XLA can."""
     call = jax.ffi.ffi_call("dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
     updated: jax.Array = call(
-        cache.data, latents, slots, block_size=np.int32(cache.block_size), layout=np.int32(kv.LAYOUTS[cache.layout].code)
+        *(cache.data, latents, slots),
+        block_size=np.int32(cache.block_size),
+        layout=np.int32(kv.LAYOUTS[cache.layout].code),
+        inline=np.int32(cache.arrangement == "inline"),
     )
     return updated
 

@@ -30,6 +30,10 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout. Rounding is to nearest even; infinities and
     what is too large saturate, NaN stays NaN.
 
+    `"mxfp8_528"` does with every 32 of all 512 numbers what `"fp8_ds_mla"` does with 64. There a number that is not finite makes its 32
+    numbers NaN. `"nvfp4_288"` quantises every 16 numbers to e2m1 with the scale clip(amax / 6, 2^-9, 448), rounded to e4m3fn. Quotients are
+    exact before they are rounded. What is too large saturates, infinities to 2688; a NaN makes its 16 numbers NaN.
+
     Under `jax.export` the number of rows may be symbolic, and a cache's number of blocks with an upper bound.
 
     Args:

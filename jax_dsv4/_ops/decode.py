@@ -17,7 +17,7 @@ from jax_dsv4._implementations.interface import Implementation, KernelCall
 from jax_dsv4._sharding import Dims, require_whole
 from jax_dsv4._transforms import apply, dispatch, side_by_side, spread
 from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan
-from jax_dsv4.cache import LATENT_DIM, KVCache, Scope
+from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 
 _OP = "sparse_mla_decode"
@@ -85,7 +85,7 @@ def sparse_mla_decode(
     Args:
       q: [*batch, heads, 512] bfloat16 or float32, 1 to 128 heads. Each batch entry is a token.
       swa: the sliding window's Scope.
-      extra: the compressed entries' Scope, if any.
+      extra: the compressed entries' Scope, if any. The two caches' layouts, block sizes and strides have nothing to do with each other.
       attn_sink: float32 [heads], natural log and not scaled; -inf is no sink, +inf gives zeros.
       scale: a positive Python float.
       plan: what `plan_decode` made from these very lengths, with the same `implementation` and `fused`. A token whose length is
@@ -150,6 +150,9 @@ def _checked_scope(name: str, scope: Scope, batch: tuple[int, ...]) -> Scope:
     _checks.require(isinstance(scope, tuple) and len(scope) == 3, _OP, name, "be a Scope", type(scope).__name__)
     cache, indices, lengths = scope
     _checks.require(isinstance(cache, KVCache), _OP, f"{name}.cache", "be a KVCache", type(cache).__name__)
+    if name == "swa":
+        rule = f"have a layout of the sliding window ({cache.layout!r} is for extra only)"
+        _checks.require(not LAYOUTS[cache.layout].extra_only, _OP, "swa.cache", rule, repr(cache.layout))
     require_whole(_OP, f"{name}.cache", cache.data)
     _checks.require_dtype(indices, _OP, f"{name}.indices", jnp.int32)
     topk = indices.shape[-1] if indices.ndim else 0

@@ -33,7 +33,9 @@ def operands(case: Case, seed: int = 0) -> Operands:
     p = make(case, seed, log2_magnitude=-3)  # as test_cuda.py; conformance.py says why
 
     def scope(s) -> Scope:
-        return Scope(Cache(np.asarray(s.cache.data), s.cache.block_size), np.asarray(s.indices), np.asarray(s.lengths))
+        data = np.asarray(s.cache.data)
+        blocks = np.ascontiguousarray(data).view(np.uint8).reshape(len(data), -1)
+        return Scope(Cache(blocks, s.cache.block_size, s.cache.layout, s.cache.arrangement), np.asarray(s.indices), np.asarray(s.lengths))
 
     scopes = [scope(s) for s in (p.swa, p.extra) if s is not None]
     return Operands(

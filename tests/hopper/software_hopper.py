@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_dsv4.cache import LAYOUTS
+
 HERE = Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
 FLAGS = ("-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas")
@@ -112,7 +114,10 @@ def _struct(*fields: tuple[str, type]) -> type[ctypes.Structure]:
 
 
 # ffi/common/params.h and plan.h
-_Cache = _struct(("data", POINTER), ("num_blocks", I64), ("block_stride_bytes", I64), ("block_size", I32), ("layout", I32))
+_Cache = _struct(
+    *(("data", POINTER), ("num_blocks", I64), ("block_stride_bytes", I64), ("block_size", I32), ("layout", I32)),
+    *(("scales_begin", I64), ("row_pitch", I32), ("scale_pitch", I32)),
+)
 _Scope = _struct(("cache", _Cache), ("indices", POINTER), ("lengths", POINTER), ("topk", I32))
 _Plan = _struct(*((name, POINTER) for name in PLAN_ARRAYS), *((name, I32) for name in PLAN_SIZES))
 _PlanParams = _struct(
@@ -131,8 +136,10 @@ _AppendParams = _struct(
 
 
 class Cache(NamedTuple):
-    data: np.ndarray  # [blocks, stride] uint8, fp8_ds_mla
+    data: np.ndarray  # [blocks, stride] uint8
     block_size: int
+    layout: str = "fp8_ds_mla"
+    arrangement: str | None = None
 
 
 class Scope(NamedTuple):
@@ -207,7 +214,7 @@ class SoftwareHopper:
         lse = np.full((tokens, heads), np.nan, np.float32)
         partial_out = np.full((partials, -(-heads // 8) * 8, 512), np.nan, np.float32)
         partial_lse = np.full((partials, heads), np.nan, np.float32)
-        absent = _Scope(_Cache(None, 0, 584, 1, 0), None, None, 0)
+        absent = _Scope(_Cache(None, 0, 584, 1), None, None, 0)
         params = _DecodeParams(
             *(_at(q), _at(sink)),
             (_Scope * 2)(*[*(_Scope(_cache(s.cache), _at(s.indices), _at(s.lengths), s.indices.shape[1]) for s in scopes), absent][:2]),
@@ -235,4 +242,7 @@ class SoftwareHopper:
 
 
 def _cache(cache: Cache) -> ctypes.Structure:
-    return _Cache(_at(cache.data), *cache.data.shape, cache.block_size, 0)
+    layout = LAYOUTS[cache.layout]
+    slot, row, scales = layout.token_bytes, layout.row_bytes, layout.scale_bytes
+    places = (row, slot, slot) if cache.arrangement == "inline" else (cache.block_size * row, row, scales)
+    return _Cache(_at(cache.data), *cache.data.shape, cache.block_size, layout.code, *places)
