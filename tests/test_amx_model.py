@@ -21,9 +21,8 @@ LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 # What the model needs, too: AVX-512 and GFNI.
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "gfni")
 # The suite, without what it does on other instruction sets.
-SELECTED = " and ".join(
-    f"not {name}" for name in ["large", "generic", "avx2", "avx512", "choice", "all_instruction_sets", "share_the_work", "workspace"]
-)
+OTHERS = ("large", "generic", "avx2", "avx512", "choice", "all_instruction_sets", "share_the_work", "workspace")
+SELECTED = " and ".join(f"not {name}" for name in OTHERS)
 
 
 def missing() -> str:
