@@ -606,21 +606,31 @@ void v_permlane_swap(Wave& w, I i) {
     if (l & Row) std::swap(w.v[a][l], w.v[b][l ^ Row]);
 }
 
-// D = A * B + C over fp8 (e4m3fn). A lane holds Bytes = M * K / 64 consecutive k of row (column) lane % M.
-template <int M, int K>
-void v_mfma_fp8(Wave& w, I i) {
-  constexpr int kBytes = M * K / kLanes, kOut = M * M / kLanes;
-  const std::array<float, 256>& value = e4m3_values();
+// What a matrix instruction multiplies.
+struct Fp8 {
+  static constexpr int kBytes = 1;
+  static float value(u32 bits) { return e4m3_values()[bits]; }
+};
+struct Bf16 {
+  static constexpr int kBytes = 2;
+  static float value(u32 bits) { return std::bit_cast<float>(bits << 16); }
+};
+
+// D = A * B + C. A lane holds M * K / 64 consecutive k of row (column) lane % M.
+template <class T, int M, int K>
+void v_mfma(Wave& w, I i) {
+  constexpr int kIn = M * K / kLanes, kOut = M * M / kLanes, kPerRegister = 4 / T::kBytes, kBits = 8 * T::kBytes;
   alignas(64) float a[M][K], b[K][M], d[M][M];
   for (int side = 0; side < 2; ++side) {
     const Operand& op = i.operands[1 + side];
-    if (op.kind != Operand::kVgpr || op.count * 4 != kBytes) fault(w, i, "unexpected width of an fp8 operand");
+    if (op.kind != Operand::kVgpr || op.count * kPerRegister != kIn) fault(w, i, "unexpected width of an operand");
     const int reg = vgpr(w, i, op, side);
     if (w.hazards) uses_vgprs(w, i, reg, op.count);
     for (int l = 0; l < kLanes; ++l)
-      for (int j = 0; j < kBytes; ++j) {
-        const float x = value[w.v[reg + j / 4][l] >> (8 * (j % 4)) & 0xff];
-        const int k = kBytes * (l / M) + j;
+      for (int j = 0; j < kIn; ++j) {
+        const u32 word = w.v[reg + j / kPerRegister][l];
+        const float x = T::value(word >> (kBits * (j % kPerRegister)) & ((1u << kBits) - 1));
+        const int k = kIn * (l / M) + j;
         if (side == 0)
           a[l % M][k] = x;
         else
@@ -758,20 +768,22 @@ void ds_write2(Wave& w, I i) {
   issue(w, i, pending(w, Counter::kLgkm, Pending::kNothing, 0, 0));
 }
 
-// In each 16 lanes, lane 2r + h supplies row r, bytes 8h .. 8h + 7 of an 8 x 16 byte matrix; lane c receives column c.
-void ds_read_tr_b8(Wave& w, I i) {
+// In each 16 lanes, 128 bytes are a matrix of 16 columns, row by row, 8 bytes from each lane; lane c receives column c.
+template <int Bits>
+void ds_read_tr(Wave& w, I i) {
   const Reader<u32> address(w, i, 1, 0);
   auto op = pending(w, Counter::kLgkm, Pending::kVgprs, i.operands[0].reg, 2);
   Pending rows;
   load_lds(w, i, rows, 0, address, i.offset, 8, Narrow::kNone);
   if (!w.exec_full) fault(w, i, "transposing read with inactive lanes is not modelled");
+  const auto element = [&](int l, int bit) { return u64{rows.data[bit / 32][l]} >> bit % 32 & ((1u << Bits) - 1); };
   for (int l = 0; l < kLanes; ++l) {
-    u32 out[2] = {};
-    for (int r = 0; r < 8; ++r) {
-      const int column = l & 15, from = (l & ~15) | (2 * r + column / 8), byte = column % 8;
-      out[r / 4] |= (rows.data[byte / 4][from] >> (8 * (byte % 4)) & 0xff) << (8 * (r % 4));
+    u64 column = 0;
+    for (int r = 0; r < 64 / Bits; ++r) {
+      const int at = Bits * (16 * r + l % 16);
+      column |= element((l & ~15) | at / 64, at % 64) << Bits * r;
     }
-    op->data[0][l] = out[0], op->data[1][l] = out[1];
+    op->data[0][l] = static_cast<u32>(column), op->data[1][l] = static_cast<u32>(column >> 32);
   }
   issue(w, i, std::move(op));
 }
@@ -1219,9 +1231,11 @@ void add_vector(Table& t) {
                                                                {"v_cmp_class_f32", &v_cmp_class},
                                                                {"v_nop", &nothing}};
   for (auto [name, execute] : others) t[name] = {execute, Class::kVector};
-  t["v_mfma_f32_16x16x32_fp8_fp8"] = {&v_mfma_fp8<16, 32>, Class::kMatrix};
-  t["v_mfma_f32_16x16x128_f8f6f4"] = {&v_mfma_fp8<16, 128>, Class::kMatrix};
-  t["v_mfma_f32_32x32x64_f8f6f4"] = {&v_mfma_fp8<32, 64>, Class::kMatrix};
+  t["v_mfma_f32_16x16x32_fp8_fp8"] = {&v_mfma<Fp8, 16, 32>, Class::kMatrix};
+  t["v_mfma_f32_16x16x128_f8f6f4"] = {&v_mfma<Fp8, 16, 128>, Class::kMatrix};
+  t["v_mfma_f32_32x32x64_f8f6f4"] = {&v_mfma<Fp8, 32, 64>, Class::kMatrix};
+  t["v_mfma_f32_16x16x16_bf16"] = {&v_mfma<Bf16, 16, 16>, Class::kMatrix};
+  t["v_mfma_f32_16x16x32_bf16"] = {&v_mfma<Bf16, 16, 32>, Class::kMatrix};
   add_comparisons<i32>(t, "i32");
   add_comparisons<u32>(t, "u32");
   add_comparisons<i64>(t, "i64");
@@ -1413,7 +1427,8 @@ void add_memory(Table& t) {
                                                             {"ds_write2_b64", &ds_write2<8, 1>},
                                                             {"ds_write2st64_b32", &ds_write2<4, 64>},
                                                             {"ds_write2st64_b64", &ds_write2<8, 64>},
-                                                            {"ds_read_b64_tr_b8", &ds_read_tr_b8},
+                                                            {"ds_read_b64_tr_b8", &ds_read_tr<8>},
+                                                            {"ds_read_b64_tr_b16", &ds_read_tr<16>},
                                                             {"ds_bpermute_b32", &ds_bpermute}};
   for (auto [name, execute] : lds) t[name] = {execute, Class::kLds};
 

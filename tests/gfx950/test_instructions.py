@@ -9,26 +9,24 @@ F8 = ml_dtypes.float8_e4m3fn
 LANES = np.arange(64, dtype=np.uint32)
 
 
-def fp8_matrix(rng, *shape):
-    return rng.integers(-8, 9, shape).astype(np.float32).astype(F8)
-
-
 def registers(matrix, per_lane, rows):
-    """[rows, k] fp8 -> per_lane // 4 registers: lane l holds row l % rows, columns per_lane * (l // rows) and on."""
+    """[rows, k] numbers -> registers: lane l holds row l % rows, columns per_lane * (l // rows) and on."""
     lanes = np.stack([matrix[lane % rows, per_lane * (lane // rows) :][:per_lane] for lane in range(64)])
-    return [np.ascontiguousarray(lanes[:, 4 * r : 4 * r + 4]).view(np.uint32).ravel() for r in range(per_lane // 4)]
+    return list(np.ascontiguousarray(lanes).view(np.uint32).T)
 
 
-@pytest.mark.parametrize(("name", "m", "k"), [
-    ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32),
-    ("v_mfma_f32_16x16x128_f8f6f4", 16, 128),
-    ("v_mfma_f32_32x32x64_f8f6f4", 32, 64),
+@pytest.mark.parametrize(("name", "m", "k", "dtype"), [
+    ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32, F8),
+    ("v_mfma_f32_16x16x128_f8f6f4", 16, 128, F8),
+    ("v_mfma_f32_32x32x64_f8f6f4", 32, 64, F8),
+    ("v_mfma_f32_16x16x16_bf16", 16, 16, ml_dtypes.bfloat16),
+    ("v_mfma_f32_16x16x32_bf16", 16, 32, ml_dtypes.bfloat16),
 ])  # fmt: skip
-def test_matrix_layout(assembler, name, m, k):
+def test_matrix_layout(assembler, name, m, k, dtype):
     rng = np.random.default_rng(0)
-    a, b = fp8_matrix(rng, m, k), fp8_matrix(rng, k, m)
+    a, b = (rng.integers(-8, 9, shape).astype(dtype) for shape in ((m, k), (k, m)))
     per_lane, out = m * k // 64, m * m // 64
-    n = per_lane // 4
+    n = per_lane * a.itemsize // 4
     inputs = registers(a, per_lane, m) + registers(np.ascontiguousarray(b.T), per_lane, m)
     operands = f"v[{10}:{9 + n}], v[{10 + n}:{9 + 2 * n}]"
     body = f"{name} v[40:{39 + out}], {operands}, 0\n s_nop 15\n {name} v[40:{39 + out}], {operands}, v[40:{39 + out}]"
@@ -39,18 +37,20 @@ def test_matrix_layout(assembler, name, m, k):
             assert d[r, lane] == want[8 * (r // 4) + 4 * (lane // m) + r % 4, lane % m]
 
 
-def test_transposing_lds_read(assembler):
-    """In 16 lanes, lane 2r + h supplies row r, bytes 8h .. 8h + 7; lane c receives column c."""
-    rows = np.random.default_rng(1).integers(0, 256, (4, 8, 16)).astype(np.uint8)  # four groups of 16 lanes
-    words = rows.reshape(64, 2, 4).view(np.uint32).reshape(64, 2)
-    body = """v_lshlrev_b32 v3, 3, v0
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_transposing_lds_read(assembler, dtype):
+    """In 16 lanes, each supplies 8 bytes of a matrix of 16 columns, row by row; lane c receives column c."""
+    bits = 8 * np.dtype(dtype).itemsize
+    rows = np.random.default_rng(1).integers(0, 2**bits, (4, 64 // bits, 16)).astype(dtype)  # four groups of 16 lanes
+    words = rows.reshape(64, -1).view(np.uint32)
+    body = f"""v_lshlrev_b32 v3, 3, v0
       ds_write_b32 v3, v10
       ds_write_b32 v3, v11 offset:4
       s_waitcnt lgkmcnt(0)
-      ds_read_b64_tr_b8 v[40:41], v3
+      ds_read_b64_tr_b{bits} v[40:41], v3
       s_waitcnt lgkmcnt(0)"""
     out = assembler(body, [words[:, 0], words[:, 1]], 2)
-    received = np.ascontiguousarray(out.T).view(np.uint8).reshape(4, 16, 8)
+    received = np.ascontiguousarray(out.T).view(dtype).reshape(4, 16, 64 // bits)
     np.testing.assert_array_equal(received, rows.transpose(0, 2, 1))
 
 
