@@ -561,6 +561,33 @@ void v_cvt_pk_fp8(Wave& w, I i) {
   write_vgpr(w, i, reg, out);
 }
 
+// v_cvt_scalef32_pk_f32_fp8: the low two e4m3 numbers, or the high two by op_sel's first bit, times a power of two.
+void v_cvt_scale_pk_f32_fp8(Wave& w, I i) {
+  const Reader<u32> codes(w, i, 1, 0);
+  const Reader<float> scale(w, i, 2, 1);
+  const int shift = i.op_sel & 1 ? 16 : 0;
+  Lanes out[2];
+  for (int l = 0; l < kLanes; ++l) {
+    int exponent;
+    if (std::frexp(scale(l), &exponent) != 0.5f) fault(w, i, "a scale that is not a power of two");
+    for (int half = 0; half < 2; ++half)
+      out[half][l] = std::bit_cast<u32>(e4m3_values()[codes(l) >> (shift + 8 * half) & 0xff] * scale(l));
+  }
+  const int reg = vgpr(w, i, i.operands[0], kDestination);
+  for (int half = 0; half < 2; ++half) write_vgpr(w, i, reg + half, out[half]);
+}
+
+// v_bitop3: each bit by a truth table, whose index has the bit of the first source on top.
+void v_bitop3(Wave& w, I i) {
+  const Reader<u32> a(w, i, 1, 0), b(w, i, 2, 1), c(w, i, 3, 2);
+  Lanes out{};
+  for (int l = 0; l < kLanes; ++l)
+    for (int index = 0; index < 8; ++index)
+      if (i.immediate >> index & 1)
+        out[l] |= (index & 4 ? a(l) : ~a(l)) & (index & 2 ? b(l) : ~b(l)) & (index & 1 ? c(l) : ~c(l));
+  write_vgpr(w, i, vgpr(w, i, i.operands[0], kDestination), out);
+}
+
 int first_active(const Wave& w) { return w.exec() ? __builtin_ctzll(w.exec()) : 0; }
 
 void v_readfirstlane(Wave& w, I i) {
@@ -1220,6 +1247,8 @@ void add_vector(Table& t) {
                                                                {"v_div_fmas_f32", &v_div_fmas},
                                                                {"v_pk_mov_b32", &v_pk_mov},
                                                                {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8},
+                                                               {"v_cvt_scalef32_pk_f32_fp8", &v_cvt_scale_pk_f32_fp8},
+                                                               {"v_bitop3_b32", &v_bitop3},
                                                                {"v_readfirstlane_b32", &v_readfirstlane},
                                                                {"v_readlane_b32", &v_readlane},
                                                                {"v_writelane_b32", &v_writelane},

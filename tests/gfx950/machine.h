@@ -58,7 +58,7 @@ struct Instruction {
   Class kind = Class::kScalar;
   std::vector<Operand> operands;  // destination first, as in the text
   int offset = 0, offset1 = 0;
-  uint16_t immediate = 0;  // SOPP's and SOPK's simm16, from the encoding
+  uint16_t immediate = 0;  // SOPP's and SOPK's simm16, from the encoding; v_bitop3's truth table
   int target = -1;         // index of the instruction that a branch goes to
   uint8_t op_sel = 0, op_sel_hi = 0xff, neg_lo = 0, neg_hi = 0;
   bool lds = false, offen = false, returns = false, clamp = false, nontrivial = false, not_modelled = false;

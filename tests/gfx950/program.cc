@@ -173,6 +173,8 @@ void parse_modifier(Instruction& i, const std::string& word, const std::string& 
     i.neg_lo = bits_of(bracketed(word));
   else if (name == "neg_hi")
     i.neg_hi = bits_of(bracketed(word));
+  else if (name == "bitop3")
+    i.immediate = static_cast<uint16_t>(number(rest));
   else if (name == "clamp")
     i.clamp = true;
   else if (name == "mul")

@@ -108,6 +108,25 @@ def test_conversion_to_fp8(assembler):
     assert np.isnan((high >> 16 & 0xFF).astype(np.uint8).view(F8).astype(np.float32)[nan]).all()
 
 
+def test_conversion_from_fp8(assembler):
+    """Two of four numbers, times a power of two."""
+    codes = np.arange(256, dtype=np.uint8)
+    body = """v_cvt_scalef32_pk_f32_fp8 v[40:41], v10, 1.0
+      v_cvt_scalef32_pk_f32_fp8 v[42:43], v10, 4.0 op_sel:[1,0,0]"""
+    out = assembler(body, [codes.view(np.uint32)], 4).view(np.float32)
+    want = codes.view(F8).astype(np.float32).reshape(64, 4).T
+    np.testing.assert_array_equal(out, want * np.float32([1, 1, 4, 4])[:, None])
+
+
+@pytest.mark.parametrize("table", [0x36, 0xC8, 0xFF, 0])
+def test_any_function_of_three_bits(assembler, table):
+    a, b, c = np.random.default_rng(4).integers(0, 2**32, (3, 64), dtype=np.uint32)
+    (out,) = assembler(f"v_bitop3_b32 v40, v10, v11, v12 bitop3:{table:#x}", [a, b, c])
+    index = np.stack([np.unpackbits(x.view(np.uint8)) for x in (c, b, a)])
+    want = table >> (index.astype(np.int64) << np.arange(3)[:, None]).sum(0) & 1
+    np.testing.assert_array_equal(np.unpackbits(out.view(np.uint8)), want)
+
+
 def test_conversion_to_bf16(assembler):
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(2, 64)).astype(np.float32)
