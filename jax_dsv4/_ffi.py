@@ -17,7 +17,7 @@ import jax
 from jax_dsv4 import _checks
 
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
-AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
+AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append", "dsv4_aiter_gluon_decode")
 # The CPU kernels' instruction sets, in ascending order (ffi/cpu/choose.h).
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -60,6 +60,7 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     if platform == "ROCM":
         directories = aiter_directory(), path.parent, aiter_plan_builder()
         library.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in directories))
+        library.dsv4_rocm_gluon_directory(os.fsencode(gluon_directory()))
     for target in AITER_TARGETS if platform == "ROCM" else TARGETS:
         stages = {"execute": jax.ffi.pycapsule(getattr(library, target))}
         for initialize in (f"{target}_initialize", "dsv4_initialize"):  # what must not happen while a graph is captured
@@ -78,6 +79,13 @@ def load_rocm() -> tuple[ctypes.CDLL | None, str]:
     return load("libdsv4_rocm", "ROCM")
 
 
+def missing_amd_kernels(architecture: str) -> str:
+    """Why our own kernels for AMD are absent, or "" where they are there."""
+    library = find_library("libdsv4_rocm")
+    own = library.with_name(f"dsv4_{architecture}.co") if library else None
+    return "" if own and own.exists() else f"{own} was not built; build the package where there is a clang with an AMDGPU target"
+
+
 def cache_directory() -> Path:
     """Where builds are kept: JAX_DSV4_CACHE_DIR, or jax_dsv4 in the user's cache directory."""
     if named := os.environ.get("JAX_DSV4_CACHE_DIR"):
@@ -88,6 +96,11 @@ def cache_directory() -> Path:
 def built_plan_builder(architecture: str) -> Path:
     """Where `python -m jax_dsv4.build_aiter` puts AITER's plan builder."""
     return cache_directory() / f"aiter-{architecture}" / "libaiter_metadata.so"
+
+
+def gluon_directory() -> Path:
+    """Where `python -m jax_dsv4.build_aiter --heads` puts the variants of AITER's Gluon kernel."""
+    return cache_directory() / "aiter-gluon-gfx950"
 
 
 def aiter_plan_builder() -> Path | None:

@@ -7,13 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "rocm/code_object.h"
 #include "rocm/params.h"
 
 namespace jax_dsv4::rocm {
 
 // A kernel that was found. What its file does not say is from executing it (docs/amd.md).
-struct AiterKernel {
-  std::string file, symbol;
+struct AiterKernel : KernelFile {
   int heads = 0;               // query heads that one work item computes
   int tile = 0;                // keys that it works on at a time: the granularity that plans should have
   bool reports_lse = false;    // writes the lse of an unsplit row

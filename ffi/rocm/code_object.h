@@ -9,6 +9,11 @@
 
 namespace jax_dsv4::rocm {
 
+// A kernel on disk.
+struct KernelFile {
+  std::string file, symbol;
+};
+
 struct KernelArgument {
   std::string kind;  // global_buffer, by_value, hidden_...
   int offset = 0, size = 0;

@@ -1,23 +1,15 @@
 // XLA FFI handlers on ROCm for layout aiter_fp8: bind, check, enqueue on XLA's stream.
 // jax_dsv4/_implementations/aiter.py states the same operands. Modules are loaded in the initialize stage, which never
 // runs under capture; execute only enqueues, so the handlers may be part of a command buffer.
-#include <atomic>
 #include <cstring>
 #include <string>
 
 #include "common/bind.h"
+#include "rocm/handlers.h"
 #include "rocm/launch.h"
 
 namespace jax_dsv4::rocm {
 namespace {
-
-// Executions of the decode handler, and how many of them a stream capture recorded. XLA replays what it captured
-// without calling the handler, so the two tell whether command buffers are in use.
-std::atomic<int64_t> g_calls{0}, g_captured{0};
-
-ffi::Error status(const char* op, const std::string& error) {
-  return error.empty() ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInternal, std::string(op) + ": " + error);
-}
 
 // The kernel that the program was made for: its workspaces have that kernel's sizes. Another AITER than then may be
 // installed.
@@ -219,11 +211,6 @@ ffi::Error decode(const ScopeDecodeOperands& o, hip::Stream stream, int32_t devi
   const AiterKernel* kernel = kernel_for(device, o.kernel_heads, pool_bytes, &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, "sparse_mla_decode: " + reason);
   if (!fill_results(check, o, *kernel, &p)) return check.error();
-
-  g_calls++;
-  hip::CaptureStatus capture = hip::kCaptureStatusNone;
-  const hip::Api* api = hip::api(&reason);
-  if (api && !api->StreamIsCapturing(stream, &capture) && capture == hip::kCaptureStatusActive) g_captured++;
   return status("sparse_mla_decode", enqueue_decode(device, stream, *kernel, p));
 }
 
@@ -265,14 +252,11 @@ ffi::Error append_rows(const PoolAppendOperands& o, hip::Stream stream, int32_t 
   return status("append", enqueue_append(device, stream, p));
 }
 
-using Stream = ffi::PlatformStream<hip::Stream>;
-auto on_stream() { return ffi::Ffi::Bind().Ctx<Stream>().Ctx<ffi::DeviceOrdinal>(); }
 // An initializer takes the operands as they are.
 template <typename Binding>
 auto initializing(Binding&& context) {
   return std::move(context).template Ctx<ffi::DeviceOrdinal>().RemainingArgs().RemainingRets().Attrs();
 }
-constexpr ffi::Traits kCapturable = ffi::Traits::kCmdBufferCompatible;
 
 }  // namespace
 
@@ -325,9 +309,6 @@ JAX_DSV4_EXPORT void dsv4_rocm_hip(char* text, size_t bytes) {
 }
 
 // [decode handler executions, those recorded by a capture]
-JAX_DSV4_EXPORT void dsv4_rocm_calls(int64_t* calls) {
-  calls[0] = g_calls;
-  calls[1] = g_captured;
-}
+JAX_DSV4_EXPORT void dsv4_rocm_calls(int64_t* calls) { decode_calls(calls); }
 
 }  // namespace jax_dsv4::rocm

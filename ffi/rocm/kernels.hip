@@ -10,6 +10,7 @@
 #include "common/fp8.h"
 #pragma clang force_cuda_host_device end
 #include "common/plan.h"
+#include "rocm/gluon_params.h"
 #include "rocm/params.h"
 
 namespace jax_dsv4::rocm {
@@ -54,6 +55,23 @@ __device__ Eight load_eight(const void* data, Dtype dtype, int64_t i) {
     for (int k = 0; k < 8; ++k) out.values[k] = bf16_to_float(halves.bits[k]);
   }
   return out;
+}
+
+struct alignas(16) Four {
+  float values[4];
+};
+// Threads that share a row of 512 numbers, four each.
+constexpr uint32_t kThreadsPerRow = kLatentDim / 4;
+
+// Numbers `at` to at + 3 of a result.
+__device__ void store_four(void* out, Dtype dtype, int64_t at, const Four& four) {
+  if (dtype == Dtype::kFloat32) {
+    *reinterpret_cast<Four*>(static_cast<float*>(out) + at) = four;
+  } else {
+    uint64_t halves = 0;
+    for (int k = 0; k < 4; ++k) halves |= static_cast<uint64_t>(float_to_bf16(four.values[k])) << (16 * k);
+    *reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(out) + at) = halves;
+  }
 }
 
 // A wave writes a row of kRowBytes: row `from` of `data`, times a factor, in e4m3; zeros if `from` is negative.
@@ -292,10 +310,6 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
 // ---- Combine: what is not written yet. Half a workgroup per token and head, four numbers a thread.
 
 JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
-  constexpr uint32_t kThreadsPerRow = kLatentDim / 4;
-  struct alignas(16) Four {
-    float values[4];
-  };
   const uint32_t t = thread_id() % kThreadsPerRow;
   const uint32_t row = group_id(kThreadsPerRow);
   if (row >= static_cast<uint32_t>(p.tokens * p.heads)) return;
@@ -335,16 +349,9 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
     const Four mine = values[t];
     for (int k = 0; k < 4; ++k) sum.values[k] += weight * mine.values[k];
   }
-  const int64_t to = static_cast<int64_t>(row) * kLatentDim + 4 * t;
   const float inverse = 1 / total;
   for (int k = 0; k < 4; ++k) sum.values[k] = !plan_fits ? quiet_nan() : empty ? 0 : sum.values[k] * inverse;
-  if (p.out_dtype == Dtype::kFloat32) {
-    *reinterpret_cast<Four*>(static_cast<float*>(p.out) + to) = sum;
-  } else {
-    uint64_t halves = 0;
-    for (int k = 0; k < 4; ++k) halves |= static_cast<uint64_t>(float_to_bf16(sum.values[k])) << (16 * k);
-    *reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.out) + to) = halves;
-  }
+  store_four(p.out, p.out_dtype, static_cast<int64_t>(row) * kLatentDim + 4 * t, sum);
   if (t == 0) p.lse[row] = !plan_fits ? quiet_nan() : empty ? -infinity() : top + __builtin_amdgcn_logf(total) * kLn2;
 }
 
@@ -366,3 +373,5 @@ JAX_DSV4_KERNEL void dsv4_append_fp8(AppendFp8Params p) {
 }
 
 }  // namespace jax_dsv4::rocm
+
+#include "rocm/gluon-inl.h"

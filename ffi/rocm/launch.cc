@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -26,15 +27,19 @@ enum Own : int {
   kCheckItems,
   kCombine,
   kAppend,
+  kCountSlots,
+  kGatherSlots,
+  kCombineSplits,
   kOwnCount
 };
 constexpr const char* kOwnNames[kOwnCount] = {"dsv4_plan",        "dsv4_metadata_inputs", "dsv4_metadata_finish",
                                               "dsv4_amax",        "dsv4_pack_q",          "dsv4_pack_slots",
-                                              "dsv4_check_items", "dsv4_combine",         "dsv4_append_fp8"};
+                                              "dsv4_check_items", "dsv4_combine",         "dsv4_append_fp8",
+                                              "dsv4_count_slots", "dsv4_gather_slots",    "dsv4_combine_splits"};
 
 struct Device {
   hip::Function own[kOwnCount] = {};
-  std::map<std::string, hip::Function> aiter;  // by symbol
+  std::map<std::string, hip::Function> aiter;  // by file
 };
 
 // Never destroyed: XLA's threads may outlive static destruction, and modules live as long as the process.
@@ -86,7 +91,7 @@ class Current {
   int before_ = 0;
 };
 
-std::string load_locked(const hip::Api& api, int device, const AiterKernel* kernel) {
+std::string load_locked(const hip::Api& api, int device, const KernelFile* kernel) {
   Device& d = modules().devices[device];
   const Current current(api, device);
   std::string error;
@@ -100,44 +105,49 @@ std::string load_locked(const hip::Api& api, int device, const AiterKernel* kern
     if (!error.empty()) return error;
     std::copy(own, own + kOwnCount, d.own);
   }
-  if (kernel && !d.aiter.count(kernel->symbol)) {
+  if (kernel && !d.aiter.count(kernel->file)) {
     hip::Module module;
     hip::Function function;
     error = load_file(kernel->file, &module);
     if (error.empty()) error = load_function(module, kernel->symbol.c_str(), &function);
     if (!error.empty()) return error;
-    d.aiter[kernel->symbol] = function;
+    d.aiter[kernel->file] = function;
   }
   return "";
 }
 
 // The functions of a device, copied out under the lock.
-std::string loaded(int device, const AiterKernel* kernel, std::vector<hip::Function>* own, hip::Function* aiter) {
+std::string loaded(int device, const KernelFile* kernel, std::vector<hip::Function>* own, hip::Function* aiter) {
   const std::lock_guard<std::mutex> lock(modules().mutex);
   const auto it = modules().devices.find(device);
   if (it == modules().devices.end() || !it->second.own[kPlan])
     return "its kernels were not loaded on device " + std::to_string(device);
   own->assign(it->second.own, it->second.own + kOwnCount);
   if (!kernel) return "";
-  const auto found = it->second.aiter.find(kernel->symbol);
-  if (found == it->second.aiter.end()) return kernel->symbol + " was not loaded on device " + std::to_string(device);
+  const auto found = it->second.aiter.find(kernel->file);
+  if (found == it->second.aiter.end()) return kernel->file + " was not loaded on device " + std::to_string(device);
   *aiter = found->second;
   return "";
 }
 
-std::string launch_bytes(hip::Function function, const char* name, int64_t grid, hip::Stream stream, void* arguments,
-                         size_t size) {
-  if (grid == 0) return "";
+struct Grid {
+  int64_t x;
+  int y = 1, z = 1;
+};
+
+std::string launch_bytes(hip::Function function, const char* name, Grid grid, hip::Stream stream, void* arguments,
+                         size_t size, int lds_bytes = 0) {
+  if (grid.x == 0) return "";
   void* extra[] = {hip::kLaunchParamBufferPointer, arguments, hip::kLaunchParamBufferSize, &size, hip::kLaunchParamEnd};
   std::string reason;
-  const hip::Error error = hip::api(&reason)->ModuleLaunchKernel(function, static_cast<unsigned>(grid), 1, 1, kThreads,
-                                                                 1, 1, 0, stream, nullptr, extra);
+  const hip::Error error = hip::api(&reason)->ModuleLaunchKernel(
+      function, static_cast<unsigned>(grid.x), grid.y, grid.z, kThreads, 1, 1, lds_bytes, stream, nullptr, extra);
   return error ? failure("hipModuleLaunchKernel", error) + " for " + name : "";
 }
 
 template <typename Params>
 std::string launch(const std::vector<hip::Function>& own, Own which, int64_t grid, hip::Stream stream, Params params) {
-  return launch_bytes(own[which], kOwnNames[which], grid, stream, &params, sizeof params);
+  return launch_bytes(own[which], kOwnNames[which], {grid}, stream, &params, sizeof params);
 }
 
 // Workgroups for so many rows of so many threads each.
@@ -153,7 +163,19 @@ std::string clear(void* to, int64_t words, hip::Stream stream) {
   return error ? failure("hipMemsetD32Async", error) : "";
 }
 
+std::atomic<int64_t> g_calls{0}, g_captured{0};
+
+void count_decode(hip::Stream stream) {
+  std::string reason;
+  const hip::Api* api = hip::api(&reason);
+  hip::CaptureStatus capture = hip::kCaptureStatusNone;
+  g_calls++;
+  if (api && !api->StreamIsCapturing(stream, &capture) && capture == hip::kCaptureStatusActive) g_captured++;
+}
+
 }  // namespace
+
+void decode_calls(int64_t* calls) { calls[0] = g_calls, calls[1] = g_captured; }
 
 void set_kernel_directory(const std::string& path) { modules().own_directory = path; }
 
@@ -175,7 +197,7 @@ std::string architecture_of(int device, std::string* reason) {
   return (*known)[device] = name.substr(0, name.find(':'));
 }
 
-std::string load_modules(int device, const AiterKernel* kernel) {
+std::string load_modules(int device, const KernelFile* kernel) {
   std::string reason;
   const hip::Api* api = hip::api(&reason);
   if (!api) return reason;
@@ -271,6 +293,7 @@ std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParam
 }
 
 std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& kernel, const DecodeScopeParams& p) {
+  count_decode(stream);
   std::vector<hip::Function> own;
   hip::Function aiter;
   std::string error = loaded(device, &kernel, &own, &aiter);
@@ -282,7 +305,7 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   if (error.empty()) error = launch(own, kCheckItems, 1, stream, p);
   if (error.empty()) {
     std::vector<uint8_t> arguments = pack_arguments(kernel, p);
-    error = launch_bytes(aiter, kernel.symbol.c_str(), static_cast<int64_t>(p.head_passes) * p.workers, stream,
+    error = launch_bytes(aiter, kernel.symbol.c_str(), {static_cast<int64_t>(p.head_passes) * p.workers}, stream,
                          arguments.data(), arguments.size());
   }
   if (error.empty()) error = launch(own, kCombine, blocks_of(int64_t{p.tokens} * p.heads, kLatentDim / 4), stream, p);
@@ -294,6 +317,27 @@ std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params
   const std::string error = loaded(device, nullptr, &own, nullptr);
   if (!error.empty()) return error;
   return launch(own, kAppend, blocks_of(p.count, kWave), stream, p);
+}
+
+std::string enqueue_gluon_decode(int device, hip::Stream stream, const GluonKernel& kernel, const GluonDecodeParams& p,
+                                 int32_t tokens_per_launch) {
+  count_decode(stream);
+  std::vector<hip::Function> own;
+  hip::Function aiter;
+  std::string error = loaded(device, &kernel, &own, &aiter);
+  if (!error.empty() || p.tokens == 0) return error;
+  const int64_t rows = int64_t{p.tokens} * scopes_of(p);
+  error = launch(own, kCountSlots, blocks_of(rows, kWave), stream, p);
+  if (error.empty()) error = launch(own, kGatherSlots, rows, stream, p);
+  for (int32_t first = 0; first < p.tokens && error.empty(); first += tokens_per_launch) {
+    std::vector<uint8_t> arguments = pack_arguments(p, first);
+    const Grid grid{std::min(tokens_per_launch, p.tokens - first), p.splits, gluon_head_blocks(p.heads)};
+    error =
+        launch_bytes(aiter, kernel.symbol.c_str(), grid, stream, arguments.data(), arguments.size(), kernel.lds_bytes);
+  }
+  if (error.empty())
+    error = launch(own, kCombineSplits, blocks_of(int64_t{p.tokens} * p.heads, kLatentDim / 4), stream, p);
+  return error;
 }
 
 }  // namespace jax_dsv4::rocm

@@ -6,6 +6,7 @@
 
 #include "common/plan.h"
 #include "rocm/aiter.h"
+#include "rocm/gluon.h"
 #include "rocm/aiter_metadata.h"
 #include "rocm/hip.h"
 #include "rocm/params.h"
@@ -25,7 +26,7 @@ std::string load_metadata(int device, hip::Stream stream);
 std::string architecture_of(int device, std::string* reason);
 
 // Loads our kernels on a device, and `kernel` (if not null), once. Not to be called under capture.
-std::string load_modules(int device, const AiterKernel* kernel);
+std::string load_modules(int device, const KernelFile* kernel);
 
 // These enqueue on the stream, and fail if the modules were not loaded on the device. Nothing is allocated,
 // synchronised or read back.
@@ -34,6 +35,12 @@ std::string enqueue_plan(int device, hip::Stream stream, const PlanParams& p);
 std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParams& p, int heads,
                              uint64_t* work_pointers);
 std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& kernel, const DecodeScopeParams& p);
+// AITER's Gluon kernel, at most so many tokens a launch.
+std::string enqueue_gluon_decode(int device, hip::Stream stream, const GluonKernel& kernel, const GluonDecodeParams& p,
+                                 int32_t tokens_per_launch);
+// [decodes enqueued, those recorded by a capture] XLA replays what it captured without calling the handler, so the two
+// tell whether command buffers are in use.
+void decode_calls(int64_t* calls);
 std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params& p);
 
 }  // namespace jax_dsv4::rocm

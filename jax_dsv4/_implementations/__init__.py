@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import jax.export
 
 from jax_dsv4 import _checks
-from jax_dsv4._implementations import aiter, cpu, cuda, xla
+from jax_dsv4._implementations import aiter, aiter_gluon, cpu, cuda, xla
 from jax_dsv4._implementations.interface import Availability, Implementation
 
 # In order of preference.
-REGISTRY: dict[str, Implementation] = {i.name: i for i in (cpu.CPU, cuda.CUDA, aiter.AITER, xla.XLA)}
+REGISTRY: dict[str, Implementation] = {i.name: i for i in (cpu.CPU, cuda.CUDA, aiter.AITER, aiter_gluon.AITER_GLUON, xla.XLA)}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +74,8 @@ class _AITER:
         choice = choose_kernel(16, 0)
         if not choice.found:
             return Availability(False, choice.text.decode())
-        own = _own_kernels(choice)
-        if not own.exists():
-            return Availability(False, f"{own} was not built; build the package where there is a clang with an AMDGPU target")
+        if missing := _ffi.missing_amd_kernels(choice.architecture.decode()):
+            return Availability(False, missing)
         device = f"{choice.architecture.decode()}, {choice.units} units"
         if _named_architecture():
             device += " (for export: JAX_DSV4_ROCM_ARCHITECTURE)"
@@ -147,12 +145,6 @@ class _AITER:
 def _planner() -> str:
     builder = _ffi.aiter_plan_builder()
     return f"AITER's plan builder {builder}" if builder else "our own planner (python -m jax_dsv4.build_aiter compiles AITER's)"
-
-
-def _own_kernels(choice: Choice) -> Path:
-    library = _ffi.find_library("libdsv4_rocm")
-    assert library is not None
-    return library.with_name(f"dsv4_{choice.architecture.decode()}.co")
 
 
 def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, kernel_heads: int) -> WorkPlan:

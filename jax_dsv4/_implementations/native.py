@@ -41,7 +41,7 @@ def decode_call(call: KernelCall, workspaces: Sequence[jax.ShapeDtypeStruct]) ->
     """The target dsv4_decode; `workspaces` are the results that a platform's kernels need besides out and lse."""
     q, sink = call.q, call.attn_sink
     results = (jax.ShapeDtypeStruct(q.shape, call.out_dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32), *workspaces)
-    swa, extra = (*call.scopes, _absent_scope(call.lengths[0]))[:2]
+    swa, extra = (*call.scopes, absent_scope(call.lengths[0]))[:2]
     out, lse, *_ = jax.ffi.ffi_call("dsv4_decode", results)(
         q,
         jnp.zeros((0,), jnp.float32) if sink is None else sink,
@@ -72,7 +72,7 @@ def append_call(cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.
     return updated
 
 
-def _absent_scope(lengths: jax.Array) -> kv.Scope:
+def absent_scope(lengths: jax.Array) -> kv.Scope:
     """Operands of no bytes, and lengths that are not looked at: zeros would be filled in by a kernel of their own in every call."""
     cache = kv.KVCache(jnp.zeros((0, kv.PACKED_TOKEN_BYTES), jnp.uint8), block_size=1)
     return kv.Scope(cache, jnp.zeros((*lengths.shape, 0), jnp.int32), lengths)

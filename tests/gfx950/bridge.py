@@ -11,7 +11,7 @@ from compiled import compiled
 
 HERE = pathlib.Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
-TARGETS = ("plan", "metadata_plan", "decode", "append")
+TARGETS = ("plan", "metadata_plan", "decode", "append", "gluon_decode")
 
 
 def load_handlers(library: pathlib.Path, copy: pathlib.Path, hsa, own, builder=None) -> ctypes.CDLL:

@@ -1,11 +1,14 @@
+import os
+
 import aiter_kernel
 import bridge
+import gluon
 import jax
 import pytest
 import software_gpu
 
 from jax_dsv4 import _ffi
-from jax_dsv4._implementations import aiter
+from jax_dsv4._implementations import aiter, aiter_gluon
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +79,37 @@ def rocm(gpu, shared_rocm, monkeypatch):
     connected.bridge_replay(0)
     aiter.choose_kernel.cache_clear()
     jax.clear_caches()  # programs keep the sizes of the kernel that they were traced for
+
+
+@pytest.fixture(scope="session")
+def shared_gluon(rocm_library, tmp_path_factory):
+    """The ROCm handlers without AITER's assembly kernels, and with the variants of its Gluon kernel in a folder that is kept."""
+    if reason := gluon.missing():
+        pytest.skip(reason)
+    copy = tmp_path_factory.mktemp("gluon") / "libdsv4_rocm.so"
+    handlers = bridge.load_handlers(rocm_library, copy, None, rocm_library.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DSV4_CACHE_DIR", str(gluon.CACHE))
+        handlers.dsv4_rocm_gluon_directory(os.fsencode(_ffi.gluon_directory()))
+    return handlers, copy
+
+
+@pytest.fixture
+def on_gluon(gpu, shared_gluon, monkeypatch):
+    """`implementation="aiter_gluon"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
+    handlers, path = shared_gluon
+    monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(gluon.CACHE))
+    monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
+    monkeypatch.setenv("GFX950_UNITS", "8")
+    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
+    monkeypatch.setattr(aiter_gluon.AITER_GLUON, "platforms", ("cpu",))
+    aiter_gluon.describe_device.cache_clear()
+    connected = bridge.connect(path, software_gpu.library())
+    connected.bridge_replay(0)
+    yield connected
+    connected.bridge_replay(0)
+    aiter_gluon.describe_device.cache_clear()
+    jax.clear_caches()  # programs keep the variant that they were traced for
 
 
 @pytest.fixture

@@ -177,6 +177,7 @@ EXPORT XLA_FFI_Error* on_cpu_plan(XLA_FFI_CallFrame* frame) { return run("plan",
 EXPORT XLA_FFI_Error* on_cpu_metadata_plan(XLA_FFI_CallFrame* frame) { return run("metadata_plan", frame); }
 EXPORT XLA_FFI_Error* on_cpu_decode(XLA_FFI_CallFrame* frame) { return run("decode", frame); }
 EXPORT XLA_FFI_Error* on_cpu_append(XLA_FFI_CallFrame* frame) { return run("append", frame); }
+EXPORT XLA_FFI_Error* on_cpu_gluon_decode(XLA_FFI_CallFrame* frame) { return run("gluon_decode", frame); }
 
 // Connects the library of handlers to the stand-in libamdhip64.so; both by path. Returns why it failed, or null.
 EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library) {
@@ -184,7 +185,7 @@ EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library)
   void* library = dlopen(handlers, RTLD_NOW);
   if (library) b.gpu = dlopen(gpu_library, RTLD_NOW);
   if (!library || !b.gpu) return dlerror();
-  for (const char* name : {"plan", "metadata_plan", "decode", "append"}) {
+  for (const char* name : {"plan", "metadata_plan", "decode", "append", "gluon_decode"}) {
     const std::string symbol = std::string("dsv4_aiter_") + name;
     b.targets[name] = {reinterpret_cast<Handler>(dlsym(library, (symbol + "_initialize").c_str())),
                        reinterpret_cast<Handler>(dlsym(library, symbol.c_str()))};
