@@ -25,13 +25,17 @@ CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 def register() -> None:
     """Registers the handlers of every platform that JAX may have here, so that programs made elsewhere run. Touches no device."""
     load("libdsv4_cpu", "cpu")
+    if has_plugin("cuda"):
+        load("libdsv4_cuda", "CUDA")
+    if has_plugin("rocm"):
+        load_rocm()
+
+
+def has_plugin(platform: str) -> bool:
+    """Whether JAX's plugin for `platform` is installed."""
     plugins = importlib.util.find_spec("jax_plugins")
     installed = pkgutil.iter_modules(plugins.submodule_search_locations) if plugins else ()
-    names = " ".join(module.name for module in installed)  # such as xla_cuda13
-    if "cuda" in names:
-        load("libdsv4_cuda", "CUDA")
-    if "rocm" in names:
-        load_rocm()
+    return any(platform in module.name for module in installed)  # such as xla_cuda13
 
 
 def find_library(name: str) -> Path | None:
@@ -40,6 +44,14 @@ def find_library(name: str) -> Path | None:
     # An editable install has two directories: the sources, and the one that the libraries were installed to.
     directories = [override] if override else list(sys.modules["jax_dsv4"].__path__)
     return next((path for path in (Path(directory, f"{name}.so") for directory in directories) if path.exists()), None)
+
+
+def build_command() -> str:
+    """What builds the kernels of every platform, with compilers for GPUs from PyPI where the machine has none."""
+    sources = Path(__file__).resolve().parents[1]
+    if (sources / "ffi").is_dir():
+        return f"JAX_DSV4_COMPILERS=pypi pip install -e {sources}"
+    return "pip install --force-reinstall --no-deps jax-dsv4, or pip install . in its sources"
 
 
 @functools.cache
@@ -51,8 +63,7 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     """
     path = find_library(name)
     if path is None:
-        compiler = "nvcc" if platform == "CUDA" else "a C++17 compiler"
-        return None, f"{name}.so was not built; reinstall the package from source with {compiler} (see README.md)"
+        return None, f"{name}.so was not built ({build_command()})"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -83,7 +94,7 @@ def missing_amd_kernels(architecture: str) -> str:
     """Why our own kernels for AMD are absent, or "" where they are there."""
     library = find_library("libdsv4_rocm")
     own = library.with_name(f"dsv4_{architecture}.co") if library else None
-    return "" if own and own.exists() else f"{own} was not built; build the package where there is a clang with an AMDGPU target"
+    return "" if own and own.exists() else f"{own} was not built ({build_command()})"
 
 
 def cache_directory() -> Path:

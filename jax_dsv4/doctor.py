@@ -1,12 +1,30 @@
-"""Says what is here and whether it works: `python -m jax_dsv4.doctor`. Send its output with a report."""
+"""First aid: what is here, whether it works and how fast, and what to do about what is missing.
+
+    python -m jax_dsv4.doctor [--json]
+
+Every implementation is named with what it is, or why it is absent and the command that helps. Each that is there decodes for about a
+second, and is compared with NumPy in float64. Send the output with a report.
+
+The exit status is 1 if a result is wrong, or if JAX has a device whose own implementation is absent; otherwise 0.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.metadata
+import json
+import os
 import platform
+import re
 import sys
-import traceback
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,38 +34,64 @@ import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, reference
 from jax_dsv4._implementations import REGISTRY, aiter
 
-# A case is right if it is this close to float64 on the stored cache. AITER's kernels keep q and the softmax's weights in fp8.
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "amd-aiter")
+# A result is right if it is this close to float64 on the stored cache. AITER's kernels keep q and the softmax's weights in fp8.
 COSINE = {"aiter": 0.999}
 COSINE_OTHERS = 0.9999
+LSE_ERROR = 0.05
+# The case of a self-test: a token's two scopes have as many keys each.
+WINDOW, EXTRA = (0, 1, 100, 128), (512, 64, 17, 1)
+RUNS = 5  # must agree to the bit
+SECONDS = 1.0
+WIDTH, INDENT = 110, 15
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {"jax-dsv4": dsv4.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-def print_environment() -> None:
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    for package in ("jax-dsv4", "jax", "jaxlib", "jax-rocm7-plugin", "jax-cuda13-plugin", "jax-cuda12-plugin", "amd-aiter"):
-        print(f"  {package:20} {version(package)}")
-    print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
+def devices(platforms: Sequence[str] = ()) -> list[jax.Device]:
+    """JAX's devices of these platforms, or its default ones."""
+    found = []
+    for each in platforms or (None,):
+        try:
+            found += jax.devices(each)
+        except RuntimeError:  # no such platform here; of the default one, implementations() gives JAX's words
+            continue
+    return found
 
 
-def print_rocm() -> None:
-    library, detail = _ffi.load_rocm()
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    return f"{os.cpu_count()} x {name[1] if name else platform.machine()}"
+
+
+def rocm_facts() -> list[str]:
+    """What the ROCm handlers have found; nothing where there is no HIP."""
+    library, _ = _ffi.load_rocm()
     if library is None:
-        print(f"ROCm handlers: {detail}")
-        return
+        return []
     hip = ctypes.create_string_buffer(4096)
     library.dsv4_rocm_hip(hip, ctypes.c_size_t(len(hip)))
-    print(f"HIP: {hip.value.decode()}")
+    if hip.value.startswith(b"no HIP library"):
+        return []
     installed = _ffi.find_library("libdsv4_rocm")
     objects = [str(p) for p in sorted(installed.parent.glob("dsv4_gfx*.co"))] if installed else []
-    print(f"our kernels for AMD: {', '.join(objects) or 'none were built (no clang with an AMDGPU target)'}")
-    print(f"AITER's kernels: {_ffi.aiter_directory() or 'none'}")
-    print(f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}")
+    facts = [
+        f"HIP: {hip.value.decode()}",
+        f"our kernels for AMD: {', '.join(objects) or 'none were built'}",
+        f"AITER's kernels: {_ffi.aiter_directory() or 'none'}",
+        f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}",
+    ]
     for heads in (16, 64, 128):
         choice = aiter.choose_kernel(heads, 0)
         text = choice.text.decode()
@@ -55,71 +99,117 @@ def print_rocm() -> None:
             lse = "reports lse" if choice.reports_lse else "lse by splitting every token"
             passes = f"{choice.head_passes(heads)} x {choice.kernel_heads} heads"
             text = f"{passes}, tiles of {choice.tile} keys, {choice.kernarg_bytes} bytes of arguments, {lse}: {text}"
-        print(f"  {heads:3} heads: {text}")
+        facts.append(f"{heads} heads: {text}")
+    return facts
 
 
-# Decodes of one self-test, which must agree to the bit.
-RUNS = 5
-
-
-def self_test(name: str, heads: int) -> str:
-    """Appends and decodes two scopes of odd lengths, some times over; what came out, against NumPy."""
+def self_test(name: str, heads: int) -> dict[str, Any]:
+    """Appends, and decodes two scopes for about a second: how long a call takes, and how far it is from NumPy."""
     rng = np.random.default_rng(0)
-    tokens, topk, slots = 5, 100, 256
+    slots = 1024
     layout, scale = ("aiter_fp8", 0.02) if name == "aiter" else ("fp8_ds_mla", 1.0)
-    cache = dsv4.KVCache.create(slots // 64, 64, layout, scale=scale)
+    tokens = len(WINDOW)
     latents = jnp.asarray(rng.normal(size=(slots, 512)), jnp.bfloat16)
     q = jnp.asarray(rng.normal(size=(tokens, heads, 512)), jnp.bfloat16)
-    indices = jnp.asarray(rng.integers(0, slots, (tokens, topk)), jnp.int32)
-    lengths, sink = jnp.asarray([0, 1, 17, 64, 100], jnp.int32), jnp.asarray(rng.normal(size=heads), jnp.float32)
+    sink = jnp.asarray(rng.normal(size=heads), jnp.float32)
+    indices = [jnp.asarray(rng.integers(0, slots, (tokens, max(n))), jnp.int32) for n in (WINDOW, EXTRA)]
+    lengths = [jnp.asarray(n, jnp.int32) for n in (WINDOW, EXTRA)]
+    append = jax.jit(partial(dsv4.append, implementation=name))
+    cache = append(dsv4.KVCache.create(slots // 64, 64, layout, scale=scale), latents, jnp.arange(slots, dtype=jnp.int32))
+    scopes = [dsv4.Scope(cache, *each) for each in zip(indices, lengths)]
+    decode = jax.jit(partial(dsv4.sparse_mla_decode, attn_sink=sink, implementation=name, return_lse=True))
 
-    @jax.jit
-    def run(cache: dsv4.KVCache, latents: jax.Array, q: jax.Array) -> tuple[dsv4.KVCache, jax.Array, jax.Array]:
-        cache = dsv4.append(cache, latents, jnp.arange(slots, dtype=jnp.int32), implementation=name)
-        scopes = (dsv4.Scope(cache, indices, lengths), dsv4.Scope(cache, indices[:, ::-1], lengths[::-1]))
-        out, lse = dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, implementation=name, return_lse=True)
-        return cache, out, lse
+    results = [jax.block_until_ready(decode(q, *scopes))]
+    seconds: list[float] = []
+    while len(seconds) < RUNS - 1 or sum(seconds) < SECONDS:
+        start = time.perf_counter()
+        result = jax.block_until_ready(decode(q, *scopes))
+        seconds.append(time.perf_counter() - start)
+        results = [*results, result][:RUNS]
 
-    results = [run(cache, latents, q) for _ in range(RUNS)]
-    cache, out, lse = results[0]
-    same = all(np.array_equal(np.asarray(a), np.asarray(b)) for other in results[1:] for a, b in zip((out, lse), other[1:]))
     rows = np.asarray(dsv4.dequantize(cache), np.float64)
-    scopes = [
-        reference.ReferenceScope(rows, np.asarray(i), np.asarray(n)) for i, n in ((indices, lengths), (indices[:, ::-1], lengths[::-1]))
-    ]
-    want, want_lse = reference.decode(np.asarray(q, np.float64), scopes, np.asarray(sink, np.float64), 512**-0.5)
-    got = np.asarray(out, np.float64)
+    wanted = [reference.ReferenceScope(rows, np.asarray(i), np.asarray(n)) for i, n in zip(indices, lengths)]
+    want, want_lse = reference.decode(np.asarray(q, np.float64), wanted, np.asarray(sink, np.float64), 512**-0.5)
+    got, lse = (np.asarray(x, np.float64) for x in results[0])
     cosine = min((g * w).sum() / np.linalg.norm(g) / np.linalg.norm(w) for g, w in zip(got, want))
-    lse_error = np.abs(np.asarray(lse, np.float64) - want_lse).max()
-    right = cosine >= COSINE.get(name, COSINE_OTHERS) and lse_error < 0.05
-    verdict = "ok" if right and same else "WRONG"
-    bits = f"{RUNS} runs alike" if same else f"{RUNS} runs NOT ALIKE"
-    errors = f"largest error {np.abs(got - want).max():.2e} in out, {lse_error:.1e} in lse"
-    return f"{verdict}: {heads} heads, cosine {cosine:.6f}, {errors}, {bits}"
+    lse_error = np.abs(lse - want_lse).max()
+    alike = all(np.array_equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    return {
+        "heads": heads,
+        "ok": bool(alike and cosine >= COSINE.get(name, COSINE_OTHERS) and lse_error < LSE_ERROR),
+        "us": 1e6 * float(np.median(seconds)),
+        "cosine": float(cosine),
+        "out_error": float(np.abs(got - want).max()),
+        "lse_error": float(lse_error),
+        "runs_alike": alike,
+    }
 
 
-def main() -> int:
-    print_environment()
-    failed = False
-    print("implementations:")
-    found = dsv4.implementations()
-    for name, (available, detail) in found.items():
-        print(f"  {name:6} {'yes' if available else 'no '}  {detail}")
-    print_rocm()
-    backend = jax.default_backend()
-    print(f"self-test on {backend}:")
-    for name, (available, _) in found.items():
-        platforms = REGISTRY[name].platforms
-        if not available or (platforms and backend not in platforms):
-            continue
-        for heads in (16, 64, 128) if name == "aiter" else (16,):  # AITER has a kernel for each
-            try:
-                result = self_test(name, heads)
-            except Exception:
-                result = "FAILED\n" + traceback.format_exc()
-            failed |= not result.startswith("ok")
-            print(f"  {name:6} {result}")
-    return int(failed)
+def examine(name: str) -> dict[str, Any]:
+    """An implementation: whether it is here and what it is or why it is not, whether it is missing where it is wanted, its self-tests."""
+    platforms = REGISTRY[name].platforms
+    available, detail = dsv4.implementations()[name]
+    found = devices(platforms)
+    tests = []
+    if available and found:
+        with jax.default_device(found[0]):
+            for heads in (16, 64, 128) if name == "aiter" else (64,):  # AITER has a kernel for each
+                try:
+                    tests.append(self_test(name, heads))
+                except Exception as error:
+                    tests.append({"heads": heads, "ok": False, "error": f"{type(error).__name__}: {error}"})
+    return {"available": available, "detail": detail, "missing": bool(found) and not available, "self_tests": tests}
+
+
+def verdict(test: dict[str, Any]) -> str:
+    if "error" in test:
+        return f"FAILED: {test['heads']} heads: {test['error']}"
+    bits = f"{RUNS} runs {'' if test['runs_alike'] else 'NOT '}alike"
+    errors = f"largest error {test['out_error']:.1e} in out, {test['lse_error']:.1e} in lse"
+    speed = f"{test['heads']} heads, {test['us']:.0f} us a call"
+    return f"{'ok' if test['ok'] else 'WRONG'}: {speed}, cosine {test['cosine']:.6f}, {errors}, {bits}"
+
+
+def print_report(report: dict[str, Any]) -> None:
+    def entry(head: str, text: str) -> None:
+        lines = textwrap.wrap(text, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
+        print(head.ljust(INDENT) + f"\n{' ' * INDENT}".join(lines))
+
+    entry("versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items()))
+    entry("machine", f"{report['processor']}, {report['platform']}")
+    entry("devices", ", ".join(f"{n} x {name}" for name, n in Counter(report["devices"]).items()) or "none")
+    for name, found in report["implementations"].items():
+        state = "yes" if found["available"] else "MISSING" if found["missing"] else "no"
+        entry(f"{name:7}{state}", found["detail"])
+        for test in found["self_tests"]:
+            entry("", verdict(test))
+    for fact in report["rocm"]:
+        entry("rocm", fact)
+    keys = "/".join(map(str, np.add(WINDOW, EXTRA)))
+    entry("", f"(self-tests decode {len(WINDOW)} tokens of {keys} keys in two scopes)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m jax_dsv4.doctor", description=__doc__, formatter_class=form)
+    parser.add_argument("--json", action="store_true", help="print all facts as JSON instead")
+    arguments = parser.parse_args(argv)
+    found = {name: examine(name) for name in REGISTRY}
+    ok = not any(each["missing"] or any(not test["ok"] for test in each["self_tests"]) for each in found.values())
+    report = {
+        "ok": ok,
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "devices": [f"{d.platform} {d.device_kind}" for d in devices()],
+        "implementations": found,
+        "rocm": rocm_facts(),
+    }
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print_report(report)
+    return int(not ok)
 
 
 if __name__ == "__main__":

@@ -387,7 +387,11 @@ for call in calls:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, r"libdsv4_cpu.so was not built; reinstall .*"), ("no library", r".*libdsv4_cpu.so cannot be loaded: .*")]
+    ("content", "reason"),
+    [
+        (None, r"libdsv4_cpu.so was not built \(JAX_DSV4_COMPILERS=pypi pip install .*"),
+        ("no library", r".*libdsv4_cpu.so cannot be loaded: .*"),
+    ],
 )
 def test_absent_library(tmp_path: Path, content: str | None, reason: str) -> None:
     """It says why, to whoever asks and to whoever insists; everybody else gets the next implementation."""
@@ -399,5 +403,7 @@ def test_absent_library(tmp_path: Path, content: str | None, reason: str) -> Non
     first, *errors = result.stdout.strip().splitlines()
     assert re.fullmatch(f"False\\|{reason}", first)
     said = first.split("|")[1]
+    (warning,) = re.findall("UserWarning: jax_dsv4: no implementation 'cpu' for cpu, another runs: (.*). See", result.stderr)
+    assert warning == said
     ops = ("sparse_mla_decode", "append", "plan_decode")
     assert errors == [f"{op}: implementation='cpu' cannot run this call. cpu: {said}" for op in ops]

@@ -6,9 +6,12 @@ for several. Each is an object with the methods of `interface.Implementation`.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.export
 
 from jax_dsv4 import _checks
@@ -68,12 +71,26 @@ def choose(op: str, implementation: str | Sequence[str] | None, unsupported: Cal
         reason = reason or unsupported(candidate)
         if reason is not None:
             reasons.append(f"{name}: {reason}")
+            if implementation is None and not available:
+                _warn_of_absence(name, detail)
             continue
         for platform in candidate.platforms or ("",):
             chosen.setdefault(platform, candidate)
     if not chosen:
         raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run this call. " + "; ".join(reasons))
     return Chosen(tuple(chosen.items()))
+
+
+@functools.cache
+def _warn_of_absence(name: str, detail: str) -> None:
+    """Once, where JAX has a device that the implementation is for: what runs there instead is slower."""
+    for platform in REGISTRY[name].platforms:
+        try:
+            device = jax.devices(platform)[0]
+        except RuntimeError:
+            continue
+        message = f"jax_dsv4: no implementation {name!r} for {device.device_kind}, another runs: {detail}. See python -m jax_dsv4.doctor"
+        warnings.warn(message, stacklevel=2)
 
 
 def fuses(implementation: Implementation, fused: bool | None) -> bool:

@@ -29,7 +29,8 @@ class _CUDA:
         try:
             devices = _devices()
         except RuntimeError as error:
-            return Availability(False, f"JAX has no CUDA device: {error}".splitlines()[0])
+            reason = f"JAX has no CUDA device: {error}".splitlines()[0]
+            return Availability(False, reason if _ffi.has_plugin("cuda") else f"{reason} (pip install 'jax[cuda13]')")
         for device in devices:
             if device.compute_capability != "9.0":
                 return Availability(

@@ -1,0 +1,67 @@
+"""The command that says what is here and whether it works."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from marks import needs_cpu
+
+import jax_dsv4 as dsv4
+from jax_dsv4 import doctor, reference
+from jax_dsv4._implementations import REGISTRY
+from jax_dsv4._implementations.interface import Availability
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(doctor, "SECONDS", 0.0)
+
+
+@needs_cpu
+def test_json(capsys):
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert report["versions"]["jax-dsv4"] == dsv4.__version__
+    assert {name: (each["available"], each["detail"]) for name, each in report["implementations"].items()} == dsv4.implementations()
+    for name in ("cpu", "xla"):
+        (test,) = report["implementations"][name]["self_tests"]
+        assert test["runs_alike"]
+        assert 0 < test["out_error"] < 0.01
+        assert test["lse_error"] < 1e-4
+        assert test["us"] > 0
+
+
+@needs_cpu
+def test_one_screen(capsys):
+    assert doctor.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    for name, (available, detail) in dsv4.implementations().items():
+        (line,) = (line for line in lines if line.startswith(name + " "))
+        assert line.split()[1] == ("yes" if available else "no")
+        assert line.endswith(detail[:60]) or detail[:20] in line
+
+
+def test_a_wrong_result_fails(monkeypatch, capsys):
+    decode = reference.decode
+    monkeypatch.setattr(reference, "decode", lambda *operands: [np.roll(x, 1, axis=1) for x in decode(*operands)])
+    assert doctor.main([]) == 1
+    assert "WRONG: 64 heads" in capsys.readouterr().out
+
+
+def test_an_exception_fails(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(doctor, "self_test", fail)
+    assert doctor.main([]) == 1
+    assert "FAILED: 64 heads: RuntimeError: no such thing" in capsys.readouterr().out
+
+
+def test_a_device_without_its_implementation_fails(monkeypatch, capsys):
+    monkeypatch.setattr(REGISTRY["cpu"], "availability", lambda: Availability(False, "it was not built (a command)"))
+    assert doctor.main([]) == 1
+    assert "cpu    MISSING it was not built (a command)" in capsys.readouterr().out
