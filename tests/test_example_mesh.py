@@ -162,13 +162,14 @@ def test_loading_reads_no_more_than_the_part(monkeypatch) -> None:
     config, _, _ = golden("yarn")
     one_device = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 4, 1), mesh.NAMES)
     reads = []
-    read = weights_module._read
+    fill = weights_module._fill
 
-    def noted(tensors, tensor, folder, index):
+    def noted(out, tensors, tensor, folder, index):
         reads.append((tensor, index))
-        return read(tensors, tensor, folder, index)
+        fill(out, tensors, tensor, folder, index)
 
-    monkeypatch.setattr(weights_module, "_read", noted)
+    monkeypatch.setattr(weights_module, "_fill", noted)
+    monkeypatch.setattr(weights_module, "WORKERS", 1)
     programs = mesh.Programs(config, one_device, GREEDY, None)
     load_weights(golden_folder("yarn"), config, jnp.float32, sharding=programs.sharding)
     stored = json.loads((golden_folder("yarn") / "model.safetensors.index.json").read_text())["weight_map"]

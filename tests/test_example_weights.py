@@ -17,6 +17,7 @@ from example_support import (
     RENAMES,
     ROOT,
     CheckpointError,
+    Config,
     Tensor,
     dequantize,
     golden,
@@ -30,6 +31,8 @@ from example_support import (
     schema,
     strict_types,  # noqa: F401
 )
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 QUANTISED = dataclasses.replace(
     PRESETS["tiny"],
@@ -57,7 +60,7 @@ def quantised_checkpoint(config) -> dict[str, np.ndarray]:
             name = tensor.name.replace("*", str(expert))
             scale_name = name.removesuffix(".weight") + ".scale"
             if tensor.stored == "fp8":
-                tensors[name] = random.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn)
+                tensors[name] = random.standard_normal(shape).astype(FP8)
                 grid = -(-shape[0] // 128), -(-shape[1] // 128)
             elif tensor.stored == "fp4":
                 tensors[name] = random.integers(-128, 128, (shape[0], shape[1] // 2)).astype(np.int8)
@@ -93,8 +96,21 @@ def test_quantised_checkpoint_is_dequantised_on_load(tmp_path):
     np.testing.assert_array_equal(weights["layers"][1]["ffn"]["experts"]["w3"][1], expected)
 
 
+def test_shards_and_the_layer_that_predicts_further_change_nothing(sound, tmp_path):
+    """As DeepSeek publishes: many files with an index, and the weights of `mtp.0`, which decoding does not read."""
+    tensors, weight_map = quantised_checkpoint(QUANTISED), {}
+    spare = {re.sub(r"^layers\.1", "mtp.0", name): tensor for name, tensor in tensors.items() if name.startswith("layers.1.")}
+    names = sorted(tensors | spare)
+    for i in range(3):
+        file = f"model-0000{i + 1}-of-00003.safetensors"
+        safetensors.write(tmp_path / file, {name: (tensors | spare)[name] for name in names[i::3]})
+        weight_map |= dict.fromkeys(names[i::3], file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert not is_refused(tmp_path, sound[1])
+
+
 def test_scales_may_be_floats_or_bytes():
-    values = np.arange(4, dtype=np.float32).reshape(2, 2).astype(ml_dtypes.float8_e4m3fn)
+    values = np.arange(4, dtype=np.float32).reshape(2, 2).astype(FP8)
     for scale in (np.float32(0.25), np.uint8(125), np.array(0.25, ml_dtypes.float8_e8m0fnu)):
         np.testing.assert_array_equal(dequantize(values, np.full((1, 1), scale)), values.astype(np.float32) / 4)
 
@@ -184,7 +200,7 @@ def test_a_shape_that_does_not_fit_is_named(broken):
 
 def test_a_missing_scale_is_named(broken):
     name = "layers.0.attn.wkv.weight"
-    message = broken(lambda t: t.update({name: t[name].astype(ml_dtypes.float8_e4m3fn)}))
+    message = broken(lambda t: t.update({name: t[name].astype(FP8)}))
     assert "tensor layers.0.attn.wkv.scale is missing" in message
 
 
@@ -424,6 +440,60 @@ def test_fused_experts_that_do_not_fit_are_refused(key, new, message, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         load_weights(tmp_path, golden("hca")[0])
     assert f"tensor layers.1.ffn.{message}" in str(caught.value)
+
+
+def fused_fp8(inner: int) -> tuple[Config, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A config, its checkpoint with fp8 experts one by one, and the same under transformers' names: gate on up, all experts, scales."""
+    config = dataclasses.replace(QUANTISED, layers=("swa",), moe_intermediate_size=inner)
+    random, single = np.random.default_rng(1), quantised_checkpoint(config)
+    fused = {name: tensor for name, tensor in single.items() if ".experts." not in name}
+    for name, shape in (("gate_up_proj", (2 * inner, 160)), ("down_proj", (160, inner))):
+        codes = random.standard_normal((2, *shape)).astype(FP8)
+        scale = (2.0 ** random.integers(-3, 4, (2, -(-shape[0] // 128), -(-shape[1] // 128)))).astype(np.float32)
+        fused |= {f"model.layers.0.mlp.experts.{name}": codes, f"model.layers.0.mlp.experts.{name}_scale_inv": scale}
+        for expert in range(2):
+            for w, rows, blocks in (
+                [("w2", slice(None), slice(None))]
+                if name == "down_proj"
+                else [("w1", slice(inner), slice(inner // 128)), ("w3", slice(inner, None), slice(inner // 128, None))]
+            ):
+                single[f"layers.0.ffn.experts.{expert}.{w}.weight"] = codes[expert, rows]
+                single[f"layers.0.ffn.experts.{expert}.{w}.scale"] = scale[expert, blocks]
+    return config, single, fused
+
+
+def test_fused_fp8_experts_load_as_single_ones_do(tmp_path):
+    config, single, fused = fused_fp8(256)
+    weights = []
+    for folder, tensors in ((tmp_path / "single", single), (tmp_path / "fused", fused)):
+        folder.mkdir()
+        safetensors.write(folder / "model.safetensors", tensors)
+        weights.append(load_weights(folder, config))
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+def test_fused_fp8_experts_whose_scales_are_of_gate_and_up_are_refused(tmp_path):
+    config, _, fused = fused_fp8(192)
+    safetensors.write(tmp_path / "model.safetensors", fused)
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight is missing"):
+        load_weights(tmp_path, config)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_code_and_scale(dtype):
+    """All bytes of fp4 and fp8 with scales from 2^-100 to 2^100 and 0.7: the product in float32, rounded once."""
+    codes = np.arange(256, dtype=np.uint8)
+    for scale in (np.float32(2.0**-100), np.float32(1), np.float32(0.7), np.float32(2.0**100)):
+        fp8 = np.tile(codes.view(FP8), (3, 1))
+        with np.errstate(over="ignore"):
+            wanted = (fp8.astype(np.float32) * scale).astype(dtype)
+        found = dequantize(fp8, np.full((1, 2), scale), (), dtype)
+        np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+        wanted = (np.stack([values[codes & 15], values[codes >> 4]], axis=-1).reshape(1, 512) * scale).astype(dtype)
+        found = dequantize(codes[None], np.full((1, 16), scale), (), dtype)
+        np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
 
 
 @pytest.mark.parametrize("value", [-1, 2, 2**32, 0.5, float("nan")])

@@ -138,6 +138,9 @@ FIXED: dict[str, object] = {
     "mlp_bias": False,
 }
 
+# The same of `quantization_config`; the dtypes of the tensors say the rest.
+QUANTISATION: dict[str, object] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
 
 def _check_fields(config: Config | Yarn, rules: tuple[Rule, ...]) -> None:
     """Each number by its type and limits, then the fields by each other."""
@@ -205,9 +208,10 @@ def parse_config(raw: Any) -> Config:
     for name, value in FIXED.items():
         if raw.get(name) not in (None, value):
             raise ValueError(f"{name} must be {value!r}, got {raw[name]!r}")
-    blocks = _dictionary("quantization_config", raw.get("quantization_config")).get("weight_block_size")
-    if blocks not in (None, [128, 128]):
-        raise ValueError(f"quantization_config.weight_block_size must be [128, 128], got {blocks!r}")
+    quantisation = _dictionary("quantization_config", raw.get("quantization_config"))
+    for name, value in QUANTISATION.items():
+        if quantisation.get(name) not in (None, value):
+            raise ValueError(f"quantization_config.{name} must be {value!r}, got {quantisation[name]!r}")
     for name, other in (("n_routed_experts", "num_local_experts"), ("moe_intermediate_size", "intermediate_size")):
         _same(f"{other}, {name}", raw.get(other), raw.get(name))
 

@@ -7,9 +7,12 @@ Matrices keep the checkpoint's [out, in] order, so nothing is transposed on load
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import Array, lax
 
 from deepseek_v4 import safetensors
 from deepseek_v4.config import CheckpointError, Config, Kind, read_json
@@ -145,6 +149,10 @@ def abstract_weights(config: Config, dtype: jax.typing.DTypeLike = jnp.bfloat16)
     return map_schema(lambda tensor: tensor.struct(dtype), config)
 
 
+WORKERS = min(4, os.cpu_count() or 1)
+"""Threads that read tensors. XLA dequantises each matrix on all processors; more threads would only hold more of the host's memory."""
+
+
 def load_weights(
     folder: str | Path,
     config: Config,
@@ -154,7 +162,7 @@ def load_weights(
 ) -> Weights:
     """Reads a `DeepseekV4ForCausalLM` checkpoint: one or many safetensors files, fp8 and fp4 dequantised.
 
-    File by file, and from each tensor only what this process's devices are to hold.
+    File by file, several tensors at a time, and from each tensor only what this process's devices are to hold.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json.
@@ -170,14 +178,19 @@ def load_weights(
     wanted.sort(key=lambda t: place.get(t.name.replace("*", "0"), place.get(t.name, 0)))
 
     def load(tensor: Tensor) -> jax.Array:
-        kind = tensor.dtype or dtype
+        kind = np.dtype(tensor.dtype or dtype)
         if sharding is None:
-            return jnp.asarray(_read(tensors, tensor, folder, (slice(None),) * len(tensor.shape)), kind)
-        read = cache(lambda index: _read(tensors, tensor, folder, tuple(slice(*ends) for ends in index)).astype(kind))
+            return jax.device_put(_read(tensors, tensor, folder, (slice(None),) * len(tensor.shape), kind))
+        read = cache(lambda index: _read(tensors, tensor, folder, tuple(slice(*ends) for ends in index), kind))
         part_of = lambda index: read(tuple(i.indices(n)[:2] for i, n in zip(index, tensor.shape)))  # noqa: E731
         return jax.make_array_from_callback(tensor.shape, sharding(tensor), part_of)
 
-    arrays = {tensor.name: load(tensor) for tensor in track(wanted)}
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        loaded = pool.map(load, wanted)
+        arrays = {tensor.name: next(loaded) for tensor in track(wanted)}
+    finally:
+        pool.shutdown(cancel_futures=True)
     return map_schema(lambda tensor: arrays[tensor.name], config)
 
 
@@ -216,13 +229,13 @@ def _files_of(index: Path) -> list[Path]:
 
 def _published(name: str, tensor: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """A tensor under DeepSeek's published name, or names: transformers stacks experts, and their gate on their up projection."""
-    name = re.sub(r"\.experts\.(gate_up_proj|w[123]\.|down_proj$)", r".experts.*.\1", published_name(name))
-    if name.endswith(".*.down_proj"):
-        return [(name.replace("down_proj", "w2.weight"), tensor)]
-    if name.endswith(".*.gate_up_proj") and tensor.ndim == 3:
-        inner = tensor.shape[1] // 2  # [expert, gate | up, hidden]
-        return [(name.replace("gate_up_proj", f"{w}.weight"), part) for w, part in (("w1", tensor[:, :inner]), ("w3", tensor[:, inner:]))]
-    return [(name, tensor)]
+    name = re.sub(r"\.experts\.(gate_up_proj|w[123]\.|down_proj$|down_proj_scale_inv$)", r".experts.*.\1", published_name(name))
+    name = name.replace("_proj_scale_inv", "_proj.scale") if ".*." in name else name
+    name = re.sub(r"\.(down|gate_up)_proj$", r".\1_proj.weight", name)
+    half = tensor.shape[1] // 2 if ".*.gate_up_proj." in name and tensor.ndim == 3 else 0  # [expert, gate | up, hidden], and so the scales
+    if half and not (tensor.dtype == FP8 and half % 128):  # else a block of scales is of both
+        return [(name.replace("gate_up_proj", w), part) for w, part in (("w1", tensor[:, :half]), ("w3", tensor[:, half:]))]
+    return [(name.replace(".*.down_proj.", ".*.w2."), tensor)]
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -273,24 +286,38 @@ def published_name(name: str) -> str:
     return name
 
 
-QUANTISED = (ml_dtypes.float8_e4m3fn, np.int8, np.uint8)
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+QUANTISED = (FP8, np.int8, np.uint8)
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 INTEGERS = (np.int64, np.int32, np.int16, np.uint64, np.uint32, np.uint16)
 
+ALIGNMENT = 64
+"""Bytes: from such an address on, JAX's CPU takes an array over as it is."""
 
-def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, index: tuple[slice, ...]) -> np.ndarray:
+
+def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     """A part of one leaf, dequantised; experts stacked."""
+    shape = tuple(len(range(size)[part]) for size, part in zip(tensor.shape, index))
+    # All of it at once: NumPy asks for huge pages, and small ones take longer to come by than to fill.
+    memory = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    out = memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    _fill(out, tensors, tensor, folder, index)
+    return out
 
+
+def _fill(out: np.ndarray, tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, index: tuple[slice, ...]) -> None:
     def require(ok: bool, message: str) -> None:
         if not ok:
             raise CheckpointError(f"{folder}: tensor {tensor.name}{message}")
 
     if "*" in tensor.name:
-        each = tensor._replace(shape=tensor.shape[1:])
-        first = tensor.name.replace("*", "0")
         if tensor.name not in tensors:
-            experts = range(tensor.shape[0])[index[0]]
-            return np.stack([_read(tensors, each._replace(name=each.name.replace("*", str(e))), folder, index[1:]) for e in experts])
+            for row, expert in zip(out, range(tensor.shape[0])[index[0]]):
+                each = tensor._replace(name=tensor.name.replace("*", str(expert)), shape=tensor.shape[1:])
+                _fill(row, tensors, each, folder, index[1:])
+            return
+        first = tensor.name.replace("*", "0")
         require(first not in tensors, f" is there twice, of all experts and as {first}")
     require(tensor.name in tensors, " is missing")
     found = tensors[tensor.name]
@@ -299,7 +326,7 @@ def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, in
         scale_name = tensor.name.removesuffix(".weight") + ".scale"
         require(scale_name in tensors, f" is {found.dtype}, and tensor {scale_name} is missing")
         scale = tensors[scale_name]
-        shape = (*found.shape[:-1], found.shape[-1] * (1 if found.dtype == ml_dtypes.float8_e4m3fn else 2)) if found.ndim else ()
+        shape = (*found.shape[:-1], found.shape[-1] * (1 if found.dtype == FP8 else 2)) if found.ndim else ()
     else:
         rule = "be floats or quantised" if tensor.below is None else "be numbers"
         kinds = FLOATS if tensor.below is None else (*FLOATS, *INTEGERS)
@@ -308,25 +335,27 @@ def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, in
     if tensor.below is not None:
         part = found[index]
         require(bool(np.all((part >= 0) & (part < tensor.below) & (part == np.trunc(part)))), f" must be integers in [0, {tensor.below})")
-        return part
     if scale is None:
-        return found[index]
+        out[...] = found[index]
+        return
     try:
-        return dequantize(found, scale, index)
+        # Matrix by matrix: what XLA needs beside `out` stays small.
+        for place in np.ndindex(out.shape[:-2]):
+            lead = tuple(slice(at := range(n)[part][i], at + 1) for n, part, i in zip(shape, index, place))
+            out[place] = dequantize(found, scale, (*lead, *index[-2:]), out.dtype).reshape(out.shape[-2:])
     except ValueError as error:
         raise CheckpointError(f"{folder}: tensor {tensor.name}: {error}") from None
 
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-
-
-def dequantize(packed: np.ndarray, scale: np.ndarray, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """Quantised matrix [..., rows, columns] times its scales, as float32; `index`: the part of it that is wanted.
+def dequantize(
+    packed: np.ndarray, scale: np.ndarray, index: tuple[slice, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32
+) -> np.ndarray:
+    """Quantised matrix [..., rows, columns] times its scales, rounded once, to `dtype`; `index`: the part of it that is wanted.
 
     float8_e4m3fn carries one scale per 128 x 128 block. A byte dtype is fp4: two e2m1 numbers per byte, the low
     nibble first, one scale per 32 numbers of a row. Scales are e8m0 (also as raw bytes: 2^(byte - 127)) or floats.
     """
-    is_fp8 = packed.dtype == ml_dtypes.float8_e4m3fn
+    is_fp8 = packed.dtype == FP8
     block, numbers = ((128, 128), 1) if is_fp8 else ((1, 32), 2)  # numbers: in an item of `packed`
     shape = (*packed.shape[:-1], packed.shape[-1] * numbers)
     grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
@@ -342,13 +371,41 @@ def dequantize(packed: np.ndarray, scale: np.ndarray, index: tuple[slice, ...] =
     (row, column), (row_end, column_end) = first, (part.stop * size for part, size in zip(blocks, block))
     codes = packed[(*lead, slice(row, row_end), slice(column // numbers, column_end // numbers))]
     scale = scale[(*lead, *blocks)]
-    if is_fp8:
-        values = codes.astype(np.float32)
-    else:
-        codes = codes.view(np.uint8)
-        values = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*codes.shape[:-1], 2 * codes.shape[-1])
     scale = scale.view(ml_dtypes.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
-    scale = scale.astype(np.float32).repeat(block[0], axis=-2).repeat(block[1], axis=-1)
-    values = values * scale[..., : values.shape[-2], : values.shape[-1]]
+    codes = codes if is_fp8 else codes.view(np.uint8)
+    with jax.default_device(_host()):
+        products = np.asarray(_products(codes, scale.astype(np.float32), np.dtype(dtype)))
+    values = products.view(dtype)[..., : shape[-1] - column]
     (begin, end), (left, right) = ends
     return values[..., begin - row : end - row, left - column : right - column]
+
+
+@cache
+def _host() -> jax.Device | None:
+    """Where matrices are dequantised: the host's processors, or the default device if JAX_PLATFORMS leaves those out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _products(codes: Array, scale: Array, dtype: np.dtype) -> Array:
+    """Codes [..., rows, items] times scales [..., blocks, blocks]; fp4's two products of an item may be halves of a word."""
+    if codes.dtype == FP8:
+        scale = jnp.repeat(jnp.repeat(scale, 128, axis=-2), 128, axis=-1)
+        return (codes.astype(jnp.float32) * scale[..., : codes.shape[-2], : codes.shape[-1]]).astype(dtype)
+
+    scale = jnp.repeat(scale, 16, axis=-1)[..., : codes.shape[-1]]
+
+    def product(code: Array) -> Array:
+        # Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6 are the hexadecimal digits of a constant.
+        twice = (jnp.uint32(0xC8643210) >> (4 * (code & 7))) & 15
+        value = 0.5 * twice.astype(jnp.int32).astype(jnp.float32)
+        return (jnp.where(code > 7, -value, value) * scale).astype(dtype)
+
+    low, high = product(codes.astype(jnp.uint32) & 15), product(codes.astype(jnp.uint32) >> 4)
+    if dtype.itemsize == 4:
+        return jnp.stack([low, high], axis=-1).reshape(*codes.shape[:-1], -1)
+    low, high = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in (low, high))
+    return low | high << 16  # XLA's CPU interleaves arrays four times slower
