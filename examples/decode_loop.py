@@ -2,6 +2,7 @@
 
     python examples/decode_loop.py                                              the tiny model of this repository
     python examples/decode_loop.py --checkpoint DIR --prompt "Once upon a time"  a Hugging Face folder
+    python examples/decode_loop.py --checkpoint DIR --chat --prompt "Who are you?"   a question, in the form of DeepSeek's chats
     python examples/decode_loop.py --prompt-ids "1,2,3;4,5" --json out.json      two requests, as token ids
     python examples/decode_loop.py --memory                                     bytes of weights and caches, by model
     python examples/decode_loop.py --batch 2 --mesh data=2,model=2,context=2     over 8 devices (deepseek_v4/mesh.py)
@@ -17,11 +18,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,18 +32,17 @@ import numpy as np
 from deepseek_v4 import memory, processes
 from deepseek_v4.config import CheckpointError, Config, load_config
 from deepseek_v4.generate import NOT_A_TOKEN, Sampling, State
-from deepseek_v4.mesh import REQUESTS, MeshError, Programs, create_mesh, parse_mesh
-from deepseek_v4.model import Cache, create_cache
-from deepseek_v4.tokenizer import Tokenizer, load_tokenizer
-from deepseek_v4.weights import abstract_weights, fingerprint, load_weights
+from deepseek_v4.mesh import NAMES, REQUESTS, MeshError, Programs, bytes_per_device, create_mesh, fitting_mesh, parse_mesh
+from deepseek_v4.tokenizer import Tokenizer, encode_chat, load_tokenizer
+from deepseek_v4.weights import fingerprint, load_weights
 from jax.sharding import PartitionSpec as P
 
 import jax_dsv4 as dsv4
 
 TINY = Path(__file__).parent / "deepseek_v4" / "tiny"
 DEFAULT_PROMPT = "A function definition"
-PREFILL_CHUNK = 32  # prompt tokens per step
-STEPS_PER_CALL = 16  # tokens between two looks at the progress bar
+SHORTEST_CHUNK, LONGEST_CHUNK = 32, 512  # prompt tokens per step, unless asked for
+STEPS_PER_CALL = 4  # tokens of each request between two looks at them
 
 
 class UsageError(Exception):
@@ -91,30 +91,34 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p)
     programs = Programs(config, mesh, sampling, args.implementation)
     place = programs.place
-    options = dict(layout=args.cache_layout, chunk=PREFILL_CHUNK, dtype=args.dtype)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    # Programs are compiled for buckets, not for every length.
+    chunk = args.prefill_chunk or min(max(bucket(lengths.max()), SHORTEST_CHUNK), LONGEST_CHUNK)
+    padded = np.zeros((len(prompts), bucket(-(-lengths.max() // chunk)) * chunk), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    options = dict(layout=args.cache_layout, chunk=chunk, dtype=args.dtype)
     try:
-        check_memory(config, args.dtype, jax.eval_shape(partial(create_cache, config, len(prompts), context, **options)))
+        check_memory(config, mesh, len(prompts), context, options)
         cache = programs.create_cache(len(prompts), context, **options)
     except ValueError as error:
         raise UsageError(error) from None
     with progress(transient=True) as show:
+        began = time.perf_counter()
         weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"), programs.sharding)
+        load_seconds = time.perf_counter() - began
 
     with progress() as show:
         cache_bytes = memory.nbytes(cache)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        padded = np.zeros((len(prompts), -(-lengths.max() // PREFILL_CHUNK) * PREFILL_CHUNK), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
         limits = np.full(len(prompts), args.max_new_tokens, np.int32)
         inputs = (weights, cache, *(place(x, REQUESTS) for x in (padded, lengths, limits)), place(np.uint32(args.seed), P()))
 
         # Both loops are compiled here, once and ahead of time: an executable cannot be retraced by what follows.
         began = time.perf_counter()
         with show.spinner("compiling prefill"):
-            prefill_once = programs.prefill(PREFILL_CHUNK).lower(*inputs).compile()
+            prefill_once = programs.prefill(chunk).lower(*inputs).compile()
         with show.spinner("compiling decode"):
-            after_prefill = jax.eval_shape(programs.prefill(PREFILL_CHUNK), *inputs)
+            after_prefill = jax.eval_shape(programs.prefill(chunk), *inputs)
             generate_more = programs.generate(STEPS_PER_CALL).lower(weights, after_prefill).compile()
         compile_seconds = time.perf_counter() - began
 
@@ -123,16 +127,16 @@ def run(args: argparse.Namespace) -> None:
             state: State = jax.block_until_ready(prefill_once(*inputs))
             prefill_seconds = time.perf_counter() - began
 
-        calls = [numbers_only(programs.fetch(state.token)[:, None])]
-        began = time.perf_counter()
-        for _ in show.track("decoding")(range(-(-(args.max_new_tokens - 1) // STEPS_PER_CALL))):
-            if np.any(programs.fetch(state.left)):  # else every request met its end
-                state, tokens = generate_more(weights, state)
-                calls.append(numbers_only(programs.fetch(tokens)))
-        decode_seconds = time.perf_counter() - began
-        attention_seconds = time_attention(programs.attend(jnp.dtype(args.dtype)), state)
+    stream = Stream(prompts, tokenizer, args.max_new_tokens, must_arrive=args.json is None, silent=args.process_id > 0)
+    stream.add(numbers_only(programs.fetch(state.token)[:, None]))
+    began = time.perf_counter()
+    while stream.running:
+        state, drawn = generate_more(weights, state)
+        stream.add(numbers_only(programs.fetch(drawn)))
+    decode_seconds = time.perf_counter() - began
+    attention_seconds = time_attention(programs.attend(jnp.dtype(args.dtype)), state)
 
-    tokens = [[int(token) for token in row if token >= 0] for row in np.concatenate(calls, axis=1)]
+    tokens = stream.tokens
     decoded = sum(len(row) - 1 for row in tokens)  # prefill drew the first of each
     steps = max(len(row) - 1 for row in tokens)
     report = {
@@ -142,8 +146,11 @@ def run(args: argparse.Namespace) -> None:
         "tokens_per_second": decoded / decode_seconds if decoded else None,
         "seconds_per_step": decode_seconds / steps if steps else None,
         "attention_seconds_per_step": attention_seconds,
+        "implementation": attention_implementation(generate_more.as_text()),
         "compile_seconds": compile_seconds,
         "prefill_seconds": prefill_seconds,
+        "prefill_chunk": chunk,
+        "load_seconds": load_seconds,
         "cache_bytes": cache_bytes,
         "cache_tokens_per_request": context,
         "weights_bytes": memory.nbytes(weights),
@@ -154,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         "versions": {"jax": jax.__version__, "jax_dsv4": dsv4.__version__},
     }
     if args.process_id == 0:
-        deliver(report, [tokenizer.decode(prompt) for prompt in prompts] if tokenizer else None, args.json)
+        deliver(report, args.json, stream.failed)
 
 
 def numbers_only(tokens: np.ndarray) -> np.ndarray:
@@ -206,9 +213,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text; needs the checkpoint's tokenizer")
     prompt.add_argument("--prompt-ids", metavar="IDS", help='token ids: "1,2,3;4,5" is two requests')
+    add("--chat", action="store_true", help="put the prompt as a user's question, in DeepSeek-V4's own form")
+    add("--think", action="store_true", help="with --chat: let the model think before it answers")
     add("--batch", type=positive, metavar="N", help="requests; prompts are repeated in turn (default: one of each)")
     add("--max-new-tokens", type=positive, default=128, metavar="N")
     add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
+    add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
     add("--cache-layout", default="fp8_ds_mla", metavar="NAME", help="of jax_dsv4.KVCache (default: %(default)s)")
     add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
@@ -238,6 +248,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--top-p must be in (0, 1], got {args.top_p}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
+    if args.chat and args.prompt_ids is not None:
+        parser.error("--chat is for text: it goes with --prompt, not with --prompt-ids")
+    if args.think and not args.chat:
+        parser.error("--think goes with --chat")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {args.json}")
     if args.json and (reason := cannot_write(args.json)):
@@ -292,7 +306,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
         raise UsageError(f"{args.checkpoint} has no tokenizer: give --prompt-ids")
     else:
         text = DEFAULT_PROMPT if args.prompt is None else args.prompt
-        prompts = [tokenizer.encode(text)]
+        prompts = [encode_chat(tokenizer, text, args.think) if args.chat else tokenizer.encode(text)]
         if left_out := tokenizer.left_out(text):
             complain(f"the tokenizer has no token for {left_out!r} of the prompt: left out")
     for prompt in prompts:
@@ -310,7 +324,9 @@ def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config:
     """How many tokens per request the cache must hold; checks that they fit."""
     longest = max(map(len, prompts))
     needed = longest + args.max_new_tokens
-    limit = min(args.context or config.max_position_embeddings, config.max_position_embeddings)
+    if args.context and args.context > config.max_position_embeddings:
+        raise UsageError(f"--context must be at most max_position_embeddings = {config.max_position_embeddings}, got {args.context}")
+    limit = args.context or config.max_position_embeddings
     if needed > limit:
         raise UsageError(
             f"a prompt of {longest} tokens and {args.max_new_tokens} new ones do not fit a cache of {limit} tokens per request"
@@ -318,13 +334,29 @@ def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config:
     return args.context or needed
 
 
-def check_memory(config: Config, dtype: str, cache: Cache) -> None:
-    """Of one machine's CPUs: there a program that takes too much is ended without a word."""
-    if jax.default_backend() == "cpu" and jax.process_count() == 1 and hasattr(os, "sysconf"):
-        needed = memory.nbytes(abstract_weights(config, dtype)) + memory.nbytes(cache)
+def bucket(count: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (int(count) - 1).bit_length()
+
+
+def check_memory(config: Config, mesh: jax.sharding.Mesh | None, requests: int, context: int, options: dict[str, Any]) -> None:
+    """That weights and cache fit: said before they are loaded, and with the mesh that would do."""
+    sizes = dict(mesh.shape) if mesh else dict.fromkeys(NAMES, 1)
+    needed = sum(bytes_per_device(config, sizes, requests, context, options))
+    count, human = int(np.prod(list(sizes.values()))), memory.human
+    if jax.default_backend() != "cpu":
+        room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if room and needed > room:
+            better = fitting_mesh(room, config, requests, context, options)
+            advice = "no mesh spreads them over such devices"
+            if better:
+                named = ",".join(f"{name}={size}" for name, size in better.items() if size > 1)
+                advice = f"--mesh {named} would fit, on {np.prod(list(better.values()))} of them"
+            raise UsageError(f"weights and cache take {human(needed)} on each of {count} devices with {human(room)}; {advice}")
+    elif jax.process_count() == 1 and hasattr(os, "sysconf"):  # here a program that takes too much is ended without a word
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > there:
-            raise UsageError(f"weights and cache take {memory.human(needed)}, and this machine has {memory.human(there)} of memory")
+        if count * needed > there:
+            raise UsageError(f"weights and cache take {human(count * needed)}, and this machine has {human(there)} of memory")
 
 
 def check_implementation(name: str | None) -> None:
@@ -350,16 +382,70 @@ def time_attention(attend: Callable[[Any], Any], state: State) -> float:
     return statistics.median(timed() for _ in range(11))
 
 
-def deliver(report: dict[str, Any], prompts: list[str] | None, file: Path | None) -> None:
-    """Writes the report to `file` and prints it: each even if the other fails."""
-    failed = None
+def attention_implementation(program: str) -> str:
+    """Which of `jax_dsv4.implementations()` is in a compiled program."""
+    if found := re.search(r'custom_call_target="dsv4_(aiter_)?decode', program):
+        return "aiter" if found[1] else "cpu" if jax.default_backend() == "cpu" else "cuda"
+    return "xla"
+
+
+class Stream:
+    """Prints what is drawn as it comes: requests one after the other, as all of them are drawn at a time."""
+
+    def __init__(self, prompts: list[Sequence[int]], tokenizer: Tokenizer | None, limit: int, must_arrive: bool, silent: bool):
+        self.prompts, self.tokenizer, self.limit, self.must_arrive, self.silent = prompts, tokenizer, limit, must_arrive, silent
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.ended = [False for _ in prompts]
+        self.failed: UsageError | None = None  # what kept the text from being written
+        self.at = 0  # the request that is being printed
+        self.written = ""  # of its text
+
+    @property
+    def running(self) -> bool:
+        return not all(self.ended)
+
+    def add(self, drawn: np.ndarray) -> None:
+        """Takes the next tokens of each request [b, n], −1 after its end."""
+        for i, new in enumerate(drawn):
+            room = self.limit - len(self.tokens[i])
+            self.tokens[i] += [int(token) for token in new[:room] if token >= 0]
+            self.ended[i] |= len(self.tokens[i]) == self.limit or bool(np.any(new < 0))
+        if self.silent or self.failed:
+            return
+        try:
+            with printing():
+                self.write()
+        except UsageError as error:
+            if self.must_arrive:
+                raise
+            self.failed = error
+
+    def write(self) -> None:
+        while self.at < len(self.tokens):
+            text, ended = self.text(self.at), self.ended[self.at]
+            if ended or not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character's other bytes are in the next token
+                print(text[len(self.written) :], end="", flush=True)
+                self.written = text
+            if not ended:
+                return
+            print()
+            self.at, self.written = self.at + 1, ""
+
+    def text(self, i: int) -> str:
+        if self.tokenizer is None:
+            return "\n" + ",".join(map(str, self.tokens[i]))
+        return f"\n{self.tokenizer.decode(self.prompts[i])}{self.tokenizer.decode(self.tokens[i])}"
+
+
+def deliver(report: dict[str, Any], file: Path | None, failed: UsageError | None = None) -> None:
+    """Writes the report to `file` and prints its numbers: each even if the other fails, or something has `failed` before."""
     if file:
         try:
             file.write_text(json.dumps(report, indent=1) + "\n")
         except OSError as error:
             failed = UsageError(f"--json {file} cannot be written: {error.strerror}")
     with printing():
-        print_report(report, prompts)
+        print_report(report)
     if failed:
         raise failed
 
@@ -376,17 +462,17 @@ def printing() -> Iterator[None]:
         raise UsageError(f"the output cannot be written: {error.strerror}") from None
 
 
-def print_report(report: dict[str, Any], prompts: list[str] | None) -> None:
-    for i, tokens in enumerate(report["tokens"]):
-        print(f"\n{prompts[i]}{report['text'][i]}" if prompts else f"\n{','.join(map(str, tokens))}")
-    step, attention = report["seconds_per_step"], report["attention_seconds_per_step"]
-    batch = len(report["tokens"])
+def print_report(report: dict[str, Any]) -> None:
+    step, attention, prefill = report["seconds_per_step"], report["attention_seconds_per_step"], report["prefill_seconds"]
+    batch, read = len(report["tokens"]), sum(map(len, report["prompt_ids"]))
     print()
     if step:
         print(f"{report['tokens_per_second']:10.1f}  tokens/s ({batch} requests, {1e3 * step:.2f} ms per step)")
-        print(f"{1e3 * attention:10.3f}  ms per step in attention, timed alone ({attention / step:.0%})")
+        print(f"{1e3 * attention:10.3f}  ms per step in attention, timed alone ({attention / step:.0%}); by {report['implementation']}")
+    print(f"{prefill:10.3f}  s to read {read} tokens of prompts ({read / prefill:.1f} tokens/s, in chunks of {report['prefill_chunk']})")
     room = f"{report['cache_tokens_per_request']} tokens per request, {report['cache_layout']}"
     print(f"{report['cache_bytes']:10d}  bytes of cache ({room})")
+    print(f"{report['load_seconds']:10.1f}  s to load {memory.human(report['weights_bytes'])} of weights")
     print(f"{report['compile_seconds']:10.1f}  s to compile prefill and decode, once; on {report['device']}")
 
 

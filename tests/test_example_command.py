@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -87,6 +88,11 @@ HCA = str(golden_folder("hca"))
         (["--prompt-ids", "1,2,3", "--context", "100"], "3 tokens and 128 new ones do not fit a cache of 100 tokens"),
         (["--prompt-ids", "1;2;3", "--batch", "2"], "--batch must be at least the number of prompts = 3, got 2"),
         (["--max-new-tokens", "5000"], "do not fit a cache of 4096 tokens"),
+        (["--context", "5000"], "--context must be at most max_position_embeddings = 4096, got 5000"),
+        (["--prefill-chunk", "0"], "must be at least 1, got 0"),
+        (["--chat"], "--chat needs a tokenizer that has the token <｜begin▁of▁sentence｜>"),  # noqa: RUF001
+        (["--chat", "--prompt-ids", "1"], "--chat is for text: it goes with --prompt, not with --prompt-ids"),
+        (["--think"], "--think goes with --chat"),
         (["--max-new-tokens", "0"], "must be at least 1, got 0"),
         (["--cache-layout", "fp3"], "layout must be one of"),
         (["--implementation", "abacus"], "--implementation must be one of"),
@@ -170,7 +176,7 @@ def test_a_model_that_computes_nan_says_so(tmp_path, capsys):
     assert decode_loop.main(command) == 1
     captured = capsys.readouterr()
     assert "decode_loop.py: the model computes NaN or infinite logits for request 0: weights or config are damaged\n" in captured.err
-    assert captured.out == ""
+    assert "tokens/s" not in captured.out
     assert not out.exists()
 
 
@@ -190,13 +196,80 @@ def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(tmp_path):
     assert old.read_text() == "old"
 
 
+class Letters:
+    """A tokenizer of bytes, as the pieces of its text may be."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_tokens_are_printed_as_they_come(capsys):
+    """The first request's at once, the next one's once it has ended; a character once all its bytes are there."""
+    stream = decode_loop.Stream([b"ab", b"c"], Letters(), 4, must_arrive=True, silent=False)
+    printed = []
+    for drawn in ([[0x64], [0x65]], [[0xC3], [0xC3]], [[0xA9], [-1]], [[0x66], [-1]]):
+        stream.add(np.array(drawn))
+        printed.append(capsys.readouterr().out)
+    assert printed == ["\nabd", "", "é", "f\n\nce\N{REPLACEMENT CHARACTER}\n"]
+    assert stream.tokens == [[0x64, 0xC3, 0xA9, 0x66], [0x65, 0xC3]]
+    assert not stream.running
+
+
+def test_more_tokens_than_asked_for_are_left_out(capsys):
+    stream = decode_loop.Stream([[1]], None, 3, must_arrive=True, silent=False)
+    stream.add(np.array([[5, 6]]))
+    stream.add(np.array([[7, 8]]))
+    assert (stream.tokens, stream.running) == ([[5, 6, 7]], False)
+    assert capsys.readouterr().out == "\n5,6,7\n"
+
+
+@needs_full
+def test_a_text_that_cannot_be_printed(monkeypatch):
+    """Ends the work, unless a file is to have the tokens: then that is said at the end."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(decode_loop.UsageError, match="the output cannot be written: No space left on device"):
+            decode_loop.Stream([[1]], None, 3, must_arrive=True, silent=False).add(np.array([[5]]))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        stream = decode_loop.Stream([[1]], None, 3, must_arrive=False, silent=False)
+        stream.add(np.array([[5]]))
+        stream.add(np.array([[6, 7]]))
+        monkeypatch.undo()
+    assert stream.tokens == [[5, 6, 7]]
+    assert "No space left" in str(stream.failed)
+
+
+def test_programs_are_compiled_for_buckets():
+    assert [decode_loop.bucket(n) for n in (1, 2, 3, 4, 5, 33)] == [1, 2, 4, 4, 8, 64]
+
+
+def test_chunks_of_the_prompt_change_no_token(tmp_path):
+    out, chunk = tmp_path / "out.json", 5
+    command = ["--checkpoint", HCA, "--prompt-ids", ",".join(map(str, range(1, 41))), "--max-new-tokens", "6", "--json", str(out)]
+    command += ["--cache-layout", "float32"]
+    tokens = []
+    for extra in ([], ["--prefill-chunk", str(chunk)]):
+        assert decode_loop.main([*command, *extra]) == 0
+        report = json.loads(out.read_text())
+        tokens.append(report["tokens"])
+    assert report["prefill_chunk"] == chunk
+    assert tokens[0] == tokens[1]
+
+
 REPORT = {
     "tokens": [[1, 2]],
     "text": None,
     "tokens_per_second": 9.0,
     "seconds_per_step": 0.1,
     "attention_seconds_per_step": 0.01,
+    "implementation": "cpu",
     "compile_seconds": 1.0,
+    "prompt_ids": [[7, 8, 9]],
+    "prefill_seconds": 0.5,
+    "prefill_chunk": 32,
+    "load_seconds": 0.25,
+    "weights_bytes": 4_000_000,
     "cache_bytes": 5,
     "cache_tokens_per_request": 3,
     "cache_layout": "bf16",
@@ -207,8 +280,13 @@ REPORT = {
 @needs_full
 def test_the_report_is_printed_where_its_file_cannot_be_written(capsys):
     with pytest.raises(decode_loop.UsageError, match="--json /dev/full cannot be written: No space left on device"):
-        decode_loop.deliver(REPORT, None, Path("/dev/full"))
-    assert "9.0  tokens/s (1 requests" in capsys.readouterr().out
+        decode_loop.deliver(REPORT, Path("/dev/full"))
+    printed = capsys.readouterr().out
+    assert "9.0  tokens/s (1 requests" in printed
+    assert "timed alone (10%); by cpu" in printed
+    assert "0.500  s to read 3 tokens of prompts (6.0 tokens/s, in chunks of 32)" in printed
+    assert "5  bytes of cache (3 tokens per request, bf16)" in printed
+    assert "4 MB of weights" in printed
 
 
 @needs_full
@@ -216,7 +294,7 @@ def test_the_file_is_written_where_the_report_cannot_be_printed(tmp_path, monkey
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(decode_loop.UsageError, match="the output cannot be written: No space left on device"):
-            decode_loop.deliver(REPORT, None, tmp_path / "out.json")
+            decode_loop.deliver(REPORT, tmp_path / "out.json")
         monkeypatch.undo()
     assert json.loads((tmp_path / "out.json").read_text()) == REPORT
 
@@ -240,6 +318,17 @@ def test_more_memory_than_there_is_is_one_line(capsys, monkeypatch):
     assert decode_loop.main(["--checkpoint", HCA, "--prompt-ids", "1"]) == 2
     wanted = r"decode_loop\.py: weights and cache take [\d.]+ MB, and this machine has 4\.19 MB of memory\n"
     assert re.fullmatch(wanted, capsys.readouterr().err)
+
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})
+    monkeypatch.setattr(decode_loop.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(decode_loop.jax, "local_devices", lambda: [device])
+    options = dict(layout="bf16", chunk=32, dtype="bfloat16")
+    with pytest.raises(decode_loop.UsageError, match=r"take 569 GB on each of 1 devices with 1\.05 MB; no mesh spreads them"):
+        decode_loop.check_memory(PRESETS["v4-flash"], None, 2, 8192, options)
+    device.memory_stats = lambda: {"bytes_limit": 141 * 10**9}
+    with pytest.raises(decode_loop.UsageError, match=r"with 141 GB; --mesh model=8 would fit, on 8 of them"):
+        decode_loop.check_memory(PRESETS["v4-flash"], None, 2, 8192, options)
+    monkeypatch.undo()
 
     def exhaust(_: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore")

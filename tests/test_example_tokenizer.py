@@ -85,6 +85,21 @@ def test_token_ids_need_no_tokenizer(folder, name, capsys):
         prepare(folder, "--prompt", "a")
 
 
+# --- Chats
+
+
+@pytest.mark.parametrize("text", ["ab", "<｜begin▁of▁sentence｜>ab"])  # noqa: RUF001
+@pytest.mark.parametrize(("options", "mode"), [([], 4), (["--think"], 3)])
+def test_a_chat_has_the_published_form(folder, text, options, mode):
+    """Token ids: 0 begin of sentence, 1 user, 2 assistant, 3 thinking begins, 4 ends."""
+    pieces = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "a", "b"]  # noqa: RUF001
+    (folder / "pieces.json").write_text(json.dumps(pieces))
+    assert prepare(folder, "--chat", "--prompt", text, *options) == [[0, 1, 5, 6, 2, mode]]
+    (folder / "pieces.json").write_text(json.dumps(pieces[:2] + pieces[3:]))
+    with pytest.raises(CheckpointError, match=r"--chat needs a tokenizer that has the token <.Assistant.>"):
+        prepare(folder, "--chat", "--prompt", text)
+
+
 # --- tokenizer.json
 
 

@@ -9,6 +9,8 @@ A device runs deepseek_v4/model.py on its part, inside `jax.shard_map`.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_v4 import memory
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import Sampling, State, attend, generate, prefill
 from deepseek_v4.model import ONE_DEVICE, Axes, Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
@@ -48,8 +51,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def create_mesh(sizes: dict[str, int], config: Config, requests: int) -> jax.sharding.Mesh:
-    """The mesh, once it is sure that everything can be spread over it."""
+def cannot_split(sizes: dict[str, int], config: Config, requests: int) -> str | None:
+    """What the axes do not divide, if anything."""
     for axis, what, count in (
         ("data", "requests", requests),
         ("model", "query heads", config.num_attention_heads),
@@ -59,7 +62,35 @@ def create_mesh(sizes: dict[str, int], config: Config, requests: int) -> jax.sha
         ("model", "words of the vocabulary", config.vocab_size),
     ):
         if count % sizes[axis]:
-            raise MeshError(f"the axis {axis}={sizes[axis]} must divide the {count} {what}")
+            return f"the axis {axis}={sizes[axis]} must divide the {count} {what}"
+    return None
+
+
+def bytes_per_device(config: Config, sizes: dict[str, int], requests: int, max_tokens: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Of the weights and of the cache; `options` as `create_cache` takes them, whose dtype is the weights' too."""
+
+    def part(tensor: Tensor) -> int:
+        return memory.nbytes(tensor.struct(options["dtype"])) // (1 if tensor.split is None else sizes["model"])
+
+    create = partial(create_cache, config, requests // sizes["data"], max_tokens, context=sizes["context"], **options)
+    return sum(jax.tree.leaves(map_schema(part, config))), memory.nbytes(jax.eval_shape(create))
+
+
+def fitting_mesh(room: int, config: Config, requests: int, max_tokens: int, options: dict[str, Any]) -> dict[str, int] | None:
+    """The mesh of the fewest devices, up to 64, of `room` bytes each that holds weights and cache, if there is one."""
+    powers = [2**i for i in range(7)]
+    every = ({"data": data, "model": model, "context": context} for model, data, context in itertools.product(powers, repeat=3))
+    for sizes in sorted(every, key=lambda sizes: (math.prod(sizes.values()), -sizes["model"])):
+        if math.prod(sizes.values()) <= 64 and not cannot_split(sizes, config, requests):
+            if sum(bytes_per_device(config, sizes, requests, max_tokens, options)) <= room:
+                return sizes
+    return None
+
+
+def create_mesh(sizes: dict[str, int], config: Config, requests: int) -> jax.sharding.Mesh:
+    """The mesh, once it is sure that everything can be spread over it."""
+    if reason := cannot_split(sizes, config, requests):
+        raise MeshError(reason)
     wanted, there = int(np.prod(list(sizes.values()))), jax.device_count()
     if wanted > there:
         asked = ",".join(f"{name}={size}" for name, size in sizes.items())

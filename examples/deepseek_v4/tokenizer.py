@@ -18,6 +18,10 @@ class Tokenizer(Protocol):
         """The characters of `text` that no token stands for."""
         ...
 
+    def number(self, token: str) -> int | None:
+        """The id of a token that stands for just this."""
+        ...
+
 
 class Pieces:
     """A vocabulary of strings; text is cut into the longest piece that fits, again and again."""
@@ -40,6 +44,9 @@ class Pieces:
 
     def left_out(self, text: str) -> str:
         return "".join(dict.fromkeys(piece for piece in self.cut(text) if piece not in self.ids))
+
+    def number(self, token: str) -> int | None:
+        return self.ids.get(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.pieces[i] if i < len(self.pieces) else "\N{REPLACEMENT CHARACTER}" for i in ids)
@@ -73,7 +80,7 @@ class HuggingFace:
             return []
         token = settings.get("bos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        number = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
+        number = self.number(token) if isinstance(token, str) else None
         if number is None:
             raise CheckpointError(f"{path}: add_bos_token needs a bos_token that the tokenizer knows, got {token!r}")
         return [number]
@@ -85,8 +92,22 @@ class HuggingFace:
     def left_out(self, text: str) -> str:
         return ""
 
+    def number(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids)))
+
+
+def encode_chat(tokenizer: Tokenizer, question: str, think: bool) -> list[int]:
+    """A question as DeepSeek-V4 was trained to meet it: an answer follows, or the thinking that comes before one."""
+    marks = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>" if think else "</think>")  # noqa: RUF001
+    known = [tokenizer.number(mark) for mark in marks]
+    if None in known:
+        raise CheckpointError(f"--chat needs a tokenizer that has the token {marks[known.index(None)]}")
+    begin, user, assistant, mode = (number for number in known if number is not None)
+    ids = tokenizer.encode(question)
+    return [begin, user, *(ids[1:] if ids[:1] == [begin] else ids), assistant, mode]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
