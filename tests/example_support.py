@@ -22,7 +22,7 @@ from deepseek_v4 import memory, mesh, safetensors, train_tiny  # noqa: E402, F40
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
 from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, Sampling, State, draw, generate, prefill  # noqa: E402, F401
-from deepseek_v4.model import Axes, Cache, create_cache, forward, logits, moe, rope_angle  # noqa: E402, F401
+from deepseek_v4.model import Axes, Cache, create_cache, forward, logits, moe, rope_angle, run_experts, score_entries  # noqa: E402, F401
 from deepseek_v4.tokenizer import Pieces, load_tokenizer  # noqa: E402, F401
 from deepseek_v4.weights import (  # noqa: E402, F401
     RENAMES,

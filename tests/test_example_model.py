@@ -21,6 +21,8 @@ from example_support import (
     golden,
     golden_length,
     moe,
+    run_experts,
+    score_entries,
     score_text,
     strict_types,  # noqa: F401
 )
@@ -183,3 +185,53 @@ def test_experts_whose_scores_all_underflow_weigh_nothing(tokens):
     gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
     wanted = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(w["shared"]["w2"]).T
     np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 300])
+def test_experts_are_run_for_their_tokens_alone(tokens):
+    """Against float64, one token and one expert at a time; of 8 experts one is nobody's, and others are on another device."""
+    rng, (count, inner, hidden, each) = np.random.default_rng(tokens), (8, 24, 16, 3)
+    config = dataclasses.replace(golden("hca")[0], swiglu_limit=2.0)
+    w = {name: rng.standard_normal((count, inner, hidden)) for name in ("w1", "w3")} | {"w2": rng.standard_normal((count, hidden, inner))}
+    x, weight = rng.standard_normal((tokens, hidden)), rng.random((tokens, each))
+    chosen = np.stack([rng.choice([-5, -1, 0, 1, 2, 4, 5, 6, 7, 8, 11], each, replace=False) for _ in range(tokens)])
+    wanted = np.zeros((tokens, hidden))
+    for token, choice in np.ndindex(chosen.shape):
+        if 0 <= (e := chosen[token, choice]) < count:
+            gate, up = np.minimum(w["w1"][e] @ x[token], 2), np.clip(w["w3"][e] @ x[token], -2, 2)
+            wanted[token] += weight[token, choice] * (w["w2"][e] @ (gate / (1 + np.exp(-gate)) * up))
+    w = {name: np.where(np.arange(count)[:, None, None] == 3, np.nan, values).astype(np.float32) for name, values in w.items()}
+    single = (array.astype(np.float32) for array in (x, weight))
+    x, weight = map(jnp.asarray, single)
+    found = run_experts(x, jnp.asarray(chosen.astype(np.int32)), weight, jax.tree.map(jnp.asarray, w), config)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_experts_are_not_gathered(tokens):
+    """What the program needs beside its arguments is about one of its 16 experts of 3 MB, which XLA's CPU copies to multiply it."""
+    struct = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    w = {name: struct(16, 512, 512) for name in ("w1", "w3", "w2")}
+    run = jax.jit(lambda *arguments: run_experts(*arguments, golden("hca")[0]))
+    program = run.lower(struct(tokens, 512), struct(tokens, 6, dtype=jnp.int32), struct(tokens, 6), w).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * 3 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize("visible", [0, 1, 256, 257, 700])
+def test_entries_are_scored_in_pieces(visible):
+    """700 entries, by pieces of 256 for a step of 8 tokens; those past the last piece are not looked at."""
+    rng = np.random.default_rng(visible)
+    q, weight, keys = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 8, 3, 16), (2, 8, 3), (2, 700, 16)))
+    wanted = np.einsum("bthc,bth->btc", np.maximum(np.einsum("bthk,bck->bthc", q, keys), 0), weight)[..., :visible]
+    keys[:, -(-visible // 256) * 256 :] = np.nan
+    found = jax.jit(score_entries)(q, weight, keys, np.int32(visible))
+    np.testing.assert_allclose(found[..., :visible], wanted, rtol=0, atol=EXACT)
+    if visible <= 256:
+        assert np.isfinite(found).all()
+
+
+def test_no_array_has_all_heads_of_all_entries():
+    """For a chunk of 512 tokens, 64 heads and 4096 entries it would have 537 MB."""
+    q, keys, weight = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 512, 64, 128), (1, 4096, 128), (1, 512, 64)))
+    program = jax.jit(score_entries).lower(q, weight, keys, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 512 * 64 * 4096 * 4 / 4

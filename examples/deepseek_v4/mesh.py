@@ -80,11 +80,10 @@ def fitting_mesh(room: int, config: Config, requests: int, max_tokens: int, opti
     """The mesh of the fewest devices, up to 64, of `room` bytes each that holds weights and cache, if there is one."""
     powers = [2**i for i in range(7)]
     every = ({"data": data, "model": model, "context": context} for model, data, context in itertools.product(powers, repeat=3))
-    for sizes in sorted(every, key=lambda sizes: (math.prod(sizes.values()), -sizes["model"])):
-        if math.prod(sizes.values()) <= 64 and not cannot_split(sizes, config, requests):
-            if sum(bytes_per_device(config, sizes, requests, max_tokens, options)) <= room:
-                return sizes
-    return None
+    possible = [sizes for sizes in every if math.prod(sizes.values()) <= 64 and not cannot_split(sizes, config, requests)]
+    possible.sort(key=lambda sizes: (math.prod(sizes.values()), -sizes["model"]))
+    fitting = (sizes for sizes in possible if sum(bytes_per_device(config, sizes, requests, max_tokens, options)) <= room)
+    return next(fitting, None)
 
 
 def create_mesh(sizes: dict[str, int], config: Config, requests: int) -> jax.sharding.Mesh:

@@ -4,6 +4,7 @@
 
     b request   t token       n residual stream   d hidden    h head        k head_dim (512, or the indexer's 128)
     r low rank  g head group  e expert            i expert's inner size     c compressed entry    w window row
+    s tokens of all requests
 
 Attention itself is `jax_dsv4.sparse_mla_decode`; everything else is here. The numbers are those of the published model
 without its activation quantisation (no fp8 activations, no fp4 indexer). Transformers computes the same, and the tests compare the two.
@@ -497,9 +498,9 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
 
     q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
     q = rotate(q, step.angle["compress"][:, :, None])  # [b, t, h, k]
-    score = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
     weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
-    score = jnp.einsum("bthc,bth->btc", score, weight * (config.index_head_dim * config.index_n_heads) ** -0.5)
+    weight *= (config.index_head_dim * config.index_n_heads) ** -0.5
+    score = score_entries(q, weight, keys, (jnp.max(entries.visible) - device + devices - 1) // devices)
     score = jnp.where(devices * jnp.arange(count, dtype=jnp.int32) + device < entries.visible[..., None], score, -jnp.inf)
 
     topk = extra_topk(entries, "csa", config)
@@ -509,6 +510,28 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
         best, chosen = (lax.all_gather(each, axes.context, axis=2, tiled=True) for each in (best, devices * chosen + device))
         chosen = lax.sort((-best, chosen), num_keys=2)[1][..., :topk]
     return slots_of(step.tables["csa"], chosen, "csa"), IndexCache(keys, rows)
+
+
+def score_entries(q: Array, weight: Array, keys: Array, visible: Array) -> Array:
+    """Scores [b, t, c] of the first `visible` keys [b, c, k], and of some more; the rest are 0.
+
+    By pieces: the scores of all heads, [b, t, h, c], are as large as h caches.
+    """
+
+    def score(keys: Array) -> Array:
+        of_head = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
+        return jnp.einsum("bthc,bth->btc", of_head, weight)
+
+    count, piece = keys.shape[1], max(2048 // q.shape[1], 256)
+    if count <= piece:
+        return score(keys)
+
+    def add_piece(i: Array, scores: Array) -> Array:
+        first = jnp.minimum(i * piece, count - piece)
+        new = score(lax.dynamic_slice_in_dim(keys, first, piece, axis=1))
+        return lax.dynamic_update_slice_in_dim(scores, new, first, axis=2)
+
+    return lax.fori_loop(0, -(-visible // piece), add_piece, jnp.zeros((*q.shape[:2], count), jnp.float32))
 
 
 # -------------------------------------------------------------------------------------------------------------------- MoE
@@ -536,24 +559,35 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     gate, up = jnp.einsum("btd,id->bti", x, shared["w1"]), jnp.einsum("btd,id->bti", x, shared["w3"])
     out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), shared["w2"])
 
-    experts = w["experts"]
-    count = experts["w1"].shape[0]
-    chosen -= count * lax.axis_index(axes.model)  # of the experts here; others are not
-    if chosen.size <= count:
-        # Few tokens: fetch only the experts that they chose (x: one of a token's experts).
-        here = (chosen >= 0) & (chosen < count)
-        w1, w3, w2 = (experts[name][jnp.where(here, chosen, 0)] for name in ("w1", "w3", "w2"))
-        gate, up = jnp.einsum("btd,btxid->btxi", x, w1), jnp.einsum("btd,btxid->btxi", x, w3)
-        weight = jnp.where(here, weight, 0).astype(x.dtype)
-        return lax.psum(out + jnp.einsum("btxi,btxdi,btx->btd", swiglu(gate, up, config), w2, weight), axes.model)
+    chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.model)  # of the experts here; others are not
+    flat, chosen, weight = (each.reshape(-1, each.shape[-1]) for each in (x, chosen, weight))
+    routed = run_experts(flat, chosen, weight, w["experts"], config)
+    return lax.psum(out + routed.reshape(x.shape).astype(x.dtype), axes.model)
 
-    # Many tokens choose most experts anyway: run each in turn over all tokens, with weight 0 where not chosen.
-    weight_of = jnp.einsum("btx,btxe->ebt", weight, jax.nn.one_hot(chosen, count, dtype=weight.dtype))
 
-    def add_expert(out: Array, expert: tuple[Any, Array]) -> tuple[Array, None]:
-        w, weight = expert
-        gate, up = jnp.einsum("btd,id->bti", x, w["w1"]), jnp.einsum("btd,id->bti", x, w["w3"])
-        y = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["w2"])
-        return out + y * weight[..., None].astype(y.dtype), None
+def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) -> Array:
+    """Σ weight · expert(x) over the experts of each token that are here: x [s, d], chosen, weight [s, k] → float32 [s, d].
 
-    return lax.psum(lax.scan(add_expert, out, (experts, weight_of))[0], axes.model)
+    Tokens are sorted by expert and cut into blocks, each of one expert. So the experts that were chosen are read, and no others; and each
+    multiplies its own tokens, and at most a block less one of others.
+    """
+    count, (tokens, each) = len(w["w1"]), chosen.shape
+    size = min(1 << max(tokens * each // count - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
+    expert = jnp.where((chosen >= 0) & (chosen < count), chosen, count).reshape(-1)
+    order = jnp.argsort(expert).astype(jnp.int32)  # token · k + choice, by expert
+    pairs = jnp.zeros(count, jnp.int32).at[expert].add(1, mode="drop")  # of each expert
+    blocks = -(-pairs // size)
+    pairs_end, blocks_end = jnp.cumsum(pairs, dtype=jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)
+
+    def add_block(i: Array, out: Array) -> Array:
+        e = jnp.searchsorted(blocks_end, i, side="right").astype(jnp.int32)
+        at = pairs_end[e] - pairs[e] + (i - blocks_end[e] + blocks[e]) * size + jnp.arange(size, dtype=jnp.int32)
+        pair = order[jnp.minimum(at, order.size - 1)]
+        token = pair // each
+        w1, w3, w2 = (lax.dynamic_index_in_dim(w[name], e, keepdims=False) for name in ("w1", "w3", "w2"))
+        gate, up = jnp.einsum("sd,id->si", x[token], w1), jnp.einsum("sd,id->si", x[token], w3)
+        y = jnp.einsum("si,di->sd", swiglu(gate, up, config), w2, preferred_element_type=jnp.float32)
+        y = jnp.where((at < pairs_end[e])[:, None], y * weight.reshape(-1)[pair, None], 0)
+        return out.at[token].add(y)
+
+    return lax.fori_loop(0, blocks_end[-1], add_block, jnp.zeros(x.shape, jnp.float32))
