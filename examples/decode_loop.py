@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -31,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from deepseek_v4 import memory, processes
 from deepseek_v4.config import CheckpointError, Config, load_config
-from deepseek_v4.generate import NOT_A_TOKEN, Sampling, State
+from deepseek_v4.generate import NOT_A_TOKEN, REJECTED, Sampling, State
 from deepseek_v4.mesh import NAMES, REQUESTS, MeshError, Programs, bytes_per_device, create_mesh, fitting_mesh, parse_mesh
+from deepseek_v4.speculate import TOKENS_PER_STEP
 from deepseek_v4.tokenizer import Tokenizer, encode_chat, load_tokenizer
 from deepseek_v4.weights import fingerprint, load_weights
 from jax.sharding import PartitionSpec as P
@@ -97,10 +99,11 @@ def run(args: argparse.Namespace) -> None:
     padded = np.zeros((len(prompts), bucket(-(-lengths.max() // chunk)) * chunk), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    options = dict(layout=args.cache_layout, chunk=chunk, dtype=args.dtype)
+    options = dict(layout=args.cache_layout, chunk=max(chunk, TOKENS_PER_STEP if config.mtp else 1), dtype=args.dtype)
     try:
         check_memory(config, mesh, len(prompts), context, options)
         cache = programs.create_cache(len(prompts), context, **options)
+        ahead = programs.create_ahead(len(prompts), context, **options)
     except ValueError as error:
         raise UsageError(error) from None
     with progress(transient=True) as show:
@@ -109,9 +112,10 @@ def run(args: argparse.Namespace) -> None:
         load_seconds = time.perf_counter() - began
 
     with progress() as show:
-        cache_bytes = memory.nbytes(cache)
+        cache_bytes = memory.nbytes((cache, ahead))
         limits = np.full(len(prompts), args.max_new_tokens, np.int32)
         inputs = (weights, cache, *(place(x, REQUESTS) for x in (padded, lengths, limits)), place(np.uint32(args.seed), P()))
+        inputs = (*inputs, ahead) if ahead else inputs
 
         # Both loops are compiled here, once and ahead of time: an executable cannot be retraced by what follows.
         began = time.perf_counter()
@@ -138,13 +142,15 @@ def run(args: argparse.Namespace) -> None:
 
     tokens = stream.tokens
     decoded = sum(len(row) - 1 for row in tokens)  # prefill drew the first of each
-    steps = max(len(row) - 1 for row in tokens)
+    # With drafts a step draws one token or two, or one and a rejected one.
+    steps = [(len(row) - 1 + rejected) / (TOKENS_PER_STEP if config.mtp else 1) for row, rejected in zip(tokens, stream.rejected)]
     report = {
         "prompt_ids": [list(map(int, prompt)) for prompt in prompts],
         "tokens": tokens,
         "text": [tokenizer.decode(row) for row in tokens] if tokenizer else None,
         "tokens_per_second": decoded / decode_seconds if decoded else None,
-        "seconds_per_step": decode_seconds / steps if steps else None,
+        "tokens_per_step": decoded / sum(steps) if decoded else None,
+        "seconds_per_step": decode_seconds / max(steps) if decoded else None,
         "attention_seconds_per_step": attention_seconds,
         "implementation": attention_implementation(generate_more.as_text()),
         "compile_seconds": compile_seconds,
@@ -178,7 +184,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Tokenizer | None, list[Se
     """
     facts = {name: value for name, value in vars(args).items() if name not in ("process_id", "json", "checkpoint")}
     try:
-        config = load_config(args.checkpoint)
+        config = dataclasses.replace(load_config(args.checkpoint), mtp=args.speculate)
         tokenizer = find_tokenizer(args)
         prompts = read_prompts(args, tokenizer, config)
         context = cache_tokens(args, prompts, config)
@@ -221,6 +227,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
     add("--cache-layout", default="fp8_ds_mla", metavar="NAME", help="of jax_dsv4.KVCache (default: %(default)s)")
     add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
+    add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability")
     add("--seed", type=int, default=0, metavar="N")
@@ -396,6 +403,7 @@ class Stream:
         self.prompts, self.tokenizer, self.limit, self.must_arrive, self.silent = prompts, tokenizer, limit, must_arrive, silent
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.ended = [False for _ in prompts]
+        self.rejected = [0 for _ in prompts]
         self.failed: UsageError | None = None  # what kept the text from being written
         self.at = 0  # the request that is being printed
         self.written = ""  # of its text
@@ -405,11 +413,11 @@ class Stream:
         return not all(self.ended)
 
     def add(self, drawn: np.ndarray) -> None:
-        """Takes the next tokens of each request [b, n], −1 after its end."""
+        """Takes the next tokens of each request [b, n], as `generate` returns them."""
         for i, new in enumerate(drawn):
-            room = self.limit - len(self.tokens[i])
-            self.tokens[i] += [int(token) for token in new[:room] if token >= 0]
-            self.ended[i] |= len(self.tokens[i]) == self.limit or bool(np.any(new < 0))
+            self.tokens[i] += [int(token) for token in new if token >= 0]
+            self.ended[i] |= len(self.tokens[i]) == self.limit or bool(np.any(new == -1))
+            self.rejected[i] += int(np.sum(new == REJECTED))
         if self.silent or self.failed:
             return
         try:
@@ -468,6 +476,7 @@ def print_report(report: dict[str, Any]) -> None:
     print()
     if step:
         print(f"{report['tokens_per_second']:10.1f}  tokens/s ({batch} requests, {1e3 * step:.2f} ms per step)")
+        print(f"{report['tokens_per_step']:10.2f}  tokens of a request per step")
         print(f"{1e3 * attention:10.3f}  ms per step in attention, timed alone ({attention / step:.0%}); by {report['implementation']}")
     print(f"{prefill:10.3f}  s to read {read} tokens of prompts ({read / prefill:.1f} tokens/s, in chunks of {report['prefill_chunk']})")
     room = f"{report['cache_tokens_per_request']} tokens per request, {report['cache_layout']}"

@@ -21,8 +21,9 @@ from deepseek_v4 import config as config_module  # noqa: E402, F401
 from deepseek_v4 import memory, mesh, safetensors, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
-from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, Sampling, State, draw, generate, prefill  # noqa: E402, F401
-from deepseek_v4.model import Axes, Cache, create_cache, forward, logits, moe, rope_angle, run_experts, score_entries  # noqa: E402, F401
+from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, REJECTED, Sampling, State, draw, generate, prefill  # noqa: E402, F401
+from deepseek_v4.model import Axes, Cache, create_cache, forward, logits, moe, read_streams, rope_angle, run_experts, score_entries  # noqa: E402, F401
+from deepseek_v4.speculate import one_layer, predict  # noqa: E402, F401
 from deepseek_v4.tokenizer import Pieces, load_tokenizer  # noqa: E402, F401
 from deepseek_v4.weights import (  # noqa: E402, F401
     RENAMES,
@@ -105,8 +106,8 @@ def golden(name: str) -> tuple[Config, Any, dict[str, np.ndarray]]:
 
 @partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
 def score(weights: Any, cache: Any, tokens: Any, counts: Any, *, config: Config, implementation: Any = None) -> Any:
-    hidden, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation)
-    return logits(weights, hidden), cache
+    x, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation)
+    return logits(weights, read_streams(x, weights, config)), cache
 
 
 def score_text(

@@ -17,6 +17,7 @@ import pytest
 from example_support import (
     NOT_A_TOKEN,
     PRESETS,
+    REJECTED,
     ROOT,
     decode_loop,
     golden,
@@ -215,11 +216,12 @@ def test_tokens_are_printed_as_they_come(capsys):
     assert not stream.running
 
 
-def test_more_tokens_than_asked_for_are_left_out(capsys):
+def test_drafts_in_vain_are_counted(capsys):
     stream = decode_loop.Stream([[1]], None, 3, must_arrive=True, silent=False)
-    stream.add(np.array([[5, 6]]))
-    stream.add(np.array([[7, 8]]))
-    assert (stream.tokens, stream.running) == ([[5, 6, 7]], False)
+    stream.add(np.array([[5, REJECTED]]))
+    assert stream.running
+    stream.add(np.array([[6, 7, -1, -1]]))
+    assert (stream.tokens, stream.rejected, stream.running) == ([[5, 6, 7]], [1], False)
     assert capsys.readouterr().out == "\n5,6,7\n"
 
 
@@ -262,6 +264,7 @@ REPORT = {
     "text": None,
     "tokens_per_second": 9.0,
     "seconds_per_step": 0.1,
+    "tokens_per_step": 1.0,
     "attention_seconds_per_step": 0.01,
     "implementation": "cpu",
     "compile_seconds": 1.0,

@@ -203,7 +203,7 @@ def test_experts_are_run_for_their_tokens_alone(tokens):
     w = {name: np.where(np.arange(count)[:, None, None] == 3, np.nan, values).astype(np.float32) for name, values in w.items()}
     single = (array.astype(np.float32) for array in (x, weight))
     x, weight = map(jnp.asarray, single)
-    found = run_experts(x, jnp.asarray(chosen.astype(np.int32)), weight, jax.tree.map(jnp.asarray, w), config)
+    (found,) = run_experts(x[None], jnp.asarray(chosen.astype(np.int32))[None], weight[None], jax.tree.map(jnp.asarray, w), config)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)
 
 
@@ -213,7 +213,7 @@ def test_experts_are_not_gathered(tokens):
     struct = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     w = {name: struct(16, 512, 512) for name in ("w1", "w3", "w2")}
     run = jax.jit(lambda *arguments: run_experts(*arguments, golden("hca")[0]))
-    program = run.lower(struct(tokens, 512), struct(tokens, 6, dtype=jnp.int32), struct(tokens, 6), w).compile()
+    program = run.lower(struct(1, tokens, 512), struct(1, tokens, 6, dtype=jnp.int32), struct(1, tokens, 6), w).compile()
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * 3 * 512 * 512 * 4
 
 

@@ -99,7 +99,8 @@ def test_quantised_checkpoint_is_dequantised_on_load(tmp_path):
 def test_shards_and_the_layer_that_predicts_further_change_nothing(sound, tmp_path):
     """As DeepSeek publishes: many files with an index, and the weights of `mtp.0`, which decoding does not read."""
     tensors, weight_map = quantised_checkpoint(QUANTISED), {}
-    spare = {re.sub(r"^layers\.1", "mtp.0", name): tensor for name, tensor in tensors.items() if name.startswith("layers.1.")}
+    further = dataclasses.replace(QUANTISED, mtp=True)
+    spare = {name: tensor for name, tensor in quantised_checkpoint(further).items() if name.startswith("mtp.0.")}
     names = sorted(tensors | spare)
     for i in range(3):
         file = f"model-0000{i + 1}-of-00003.safetensors"
@@ -107,6 +108,11 @@ def test_shards_and_the_layer_that_predicts_further_change_nothing(sound, tmp_pa
         weight_map |= dict.fromkeys(names[i::3], file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert not is_refused(tmp_path, sound[1])
+    found = load_weights(tmp_path, further, jnp.float32)["mtp"]
+    np.testing.assert_array_equal(found["enorm"], spare["mtp.0.enorm.weight"].astype(np.float32))
+    for stored, loaded in (("h_proj", found["h_proj"]), ("ffn.experts.1.w2", found["layer"]["ffn"]["experts"]["w2"][1])):
+        wanted = dequantize(spare[f"mtp.0.{stored}.weight"], spare[f"mtp.0.{stored}.scale"])
+        np.testing.assert_array_equal(loaded, wanted)
 
 
 def test_scales_may_be_floats_or_bytes():

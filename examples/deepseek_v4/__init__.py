@@ -6,6 +6,7 @@ safetensors.py  the files of a checkpoint
 tokenizer.py    text to token ids, and back
 model.py        the cache and the forward pass
 generate.py     prefill, decode, sampling
+speculate.py    drafts of the layer that predicts the token after next
 mesh.py         the same over many devices
 processes.py    the same over many processes
 memory.py       bytes of weights and caches

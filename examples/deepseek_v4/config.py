@@ -1,7 +1,7 @@
 """What a DeepSeek-V4 checkpoint's config.json says, as one frozen (hence jit-static) dataclass.
 
 A setting that changes the mathematics is honoured as transformers does, or refused by name. What does not is passed over: names,
-dtypes and versions, training (dropout, initialisation, router losses), and the layers that predict the token after next.
+dtypes and versions, training (dropout, initialisation, router losses), and how many layers predict the token after next.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Config:
     hc_eps: float = 1e-6
     hc_sinkhorn_iters: int = 20
     eos_token_ids: tuple[int, ...] = ()
+    mtp: bool = False  # whether the layer that predicts the token after next is loaded; config.json has no say
 
     def __post_init__(self) -> None:
         _check_fields(self, RULES)
@@ -232,7 +233,7 @@ def parse_config(raw: Any) -> Config:
     csa_ratio = raw.get("compress_rate_csa", rates.get("compressed_sparse_attention", 4))
     hca_ratio = raw.get("compress_rate_hca", rates.get("heavily_compressed_attention", 128))
     translated = dict(layers=tuple(layers), num_hash_layers=num_hash_layers, csa_ratio=csa_ratio, hca_ratio=hca_ratio)
-    translated |= dict(eos_token_ids=parse_ends(raw.get("eos_token_id")), **_parse_rope(raw))
+    translated |= dict(mtp=False, eos_token_ids=parse_ends(raw.get("eos_token_id")), **_parse_rope(raw))
     same = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in translated}
     return Config(**{name: raw[name] for name, default in same.items() if name in raw or default is dataclasses.MISSING}, **translated)
 

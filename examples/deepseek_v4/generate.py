@@ -21,9 +21,14 @@ from deepseek_v4.model import (
     extra_topk,
     forward,
     logits,
+    read_streams,
     scope_here,
     slots_of,
 )
+from deepseek_v4.speculate import TOKENS_PER_STEP, Draft, draft, predict
+
+REJECTED = -3
+"""In the place of a token that was drafted and is not what the model draws."""
 
 NOT_A_TOKEN = -2
 """Drawn from logits that are not numbers: the model has computed NaN or infinity. Nothing follows it."""
@@ -48,9 +53,10 @@ class State(NamedTuple):
     token: Array  # int32 [b]: drawn last, not yet in the cache
     left: Array  # int32 [b]: tokens that a request may still draw; 0 once it has drawn an end-of-sequence token, or NOT_A_TOKEN
     key: Array  # PRNG keys [b]
+    draft: Draft | None = None  # with `Config.mtp`
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "chunk", "implementation", "axes"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "sampling", "chunk", "implementation", "axes"), donate_argnames=("cache", "ahead"))
 def prefill(
     weights: Any,
     cache: Cache,
@@ -58,6 +64,7 @@ def prefill(
     lengths: Array,
     max_new_tokens: Array,
     seed: Array,
+    ahead: Cache | None = None,
     *,
     config: Config,
     sampling: Sampling = GREEDY,
@@ -72,22 +79,31 @@ def prefill(
         prompts: int32 [b, n], n a multiple of `chunk`; what is past a request's length is ignored.
         lengths: int32 [b], each at least 1. Their values do not change what is compiled.
         max_new_tokens: int32 [b], each at least 1.
+        ahead: of the layer that drafts, as empty (`speculate.one_layer`); None: nothing is drafted. Donated.
     """
 
-    def read(i: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
-        cache, last = carry
+    def read(i: Array, carry: tuple[Cache, Cache | None, Array]) -> tuple[Cache, Cache | None, Array]:
+        cache, ahead, last = carry
         tokens = lax.dynamic_slice_in_dim(prompts, i * chunk, chunk, axis=1)
         counts = jnp.clip(lengths - i * chunk, 0, chunk)
-        hidden, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation, axes=axes)
-        newest = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]  # [b, d]
-        return cache, jnp.where(counts[:, None] > 0, newest, last)
+        x, cache = forward(weights, cache, tokens, counts, config=config, implementation=implementation, axes=axes)
+        if ahead is not None:  # up to the last token but one, whose next one is not drawn yet
+            following = lax.dynamic_slice_in_dim(jnp.roll(prompts, -1, axis=1), i * chunk, chunk, axis=1)
+            known = jnp.clip(lengths - 1 - i * chunk, 0, chunk)
+            _, ahead = predict(weights, ahead, x, following, known, config, implementation, axes)
+        newest = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None, None], axis=1)  # [b, 1, n, d]
+        return cache, ahead, jnp.where(counts[:, None, None, None] > 0, newest, last)
 
-    nothing = jnp.zeros((len(prompts), config.hidden_size), weights["embed"].dtype)
-    cache, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, nothing))
+    nothing = jnp.zeros((len(prompts), 1, config.hc_mult, config.hidden_size), weights["embed"].dtype)
+    cache, ahead, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, ahead, nothing))
     # A request's draws depend on the seed, its place in the batch and its position, not on its neighbours.
     place = len(prompts) * lax.axis_index(axes.data) + jnp.arange(len(prompts), dtype=jnp.int32)
     key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(place)
-    return draw(State(cache, jnp.zeros_like(lengths), max_new_tokens, key), logits(weights, last, axes), sampling, config)
+    state = State(cache, jnp.zeros_like(lengths), max_new_tokens, key)
+    state = draw(state, logits(weights, read_streams(last, weights, config)[:, 0], axes), sampling, config)
+    if ahead is None:
+        return state
+    return state._replace(draft=draft(weights, ahead, last, state.token[:, None], jnp.ones_like(lengths), config, implementation, axes))
 
 
 @partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation", "axes"), donate_argnames="state")
@@ -101,24 +117,40 @@ def generate(
     implementation: Implementation = None,
     axes: Axes = ONE_DEVICE,
 ) -> tuple[State, Array]:
-    """Decodes `steps` tokens per request without the host: int32 tokens [b, steps], −1 after a request's end."""
+    """Makes `steps` steps without the host.
+
+    Returns int32 tokens [b, steps], −1 after a request's end. With drafts [b, 2 · steps], REJECTED for a draft that was in vain.
+    """
+    run = partial(forward, config=config, implementation=implementation, axes=axes)
 
     def step(state: State, _: None) -> tuple[State, Array]:
         running = state.left > 0
-        hidden, cache = forward(
-            weights,
-            state.cache,
-            state.token[:, None],
-            running.astype(jnp.int32),
-            config=config,
-            implementation=implementation,
-            axes=axes,
-        )
+        x, cache = run(weights, state.cache, state.token[:, None], running.astype(jnp.int32))
+        hidden = read_streams(x, weights, config)
         state = draw(state._replace(cache=cache), logits(weights, hidden[:, 0], axes), sampling, config)
-        return state, jnp.where(running, state.token, -1)
+        return state, jnp.where(running, state.token, -1)[:, None]
 
-    state, tokens = lax.scan(step, state, length=steps)
-    return state, tokens.T
+    def drafted_step(state: State, _: None) -> tuple[State, Array]:
+        assert state.draft is not None
+        running, position = state.left > 0, state.cache.position
+        both = jnp.stack([state.token, state.draft.token], axis=1)
+        x, cache = run(weights, state.cache, both, TOKENS_PER_STEP * running.astype(jnp.int32))
+        of_both = logits(weights, read_streams(x, weights, config), axes)
+        # A draw depends on its position, so that these two are what the model draws step by step.
+        first = draw(state._replace(cache=cache._replace(position=position + 1)), of_both[:, 0], sampling, config)
+        second = draw(first._replace(cache=cache._replace(position=position + 2)), of_both[:, 1], sampling, config)
+        accepted = (first.token == state.draft.token) & (first.left > 0)
+        token, left = jnp.where(accepted, second.token, first.token), jnp.where(accepted, second.left, first.left)
+
+        counts = jnp.where(running, 1 + accepted.astype(jnp.int32), 0)
+        tokens = jnp.stack([first.token, second.token], axis=1)
+        ahead = draft(weights, state.draft.cache, x, tokens, counts, config, implementation, axes)
+        state = State(cache._replace(position=position + counts), token, left, state.key, ahead)
+        drawn = jnp.where(jnp.stack([running, accepted], axis=1), tokens, REJECTED)
+        return state, jnp.where(running[:, None], drawn, -1)
+
+    state, tokens = lax.scan(step if state.draft is None else drafted_step, state, length=steps)
+    return state, jnp.moveaxis(tokens, 0, 1).reshape(len(state.token), -1)
 
 
 def draw(state: State, logits: Array, sampling: Sampling, config: Config) -> State:

@@ -25,6 +25,7 @@ from deepseek_v4 import memory
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import Sampling, State, attend, generate, prefill
 from deepseek_v4.model import ONE_DEVICE, Axes, Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
+from deepseek_v4.speculate import Draft, one_layer
 from deepseek_v4.weights import Tensor, map_schema
 
 AXES = Axes(("data",), ("model",), ("context",))
@@ -131,7 +132,8 @@ class Programs:
         self.weights = map_schema(weight_spec, config)
         self.cache = cache_specs(config)
         requests: Any = REQUESTS
-        self.state = State(self.cache, requests, requests, requests)
+        self.ahead = cache_specs(one_layer(config)) if config.mtp else None
+        self.state = State(self.cache, requests, requests, requests, Draft(self.ahead, requests) if self.ahead else None)
 
     def over(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()) -> Any:
         if self.mesh:
@@ -144,9 +146,16 @@ class Programs:
         create = partial(create_cache, self.config, requests // data, max_tokens, context=context, **options)
         return self.over(create, (), self.cache)()
 
+    def create_ahead(self, requests: int, max_tokens: int, **options: Any) -> Cache | None:
+        """The cache of the layer that drafts, if there is one."""
+        data = self.mesh.shape["data"] if self.mesh else 1
+        create = partial(create_cache, one_layer(self.config), requests // data, max_tokens, **options)
+        return self.over(create, (), self.ahead)() if self.ahead else None
+
     def prefill(self, chunk: int) -> Any:
         run = partial(prefill, sampling=self.sampling, chunk=chunk, **self.options)
-        return self.over(run, (self.weights, self.cache, REQUESTS, REQUESTS, REQUESTS, P()), self.state, donate=(1,))
+        specs = (self.weights, self.cache, REQUESTS, REQUESTS, REQUESTS, P())
+        return self.over(run, (*specs, self.ahead) if self.ahead else specs, self.state, donate=(1, 6) if self.ahead else (1,))
 
     def generate(self, steps: int) -> Any:
         run = partial(generate, sampling=self.sampling, steps=steps, **self.options)

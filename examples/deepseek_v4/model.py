@@ -27,8 +27,7 @@ from jax import Array, lax
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config, Kind
 
-Implementation = str | tuple[str, ...] | None
-"""As `jax_dsv4.sparse_mla_decode` takes it; None is the platform's best."""
+Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
 
 BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
 """Slots per page of each kind of cache, as serving engines page them."""
@@ -191,8 +190,7 @@ def begin_step(
         slots = slots_of(cache.tables[kind], number, kind, complete)
         visible = jnp.where(valid, (position + 1) // ratio, 0)
         entries[kind] = Entries(number, complete, slots, visible, cache.tables[kind].shape[1] * BLOCK_SIZE[kind])
-        topk = extra_topk(entries[kind], kind, config)
-        extra_lengths[kind] = jnp.minimum(visible, topk)
+        extra_lengths[kind] = jnp.minimum(visible, extra_topk(entries[kind], kind, config))
 
     all_entries: dict[Kind, dsv4.Scope] = {}
     if "hca" in entries:
@@ -266,14 +264,20 @@ def forward(
         tokens: int32 [b, t].
         counts: int32 [b] in 0…t: how many of a request's tokens are real. The others change nothing.
     Returns:
-        hidden [b, t, d], ready for `logits`, and the cache with the tokens in it.
+        The residual streams [b, t, n, d], for `read_streams`, and the cache with the tokens in it.
     """
-    step = begin_step(cache, tokens, counts, config, implementation, axes)
     x = weights["embed"][tokens]  # [b, t, d]
     x = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], config.hc_mult, x.shape[-1]))  # [b, t, n, d]
+    return run_layers(x, weights["layers"], cache, tokens, counts, config, implementation, axes)
 
+
+def run_layers(
+    x: Array, weights: Any, cache: Cache, tokens: Array, counts: Array, config: Config, implementation: Implementation, axes: Axes
+) -> tuple[Array, Cache]:
+    """The residual streams x [b, t, n, d] through the layers that `weights` lists."""
+    step = begin_step(cache, tokens, counts, config, implementation, axes)
     layers = []
-    for kind, w, layer in zip(config.layers, weights["layers"], cache.layers, strict=True):
+    for kind, w, layer in zip(config.layers, weights, cache.layers, strict=True):
         pre, post, mix = hyper_connection(x, w["attn_hc"], config)
         y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["attn_norm"], config)
         y, layer = attention(y, w["attn"], layer, step, kind, config, implementation, axes)
@@ -284,10 +288,14 @@ def forward(
         y = moe(y, w["ffn"], tokens, config, axes)
         x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
         layers.append(layer)
+    return x, Cache(tuple(layers), cache.tables, cache.position + counts)
 
-    pre = jax.nn.sigmoid(stream_mixes(x, weights["hc_head"], config) * weights["hc_head"]["scale"] + weights["hc_head"]["base"])
+
+def read_streams(x: Array, w: Any, config: Config) -> Array:
+    """The streams x [b, t, n, d] after the last layer → hidden [b, t, d], ready for `logits`."""
+    pre = jax.nn.sigmoid(stream_mixes(x, w["hc_head"], config) * w["hc_head"]["scale"] + w["hc_head"]["base"])
     x = jnp.einsum("btn,btnd->btd", (pre + config.hc_eps).astype(x.dtype), x)
-    return rms_norm(x, weights["norm"], config), Cache(tuple(layers), cache.tables, cache.position + counts)
+    return rms_norm(x, w["norm"], config)
 
 
 def logits(weights: Any, hidden: Array, axes: Axes = ONE_DEVICE) -> Array:
@@ -350,8 +358,7 @@ def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Ar
     keeps the residual from growing with depth.
     """
     n, eps = config.hc_mult, config.hc_eps
-    mixes = stream_mixes(x, w, config)
-    pre, post, mix = jnp.split(mixes, [n, 2 * n], axis=-1)
+    pre, post, mix = jnp.split(stream_mixes(x, w, config), [n, 2 * n], axis=-1)
     pre_base, post_base, mix_base = jnp.split(w["base"], [n, 2 * n])
     pre_scale, post_scale, mix_scale = w["scale"]
 
@@ -519,8 +526,8 @@ def score_entries(q: Array, weight: Array, keys: Array, visible: Array) -> Array
     """
 
     def score(keys: Array) -> Array:
-        of_head = jax.nn.relu(jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32))
-        return jnp.einsum("bthc,bth->btc", of_head, weight)
+        products = jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32)
+        return jnp.einsum("bthc,bth->btc", jax.nn.relu(products), weight)
 
     count, piece = keys.shape[1], max(2048 // q.shape[1], 256)
     if count <= piece:
@@ -560,19 +567,18 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), shared["w2"])
 
     chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.model)  # of the experts here; others are not
-    flat, chosen, weight = (each.reshape(-1, each.shape[-1]) for each in (x, chosen, weight))
-    routed = run_experts(flat, chosen, weight, w["experts"], config)
-    return lax.psum(out + routed.reshape(x.shape).astype(x.dtype), axes.model)
+    out += run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
+    return lax.psum(out, axes.model)
 
 
 def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) -> Array:
-    """Σ weight · expert(x) over the experts of each token that are here: x [s, d], chosen, weight [s, k] → float32 [s, d].
+    """Σ weight · expert(x) over the experts of each token that are here: x [b, t, d], chosen, weight [b, t, k] → float32 [b, t, d].
 
     Tokens are sorted by expert and cut into blocks, each of one expert. So the experts that were chosen are read, and no others; and each
     multiplies its own tokens, and at most a block less one of others.
     """
-    count, (tokens, each) = len(w["w1"]), chosen.shape
-    size = min(1 << max(tokens * each // count - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
+    count, shape, each, x = len(w["w1"]), x.shape, chosen.shape[-1], x.reshape(-1, x.shape[-1])
+    size = min(1 << max(chosen.size // count - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
     expert = jnp.where((chosen >= 0) & (chosen < count), chosen, count).reshape(-1)
     order = jnp.argsort(expert).astype(jnp.int32)  # token · k + choice, by expert
     pairs = jnp.zeros(count, jnp.int32).at[expert].add(1, mode="drop")  # of each expert
@@ -590,4 +596,4 @@ def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) 
         y = jnp.where((at < pairs_end[e])[:, None], y * weight.reshape(-1)[pair, None], 0)
         return out.at[token].add(y)
 
-    return lax.fori_loop(0, blocks_end[-1], add_block, jnp.zeros(x.shape, jnp.float32))
+    return lax.fori_loop(0, blocks_end[-1], add_block, jnp.zeros(x.shape, jnp.float32)).reshape(shape)

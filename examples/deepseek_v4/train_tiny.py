@@ -34,7 +34,7 @@ from jax import Array
 
 from deepseek_v4 import safetensors
 from deepseek_v4.config import TINY, Config
-from deepseek_v4.model import Cache, create_cache, forward, logits
+from deepseek_v4.model import Cache, create_cache, forward, logits, read_streams
 from deepseek_v4.tokenizer import Pieces
 from deepseek_v4.weights import Tensor, map_schema, schema
 
@@ -109,7 +109,8 @@ def loss(weights: Any, routes: Any, tokens: Array, config: Config) -> Array:
     def of_chunk(cache: Cache, chunk: tuple[Array, Array]) -> tuple[Cache, Array]:
         inputs, targets = chunk
         counts = jnp.full(b, CHUNK, jnp.int32)
-        hidden, cache = forward(weights, cache, inputs, counts, config=config, implementation="xla")
+        x, cache = forward(weights, cache, inputs, counts, config=config, implementation="xla")
+        hidden = read_streams(x, weights, config)
         predicted = jax.nn.log_softmax(logits(weights, hidden))
         return cache, -jnp.take_along_axis(predicted, targets[..., None], axis=-1).mean()
 
@@ -181,6 +182,7 @@ def save(folder: Path, weights: Any, config: Config, pieces: list[str]) -> None:
 def config_json(config: Config) -> dict[str, Any]:
     """`config` in the published dialect."""
     raw = dataclasses.asdict(config)
+    raw.pop("mtp")
     yarn = raw.pop("yarn")
     kinds = raw.pop("layers")
     ratios = {"swa": 0, "csa": raw.pop("csa_ratio"), "hca": raw.pop("hca_ratio")}

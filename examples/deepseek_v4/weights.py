@@ -101,41 +101,55 @@ def schema(config: Config) -> Weights:
             "w2": linear(f"{name}.w2", outer, inner, stored, split=1),  # down
         }
 
-    def moe(name: str, layer: int) -> Weights:
+    def moe(name: str, hashed: bool) -> Weights:
         experts = swiglu(f"{name}.experts.*", "fp4")
         weights: Weights = {
             "gate": linear(f"{name}.gate", c.n_routed_experts, c.hidden_size),
             "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape), split=0) for k, t in experts.items()},
             "shared": swiglu(f"{name}.shared_experts", "fp8"),
         }
-        if layer < c.num_hash_layers:
+        if hashed:
             shape = (c.vocab_size, c.num_experts_per_tok)
             weights["tid2eid"] = Tensor(f"{name}.gate.tid2eid", shape, jnp.int32, "int64", below=c.n_routed_experts)
         else:
             weights["bias"] = Tensor(f"{name}.gate.bias", (c.n_routed_experts,), f32, "fp32")
         return weights
 
-    def layer(i: int, kind: Kind) -> Weights:
-        name = f"layers.{i}"
+    def layer(name: str, kind: Kind, hashed: bool) -> Weights:
         return {
             "attn_hc": hyper_connection(f"{name}.hc_attn"),
             "attn_norm": norm(f"{name}.attn_norm", c.hidden_size),
             "attn": attention(f"{name}.attn", kind),
             "ffn_hc": hyper_connection(f"{name}.hc_ffn"),
             "ffn_norm": norm(f"{name}.ffn_norm", c.hidden_size),
-            "ffn": moe(f"{name}.ffn", i),
+            "ffn": moe(f"{name}.ffn", hashed),
         }
 
+    def end(prefix: str) -> Weights:
+        """From the residual streams to what the head reads."""
+        return {
+            "hc_head": {
+                "fn": Tensor(f"{prefix}hc_head_fn", (c.hc_mult, c.hc_mult * c.hidden_size), f32, "fp32"),
+                "base": Tensor(f"{prefix}hc_head_base", (c.hc_mult,), f32, "fp32"),
+                "scale": Tensor(f"{prefix}hc_head_scale", (1,), f32, "fp32"),
+            },
+            "norm": norm(f"{prefix}norm", c.hidden_size),
+        }
+
+    mtp = {
+        "enorm": norm("mtp.0.enorm", c.hidden_size),
+        "hnorm": norm("mtp.0.hnorm", c.hidden_size),
+        "e_proj": linear("mtp.0.e_proj", c.hidden_size, c.hidden_size, "fp8"),
+        "h_proj": linear("mtp.0.h_proj", c.hidden_size, c.hidden_size, "fp8"),
+        "layer": layer("mtp.0", "swa", hashed=False),
+        **end("mtp.0."),
+    }
     return {
         "embed": linear("embed", c.vocab_size, c.hidden_size),
-        "layers": [layer(i, kind) for i, kind in enumerate(c.layers)],
-        "hc_head": {
-            "fn": Tensor("hc_head_fn", (c.hc_mult, c.hc_mult * c.hidden_size), f32, "fp32"),
-            "base": Tensor("hc_head_base", (c.hc_mult,), f32, "fp32"),
-            "scale": Tensor("hc_head_scale", (1,), f32, "fp32"),
-        },
-        "norm": norm("norm", c.hidden_size),
+        "layers": [layer(f"layers.{i}", kind, i < c.num_hash_layers) for i, kind in enumerate(c.layers)],
+        **end(""),
         "head": linear("head", c.vocab_size, c.hidden_size, split=0),
+        **({"mtp": mtp} if c.mtp else {}),
     }
 
 
