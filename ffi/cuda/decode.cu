@@ -131,7 +131,8 @@ cudaError_t prepare_decode() {
   for (int heads : {8, 16, 32, kHeadsPerBlock}) {
     for (bool cluster : {false, true}) {
       const DecodeKernel decode = kernel_for(heads, cluster);
-      for (auto kernel : decode.aligned) {
+      for (auto kernel :
+           {decode.aligned[0], decode.aligned[1], decode.aligned[2], decode.any_layout[0], decode.any_layout[1]}) {
         cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(decode.shared_bytes));
         if (status == cudaSuccess && cluster) {
@@ -163,11 +164,16 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   if (params.tokens == 0) return cudaSuccess;
   if (params.q_dtype != Dtype::kBf16) return cudaErrorNotSupported;
   int align = 0;
+  bool any_layout = false;
   for (const Scope& scope : params.scopes) {
     if (scope.topk == 0) continue;
-    if (scope.cache.layout != Layout::kFp8DsMla) return cudaErrorNotSupported;
+    if (scope.cache.layout == Layout::kFloat32) return cudaErrorNotSupported;
+    any_layout |= scope.cache.layout != Layout::kFp8DsMla;
     align = std::max(align, alignment(scope.cache));
   }
+  const auto function = [=](const DecodeKernel& decode) {
+    return any_layout ? decode.any_layout[align > 0] : decode.aligned[align];
+  };
   int device, processors;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -182,7 +188,7 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
     cudaLaunchAttribute cluster;
     const dim3 grid(ceil_div(params.heads, shape.heads), shape.blocks, params.tokens);
     const cudaLaunchConfig_t config = cluster_config(decode, grid, stream, &cluster);
-    return cudaLaunchKernelEx(&config, decode.aligned[align], args);
+    return cudaLaunchKernelEx(&config, function(decode), args);
   }
 
   // Items are no shorter than a tile, but for a token's last.
@@ -191,7 +197,7 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   const int heads = heads_per_block(params.heads, workers, processors), blocks = ceil_div(params.heads, heads);
   workers = std::max(1, std::min(workers, processors / blocks));
   const DecodeKernel decode = kernel_for(heads, false);
-  const auto kernel = decode.aligned[align];
+  const auto kernel = function(decode);
   kernel<<<dim3(blocks, workers), decode.threads, decode.shared_bytes, stream>>>(args);
   status = cudaGetLastError();
   return status == cudaSuccess ? launch_combine(params, workers, stream) : status;

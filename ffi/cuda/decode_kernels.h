@@ -8,9 +8,11 @@
 
 namespace jax_dsv4::cuda {
 
-// A kernel, for caches whose rows all begin at multiples of 16, of 4, or of 1 byte; and what it is launched with.
+// A kernel, and what it is launched with.
 struct DecodeKernel {
-  void (*aligned[3])(DecodeArgs);
+  using Function = void (*)(DecodeArgs);
+  Function aligned[3];     // for fp8_ds_mla whose blocks all begin at multiples of 16, of 4, or of 1 byte
+  Function any_layout[2];  // for any layouts; of 16, or of 1
   int threads;
   size_t shared_bytes;
 };

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cuda/any_layout.h"
 #include "cuda/attend.h"
 #include "cuda/decode_kernels.h"
 #include "cuda/producer.h"
@@ -24,7 +25,7 @@ struct FewHeadsRoles {
       (kWarpgroups * kLaunchRegisters - Memory::kAttending * kAttendingRegisters) / Memory::kProducers / 8 * 8;
 };
 
-template <typename Work, int kAlign, int kHeads>
+template <typename Work, template <int, typename> typename Copies, int kAlign, int kHeads>
 __global__ void __launch_bounds__(FewHeadsRoles<Work, kHeads>::kThreads, 1)
     few_heads_kernel(const __grid_constant__ DecodeArgs args) {
   using Roles = FewHeadsRoles<Work, kHeads>;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(FewHeadsRoles<Work, kHeads>::kThreads, 1)
   const int role = role_of_warp();
   if (role < Memory::kProducers) {
     registers_change<Roles::kLaunchRegisters, Roles::kProducerRegisters>();
-    produce<Work, kAlign>(args, shared, role);
+    produce<Work, Copies<kAlign, Memory>>(args, shared, role);
   } else {
     registers_change<Roles::kLaunchRegisters, Roles::kAttendingRegisters>();
     attend<Work, kHeads>(args, shared, role - Memory::kProducers);
@@ -67,7 +68,9 @@ __global__ void __launch_bounds__(FewHeadsRoles<Work, kHeads>::kThreads, 1)
 template <typename Work, int kHeads>
 DecodeKernel few_heads() {
   using Roles = FewHeadsRoles<Work, kHeads>;
-  return {{few_heads_kernel<Work, 16, kHeads>, few_heads_kernel<Work, 4, kHeads>, few_heads_kernel<Work, 1, kHeads>},
+  return {{few_heads_kernel<Work, Fp8DsMlaCopies, 16, kHeads>, few_heads_kernel<Work, Fp8DsMlaCopies, 4, kHeads>,
+           few_heads_kernel<Work, Fp8DsMlaCopies, 1, kHeads>},
+          {few_heads_kernel<Work, AnyLayoutCopies, 16, kHeads>, few_heads_kernel<Work, AnyLayoutCopies, 1, kHeads>},
           Roles::kThreads,
           sizeof(typename Roles::Memory)};
 }

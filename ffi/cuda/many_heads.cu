@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/any_layout.h"
 #include "cuda/decode_kernels.h"
 #include "cuda/producer.h"
 #include "cuda/scores.h"
@@ -21,7 +22,7 @@ constexpr int kValuesRegisters = 160;  // 128 of them accumulators
 static_assert(ManyHeadsShared::kProducers * kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters ==
               kLaunchRegisters * (kThreads / kWarpgroup));
 
-template <int kAlign>
+template <template <int, typename> typename Copies, int kAlign>
 __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   ManyHeadsShared& shared = *reinterpret_cast<ManyHeadsShared*>(memory);
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_co
   const int role = role_of_warp();
   if (role < ManyHeadsShared::kProducers) {
     registers_change<kLaunchRegisters, kProducerRegisters>();
-    produce<PlannedWork, kAlign>(args, shared, role);
+    produce<PlannedWork, Copies<kAlign, ManyHeadsShared>>(args, shared, role);
   } else if (role == ManyHeadsShared::kProducers) {
     registers_change<kLaunchRegisters, kScoresRegisters>();
     score(args, shared);
@@ -60,7 +61,11 @@ __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_co
 }  // namespace
 
 DecodeKernel many_heads() {
-  return {{many_heads_kernel<16>, many_heads_kernel<4>, many_heads_kernel<1>}, kThreads, sizeof(ManyHeadsShared)};
+  return {{many_heads_kernel<Fp8DsMlaCopies, 16>, many_heads_kernel<Fp8DsMlaCopies, 4>,
+           many_heads_kernel<Fp8DsMlaCopies, 1>},
+          {many_heads_kernel<AnyLayoutCopies, 16>, many_heads_kernel<AnyLayoutCopies, 1>},
+          kThreads,
+          sizeof(ManyHeadsShared)};
 }
 
 }  // namespace jax_dsv4::cuda

@@ -83,7 +83,7 @@ __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeySlot key) {
   if (key.slot < 0 || block >= cache.num_blocks) return {nullptr, nullptr};
   const int offset = key.slot - block * cache.block_size;
   const uint8_t* rows = cache.data + block * cache.block_stride_bytes;
-  return {rows + offset * kPackedRowBytes, rows + cache.block_size * kPackedRowBytes + offset * kPackedScaleBytes};
+  return {rows + cache.row_at(offset), rows + cache.scales_at(offset)};
 }
 
 // Copies kBytes that are aligned to kAlign only, or zeros if `real` is false. Nothing aligned to less than 4 bytes can
@@ -138,43 +138,54 @@ __device__ __forceinline__ bool needs_any_scale(uint2 scales) {
           __vcmpgtu4(scales.y & 0xffffffu, kLargestScale * 0x01010101u)) != 0;
 }
 
+// Where 8 dimensions of a key lie in a tile, whose rows from this warp's first on are `rows`. The swizzle depends on
+// the row of 8 only, which is `key`.
+__device__ __forceinline__ uint4* unit_of(uint8_t* rows, int plane, int key, int unit) {
+  return reinterpret_cast<uint4*>(rows + plane * kPlaneBytes + key * kRowBytes + 16 * (unit ^ key));
+}
+
+// A lane's piece of e4m3, number j of a key, to its place in the tile; its scale is byte j. Rows r and r + 1 of a store
+// fill the even and the odd units: no conflicts.
+template <bool kAnyScale>
+__device__ __forceinline__ void store_e4m3(uint4 packed, uint2 scales, int j, int key, int quarter, uint8_t* rows) {
+  uint4 wide[2];
+  expand_scaled<kAnyScale>(packed, (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
+#pragma unroll
+  for (int u = 0; u < 2; ++u) *unit_of(rows, j, key, 2 * quarter + u) = wide[u];
+}
+
 // A lane's piece j of a key, as bf16, to its place in the tile.
 template <bool kAnyScale>
 __device__ __forceinline__ void store_piece(uint4 packed, uint2 scales, int j, int key, int quarter, uint8_t* rows) {
   if (j < kScaleTiles) {
-    uint4 wide[2];
-    expand_scaled<kAnyScale>(packed, (j < 4 ? scales.x : scales.y) >> (8 * (j % 4)) & 0xff, wide);
-    // The swizzle depends on the row of 8 only, which is `key`. Rows r and r + 1 of a store fill the even and
-    // the odd units: no conflicts.
-    uint8_t* const dst = rows + j * kPlaneBytes + key * kRowBytes;
-#pragma unroll
-    for (int u = 0; u < 2; ++u) *reinterpret_cast<uint4*>(dst + 16 * ((2 * quarter + u) ^ key)) = wide[u];
+    store_e4m3<kAnyScale>(packed, scales, j, key, quarter, rows);
   } else {
-    const int unit = quarter + kLanesPerKey * (j - kScaleTiles);
-    *reinterpret_cast<uint4*>(rows + (kPlanes - 1) * kPlaneBytes + key * kRowBytes + 16 * (unit ^ key)) = packed;
+    *unit_of(rows, kPlanes - 1, key, quarter + kLanesPerKey * (j - kScaleTiles)) = packed;
   }
 }
 
-// A producing lane's copies of packed pieces, through its part of a ring, always so many pieces ahead of those that it
-// converts: from rows that were asked into L2 half a group before, or a whole group ahead.
+// A producing lane's copies of packed pieces of fp8_ds_mla, through its part of a ring, always so many pieces ahead of
+// those that it converts: from rows that were asked into L2 half a group before, or a whole group ahead.
 template <int kAlign, typename Memory>
-class Copies {
+class Fp8DsMlaCopies {
  public:
   static constexpr int kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
   static constexpr int kBatches = (kPieces + kAtOnce - 1) / kAtOnce;
   static constexpr bool kWholeGroup = kAhead == kPieces;
   static_assert(kWholeGroup || kAhead < kPieces && kAtOnce == 1);
 
-  __device__ Copies(const DecodeArgs& args, Memory& shared, int key, int quarter)
+  __device__ Fp8DsMlaCopies(const DecodeArgs& args, Memory& shared, int key, int quarter)
       : ring_(shared.packed[threadIdx.x / 32]),
         ring_scales_(shared.scales[threadIdx.x / 32]),
         nowhere_(static_cast<const uint8_t*>(args.params.q)),
         key_(key),
         quarter_(quarter) {}
 
-  // Turns to group n, the next one being that of `next`, if there is one: asks for its scales now, for its pieces as
+  // Turns to group n, the next one being that of `slot`, if there is one: asks for its scales now, for its pieces as
   // the ring has room.
-  __device__ __forceinline__ void turn(int n, KeyRow next, bool more) {
+  __device__ __forceinline__ void turn(const DecodeArgs& args, int n, KeySlot slot) {
+    const KeyRow next = locate(args, slot);
+    const bool more = slot.group;
     next_row_ = next.row;
     const bool real = next.row != nullptr;
     real_ = real_ << 1 | real;
@@ -202,7 +213,42 @@ class Copies {
   __device__ bool more() const { return more_ & 1; }                // there is a group n + 1
   __device__ bool real() const { return real_ >> 1 & 1; }           // group n has this lane's key
   __device__ void wait() { copy_async_wait<kBatchesAhead - 1>(); }  // for what was asked for first
-  __device__ uint2 scales(int n) const { return ring_scales_[n & 1][key_]; }
+
+  // Until group n's scales are here.
+  __device__ __forceinline__ void wait_for_scales(int n) {
+    wait();
+    __syncwarp();  // they came through another lane
+    scales_ = ring_scales_[n & 1][key_];
+  }
+
+  // Group n, as bf16, to its place in the tile. Two copies of the code, so that the one that runs has no branches:
+  // latencies hide in straight lines.
+  __device__ __forceinline__ void expand(uint8_t* rows) {
+    if (__any_sync(~0u, needs_any_scale(scales_))) {
+      expand_group<true>(rows);
+    } else {
+      expand_group<false>(rows);
+    }
+  }
+
+ private:
+  template <bool kAnyScale>
+  __device__ __forceinline__ void expand_group(uint8_t* rows) {
+#pragma unroll
+    for (int first = 0; first < kPieces; first += kAtOnce) {
+      const int end = first + kAtOnce < kPieces ? first + kAtOnce : kPieces;
+      wait();
+      uint4 packed[kAtOnce];
+#pragma unroll
+      for (int j = first; j < end; ++j) packed[j - first] = piece(j);
+#pragma unroll
+      for (int j = first; j < end; ++j) go_on(j);
+      copy_async_commit();
+#pragma unroll
+      for (int j = first; j < end; ++j) store_piece<kAnyScale>(packed[j - first], scales_, j, key_, quarter_, rows);
+    }
+  }
+
   __device__ uint4 piece(int j) const { return ring_[place(j)][quarter_ + kLanesPerKey * key_]; }
 
   // Asks for piece j + kAhead of the group, or of the next one.
@@ -211,7 +257,6 @@ class Copies {
     copy_piece(j + kAhead);
   }
 
- private:
   static constexpr int kBatchesAhead = (kAhead + kAtOnce - 1) / kAtOnce;
 
   __device__ void start_row() { row_ = (next_row_ ? next_row_ : nowhere_) + 16 * quarter_; }
@@ -231,38 +276,19 @@ class Copies {
   const uint8_t* row_;            // that copies are at, from this lane's quarter of the first piece on
   uint32_t real_ = 0, more_ = 0;  // bit i: group n + 1 - i has this lane's key; there is such a group
   uint32_t ring_begin_;           // where group n's first piece lies in the ring
+  uint2 scales_;                  // of group n
 };
-
-// A lane's share of a group, as bf16, to its place in the tile.
-template <bool kAnyScale, int kAlign, typename Memory>
-__device__ __forceinline__ void expand_group(Copies<kAlign, Memory>& copies, uint2 scales, int key, int quarter,
-                                             uint8_t* rows) {
-  constexpr int kAtOnce = Memory::kPiecesAtOnce;
-#pragma unroll
-  for (int first = 0; first < kPieces; first += kAtOnce) {
-    const int end = first + kAtOnce < kPieces ? first + kAtOnce : kPieces;
-    copies.wait();
-    uint4 packed[kAtOnce];
-#pragma unroll
-    for (int j = first; j < end; ++j) packed[j - first] = copies.piece(j);
-#pragma unroll
-    for (int j = first; j < end; ++j) copies.go_on(j);
-    copy_async_commit();
-#pragma unroll
-    for (int j = first; j < end; ++j) store_piece<kAnyScale>(packed[j - first], scales, j, key, quarter, rows);
-  }
-}
 
 // A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
 // the store: no other thread has to know when the bytes arrive. It fills `group` of every tile.
-template <typename Work, int kAlign, typename Memory>
+template <typename Work, typename Copies, typename Memory>
 __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, int group) {
   constexpr int kTiles = Memory::kTiles;
   const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
   const int key = lane / kLanesPerKey, quarter = lane % kLanesPerKey;
   const int word = group * kWarps + warp;  // of `valid`: the 8 rows of a tile that are this warp's
   Groups<Work> groups(args, word * kKeysPerWarp + key);
-  Copies<kAlign, Memory> copies(args, shared, key, quarter);
+  Copies copies(args, shared, key, quarter);
   KeySlot slot{-1, false, false};  // of the group after the one that copies are at, or will be next
 
   // The first rounds only fill the pipeline.
@@ -270,7 +296,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
     const KeySlot next_slot = slot;
     slot = groups.fetch();
     if (n == -2) continue;
-    copies.turn(n, locate(args, next_slot), next_slot.group);
+    copies.turn(args, n, next_slot);
     if (n < 0) {
       copies.begin();
       continue;
@@ -280,9 +306,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
     const int buffer = n % kTiles;
     uint8_t* const rows = shared.k[buffer][0] + word * (kKeysPerWarp * kRowBytes);
     const uint32_t lanes = __ballot_sync(~0u, copies.real());
-    copies.wait();
-    __syncwarp();  // the scales came through another lane
-    const uint2 scales = copies.scales(n);
+    copies.wait_for_scales(n);
     barrier_wait(&shared.free[buffer][group], n / kTiles % 2 ^ 1);
     if (lane == 0) {
       uint32_t keys = 0;
@@ -290,12 +314,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
       for (int i = 0; i < kKeysPerWarp; ++i) keys |= (lanes >> (kLanesPerKey * i) & 1) << i;
       shared.valid[buffer][word] = keys;
     }
-    // Two copies of the code, so that the one that runs has no branches: latencies hide in straight lines.
-    if (__any_sync(~0u, needs_any_scale(scales))) {
-      expand_group<true>(copies, scales, key, quarter, rows);
-    } else {
-      expand_group<false>(copies, scales, key, quarter, rows);
-    }
+    copies.expand(rows);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.full[buffer][group]);

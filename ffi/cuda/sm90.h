@@ -142,9 +142,9 @@ __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
 }
 
 template <uint32_t kSelect>
-__device__ __forceinline__ uint32_t permute(uint32_t a) {
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b = 0) {
   uint32_t d;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(a), "n"(kSelect));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(kSelect));
   return d;
 }
 
@@ -171,6 +171,19 @@ __device__ __forceinline__ uint16_t to_e4m3x2(float low, float high) {
   uint16_t bytes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
   return bytes;
+}
+
+// The values of two e4m3, the lower byte's first.
+__device__ __forceinline__ float2 from_e4m3x2(uint16_t bytes) {
+  float low, high;
+  asm("{\n.reg .b32 both;\n.reg .b16 x, y;\n"
+      "cvt.rn.f16x2.e4m3x2 both, %2;\n"
+      "mov.b32 {x, y}, both;\n"
+      "cvt.f32.f16 %0, x;\n"
+      "cvt.f32.f16 %1, y;\n}"
+      : "=f"(low), "=f"(high)
+      : "h"(bytes));
+  return {low, high};
 }
 
 // --- stmatrix: stores 8 x 8 matrices of 16 bits. Of each a lane has two numbers of row l / 4, from column 2 * (l % 4)

@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import software_hopper
-from cases import Case, ScopeCase
+from cases import Case, Pair, ScopeCase, in_layouts
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
+from conformance import in_pairs
 from hostile import KINDS, draw_tile, written
-from operands import CASES, case_named, operands
+from operands import CASES, case_named, operands, supported
 from software_hopper import Cache, KernelError, Plan, Scope, SoftwareHopper
 
 from jax_dsv4 import reference
@@ -41,6 +42,14 @@ def hold(case: Case, *, processors: int = PROCESSORS, schedule: int = 0, seed: i
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conformance(case: Case, processors: int) -> None:
     hold(case, processors=processors)
+
+
+@in_pairs
+def test_layouts(pair: Pair, case: Case) -> None:
+    if not supported(case):
+        pytest.skip("the kernels take q in bfloat16")
+    for processors in (FEW_PROCESSORS, PROCESSORS):
+        hold(in_layouts(case, pair), processors=processors)
 
 
 @pytest.mark.parametrize("processors", [FEW_PROCESSORS, PROCESSORS])

@@ -62,11 +62,11 @@ inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return pack_bf16x2(product(0), product(16));
 }
 template <uint32_t kSelect>
-uint32_t permute(uint32_t a) {
+uint32_t permute(uint32_t a, uint32_t b = 0) {
   uint32_t d = 0;
   for (int i = 0; i < 4; ++i) {
     const uint32_t select = kSelect >> (4 * i) & 0xf;
-    uint32_t byte = (select & 7) < 4 ? a >> (8 * (select & 3)) & 0xff : 0;
+    uint32_t byte = ((select & 7) < 4 ? a : b) >> (8 * (select & 3)) & 0xff;
     if (select & 8) byte = byte & 0x80 ? 0xff : 0;  // its sign, replicated
     d |= byte << (8 * i);
   }
@@ -78,6 +78,10 @@ inline float log2_approx(float x) { return log2f(without_denormal(x)); }
 inline float reciprocal_approx(float x) { return without_denormal(1 / without_denormal(x)); }
 inline uint16_t to_e4m3x2(float low, float high) {
   return static_cast<uint16_t>(float_to_e4m3(low) | float_to_e4m3(high) << 8);
+}
+
+inline float2 from_e4m3x2(uint16_t bytes) {
+  return {e4m3_to_float(static_cast<uint8_t>(bytes)), e4m3_to_float(static_cast<uint8_t>(bytes >> 8))};
 }
 
 // kMatrices of 8 x 8 numbers of 16 bits.
