@@ -202,7 +202,7 @@ bool read_notes(const void* elf, size_t size, CodeObjectNotes* notes, std::strin
       offset = text + (note.text_bytes + 3ull) / 4 * 4;
     }
   }
-  return notes->kernels.empty() ? fail("it describes no kernels") : true;
+  return true;
 }
 
 }  // namespace jax_dsv4::rocm

@@ -31,7 +31,7 @@ struct CodeObjectNotes {
   std::vector<KernelNotes> kernels;
 };
 
-// False, with the reason, for what is not an AMDGPU code object or is malformed.
+// False, with the reason, for what is not an AMDGPU code object or is malformed. One may hold no kernels at all.
 bool read_notes(const void* elf, size_t size, CodeObjectNotes* notes, std::string* reason);
 
 }  // namespace jax_dsv4::rocm

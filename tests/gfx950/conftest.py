@@ -1,14 +1,22 @@
 import os
 
 import aiter_kernel
-import bridge
+import bridge as xla_bridge
 import gluon
 import jax
+import plugin
 import pytest
 import software_gpu
 
 from jax_dsv4 import _ffi
 from jax_dsv4._implementations import aiter, aiter_gluon
+
+# In a session that has JAX's ROCm plugin: two software GPUs beside the CPU, which stays the default device.
+UNDER_PLUGIN = not plugin.missing()
+if UNDER_PLUGIN:
+    os.environ.setdefault("GFX950_DEVICES", "2")
+    plugin.connect()
+    jax.config.update("jax_platforms", "cpu,rocm")
 
 
 @pytest.fixture(scope="session")
@@ -54,26 +62,31 @@ def rocm_library(shared_gpu):
 
 
 @pytest.fixture(scope="session", params=["wheel", "tree"])
-def shared_rocm(request, rocm_library, tmp_path_factory):
-    """The ROCm handlers over the software GPU of 8 units, with the kernels of AITER's wheel or of a source tree."""
-    hsa = aiter_kernel.wheel_directory() if request.param == "wheel" else aiter_kernel.tree_directory()
-    if hsa is None:
+def hsa(request):
+    """The directory of AITER's kernels: of its wheel, or of a source tree."""
+    directory = aiter_kernel.wheel_directory() if request.param == "wheel" else aiter_kernel.tree_directory()
+    if directory is None:
         install = {"wheel": "pip install --no-deps amd-aiter", "tree": "name an AITER source tree in JAX_DSV4_AITER_SOURCE"}
         pytest.skip(f"AITER's kernels are not here: {install[request.param]}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bridge_handlers(rocm_library, hsa, tmp_path_factory):
     copy = tmp_path_factory.mktemp("rocm") / "libdsv4_rocm.so"
-    return bridge.load_handlers(rocm_library, copy, hsa, rocm_library.parent, _ffi.aiter_plan_builder()), copy
+    return xla_bridge.load_handlers(rocm_library, copy, hsa, rocm_library.parent, _ffi.aiter_plan_builder()), copy
 
 
 @pytest.fixture
-def rocm(gpu, shared_rocm, monkeypatch):
-    """`implementation="aiter"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
-    handlers, path = shared_rocm
+def bridge(gpu, bridge_handlers, monkeypatch):
+    """`implementation="aiter"` on platform cpu for the time of a test, over a software GPU of 8 units. -> the bridge (xla_bridge.cc)"""
+    handlers, path = bridge_handlers
     monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
     monkeypatch.setenv("GFX950_UNITS", "8")
     monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
     monkeypatch.setattr(aiter.AITER, "platforms", ("cpu",))
     aiter.choose_kernel.cache_clear()
-    connected = bridge.connect(path, software_gpu.library())
+    connected = xla_bridge.connect(path, software_gpu.library())
     connected.bridge_replay(0)
     yield connected
     connected.bridge_replay(0)
@@ -87,7 +100,7 @@ def shared_gluon(rocm_library, tmp_path_factory):
     if reason := gluon.missing():
         pytest.skip(reason)
     copy = tmp_path_factory.mktemp("gluon") / "libdsv4_rocm.so"
-    handlers = bridge.load_handlers(rocm_library, copy, None, rocm_library.parent)
+    handlers = xla_bridge.load_handlers(rocm_library, copy, None, rocm_library.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DSV4_CACHE_DIR", str(gluon.CACHE))
         handlers.dsv4_rocm_gluon_directory(os.fsencode(_ffi.gluon_directory()))
@@ -104,12 +117,26 @@ def on_gluon(gpu, shared_gluon, monkeypatch):
     monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
     monkeypatch.setattr(aiter_gluon.AITER_GLUON, "platforms", ("cpu",))
     aiter_gluon.describe_device.cache_clear()
-    connected = bridge.connect(path, software_gpu.library())
+    connected = xla_bridge.connect(path, software_gpu.library())
     connected.bridge_replay(0)
     yield connected
     connected.bridge_replay(0)
     aiter_gluon.describe_device.cache_clear()
     jax.clear_caches()  # programs keep the variant that they were traced for
+
+
+@pytest.fixture
+def rocm(request, gpu, rocm_library, hsa):
+    """`implementation="aiter"` for the time of a test: under JAX's ROCm plugin where it is installed, and over the bridge elsewhere, or
+    with AITER's kernels from another place than the process has them from."""
+    if not UNDER_PLUGIN or hsa != _ffi.aiter_directory():
+        request.getfixturevalue("bridge")
+        yield
+        return
+    aiter.choose_kernel.cache_clear()
+    with jax.default_device(jax.devices("rocm")[0]):
+        yield
+    aiter.choose_kernel.cache_clear()
 
 
 @pytest.fixture

@@ -10,84 +10,30 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <mutex>
-#include <set>
 #include <sstream>
-#include <thread>
 #include <tuple>
 #include <utility>
 
-#include "hip_codes.h"
-#include "machine.h"
+#include "runtime.h"
 
 using namespace gfx950;
-using namespace jax_dsv4::hip;
 
-struct Capture {
-  CaptureMode mode;
-  std::thread::id thread;
-  Stream origin = nullptr;
-  bool invalidated = false;
-  std::set<Stream> streams;                  // the origin and those that joined through an event
-  std::set<Stream> unjoined;                 // joined ones whose work the origin has not waited for
-  std::vector<std::function<Error()>> work;  // in order of capture, which respects every dependency
-};
-
-struct ihipStream_t {
-  int device = 0;
-  bool blocking = true;  // waits for the legacy default stream
-  std::shared_ptr<Capture> capture;
-};
 struct ihipEvent_t {
   bool recorded = false;
   std::weak_ptr<Capture> capture;
   Stream stream = nullptr;
   bool captured = false;
 };
-struct ihipModuleSymbol_t {
-  std::shared_ptr<Program> program;
-  const Kernel* kernel = nullptr;
-};
-struct ihipModule_t {
-  std::shared_ptr<Program> program;
-  std::map<std::string, std::unique_ptr<ihipModuleSymbol_t>> functions;
-};
-struct ihipGraph {
-  std::vector<std::function<Error()>> work;
-};
-struct hipGraphExec {
-  std::vector<std::function<Error()>> work;
-};
 
-namespace {
-
-// All launches of a kernel together.
-struct KernelCost {
-  Counters counters;
-  // Instructions, had every workgroup of a launch taken as many as its busiest: over `instructions`, the imbalance.
-  uint64_t if_all_were_the_busiest = 0;
-};
-
-struct Runtime {
-  std::recursive_mutex mutex;
-  Memory memory;
-  Counters counters;
-  std::map<std::string, KernelCost> by_kernel;
-  std::map<std::string, uint64_t> hazards;
-  std::string message;                                       // of the last fault
-  std::map<std::string, std::shared_ptr<Program>> programs;  // by content: a code object is disassembled once
-  std::set<Stream> streams;
-  std::vector<std::shared_ptr<Capture>> captures;
-  Options options{getenv("GFX950_HAZARDS") != nullptr, getenv("GFX950_EXACT_LGKM") != nullptr, kLdsLatency, kVmLatency};
-  uint64_t launches_under_capture = 0, calls_refused_under_capture = 0;
-};
+namespace gfx950 {
 
 // Never destroyed: XLA's threads may outlive static destruction.
 Runtime& runtime() {
   static Runtime* r = new Runtime;
   return *r;
 }
+
+namespace {
 
 thread_local int current_device = 0;
 thread_local Error last_error = kSuccess;
@@ -96,8 +42,11 @@ int environment(const char* name, int otherwise) {
   const char* value = getenv(name);
   return value ? atoi(value) : otherwise;
 }
-int devices() { return environment("GFX950_DEVICES", 1); }
 int units() { return environment("GFX950_UNITS", 256); }
+
+}  // namespace
+
+int devices() { return environment("GFX950_DEVICES", 1); }
 
 Error failed(Error e) {
   if (e != kSuccess) last_error = e;
@@ -125,7 +74,7 @@ Error check_unsafe_call() {
 
 // Work on a stream: recorded under capture, done at once otherwise. The legacy stream waits for every blocking stream,
 // so using it while one of them captures is an implicit dependency on the capture.
-Error enqueue(Stream s, std::function<Error()> work) {
+Error enqueue(Stream s, Work work) {
   if (!s) {
     for (auto& c : runtime().captures)
       for (Stream t : c->streams)
@@ -142,6 +91,8 @@ Error enqueue(Stream s, std::function<Error()> work) {
   return failed(work());
 }
 
+namespace {
+
 bool live(const void* p, size_t bytes) {
   return bytes == 0 || runtime().memory.find(reinterpret_cast<uint64_t>(p), bytes);
 }
@@ -153,13 +104,13 @@ Error refuse_memory(const char* call, const void* p, size_t bytes) {
   return kErrorIllegalAddress;
 }
 
-Error launch_now(const ihipModuleSymbol_t& f, const uint32_t grid[3], const uint32_t block[3], unsigned shared,
+Error launch_now(const ihipModuleSymbol_t& f, dim3 grid, dim3 block, unsigned shared,
                  const std::vector<uint8_t>& kernarg) {
   Runtime& r = runtime();
   Launch launch;
   launch.program = f.program.get(), launch.kernel = f.kernel;
-  std::copy_n(grid, 3, launch.grid);
-  std::copy_n(block, 3, launch.block);
+  std::copy_n(&grid.x, 3, launch.grid);
+  std::copy_n(&block.x, 3, launch.block);
   launch.dynamic_lds_bytes = static_cast<int>(shared);
   launch.kernarg = kernarg, launch.memory = &r.memory, launch.options = r.options;
   Error error = kSuccess;
@@ -178,16 +129,31 @@ Error launch_now(const ihipModuleSymbol_t& f, const uint32_t grid[3], const uint
   return error;
 }
 
-using Lock = std::lock_guard<std::recursive_mutex>;
-
 template <class T>
 Error set(Stream s, void* to, T value, size_t count) {
   Lock lock(runtime().mutex);
-  return enqueue(s, [=] {
-    if (!live(to, count * sizeof(T))) return refuse_memory("memset", to, count * sizeof(T));
-    for (size_t k = 0; k < count; ++k) memcpy(static_cast<char*>(to) + k * sizeof(T), &value, sizeof(T));
+  return enqueue(s, setting(to, value, sizeof(T), count));
+}
+
+}  // namespace
+
+Work setting(void* to, uint32_t value, size_t bytes, size_t count) {
+  return [=] {
+    if (!live(to, count * bytes)) return refuse_memory("memset", to, count * bytes);
+    for (size_t k = 0; k < count; ++k) memcpy(static_cast<char*>(to) + k * bytes, &value, bytes);
     return kSuccess;
-  });
+  };
+}
+
+Work copying(void* to, const void* from, size_t bytes, int kind) {
+  return [=] {
+    if (kind != kMemcpyHostToDevice && kind != kMemcpyDefault && !live(from, bytes))
+      return refuse_memory("memcpy from", from, bytes);
+    if (kind != kMemcpyDeviceToHost && kind != kMemcpyDefault && !live(to, bytes))
+      return refuse_memory("memcpy to", to, bytes);
+    memmove(to, from, bytes);
+    return kSuccess;
+  };
 }
 
 Error copy(Stream s, void* to, const void* from, size_t bytes, int kind) {
@@ -198,15 +164,10 @@ Error copy(Stream s, void* to, const void* from, size_t bytes, int kind) {
   const bool touches_host =
       kind == kMemcpyHostToDevice || kind == kMemcpyDeviceToHost || !live(to, bytes) || !live(from, bytes);
   if (c && touches_host) return refuse(*c, kErrorStreamCaptureUnsupported);
-  return enqueue(s, [=] {
-    if (kind != kMemcpyHostToDevice && kind != kMemcpyDefault && !live(from, bytes))
-      return refuse_memory("memcpy from", from, bytes);
-    if (kind != kMemcpyDeviceToHost && kind != kMemcpyDefault && !live(to, bytes))
-      return refuse_memory("memcpy to", to, bytes);
-    memmove(to, from, bytes);
-    return kSuccess;
-  });
+  return enqueue(s, copying(to, from, bytes, kind));
 }
+
+namespace {
 
 Error synchronous_copy(void* to, const void* from, size_t bytes, int kind) {
   Lock lock(runtime().mutex);
@@ -220,8 +181,7 @@ Error check_not_capturing(Stream s) {
 }
 
 }  // namespace
-
-#define HIP extern "C" __attribute__((visibility("default")))
+}  // namespace gfx950
 
 // ---- Devices.
 
@@ -236,8 +196,30 @@ HIP Error hipSetDevice(int device) {
 }
 HIP Error hipDeviceGetAttribute(int* value, int attribute, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
-  // The numbers are hipDeviceAttributeWarpSize, ...MaxSharedMemoryPerBlock and ...ComputeCapabilityMajor.
-  const std::map<int, int> values = {{kAttributeMultiprocessorCount, units()}, {87, kLanes}, {74, kLdsBytes}, {23, 9}};
+  const std::map<int, int> values = {{kAttributeMultiprocessorCount, units()},
+                                     {0, 1},               // EccEnabled
+                                     {5, 2400000},         // ClockRate, in kHz
+                                     {19, 4 << 20},        // L2CacheSize
+                                     {23, 9},              // ComputeCapabilityMajor
+                                     {25, 2},              // MaxBlocksPerMultiProcessor
+                                     {26, 1024},           // MaxBlockDimX
+                                     {27, 1024},           // ...Y
+                                     {28, 1024},           // ...Z
+                                     {29, 2147483647},     // MaxGridDimX
+                                     {30, 65536},          // ...Y
+                                     {31, 65536},          // ...Z
+                                     {56, 1024},           // MaxThreadsPerBlock
+                                     {57, 2048},           // MaxThreadsPerMultiProcessor
+                                     {59, 8192},           // MemoryBusWidth
+                                     {60, 2000000},        // MemoryClockRate, in kHz
+                                     {61, 5},              // ComputeCapabilityMinor
+                                     {71, 131072},         // MaxRegistersPerBlock
+                                     {72, 131072},         // MaxRegistersPerMultiprocessor
+                                     {74, kLdsBytes},      // MaxSharedMemoryPerBlock
+                                     {75, kLdsBytes},      // SharedMemPerBlockOptin
+                                     {76, kLdsBytes},      // SharedMemPerMultiprocessor
+                                     {87, kLanes},         // WarpSize
+                                     {10002, kLdsBytes}};  // MaxSharedMemoryPerMultiprocessor
   const auto found = values.find(attribute);
   if (found == values.end()) return failed(kErrorInvalidValue);
   return *value = found->second, kSuccess;
@@ -245,13 +227,13 @@ HIP Error hipDeviceGetAttribute(int* value, int attribute, int device) {
 HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
   memset(p, 0, sizeof *p);
-  snprintf(p->name, 256, "AMD Instinct MI355X (software)");
+  snprintf(p->name, 256, "%s", kDeviceName);
   const char* architecture = getenv("GFX950_ARCHITECTURE");
   snprintf(p->gcn_arch_name, sizeof p->gcn_arch_name, "%s:sramecc+:xnack-", architecture ? architecture : "gfx950");
   const auto put = [&](size_t offset, auto value) {
     memcpy(reinterpret_cast<char*>(p) + offset, &value, sizeof value);
   };
-  put(288, size_t{288} << 30);   // totalGlobalMem
+  put(288, kMemoryBytes);        // totalGlobalMem
   put(296, size_t{kLdsBytes});   // sharedMemPerBlock
   put(308, kLanes);              // warpSize
   put(320, 1024);                // maxThreadsPerBlock
@@ -356,6 +338,7 @@ HIP Error hipModuleLoadData(Module* module, const void* image) {
     return kSuccess;
   } catch (const Fault& fault) {
     runtime().message = fault.what();
+    fprintf(stderr, "%s\n", fault.what());
     return failed(strstr(fault.what(), "not for gfx950") ? kErrorNoBinaryForGpu : kErrorInvalidImage);
   }
 }
@@ -373,15 +356,14 @@ HIP Error hipModuleGetFunction(Function* function, Module module, const char* na
   if (!f) f = std::make_unique<ihipModuleSymbol_t>(ihipModuleSymbol_t{module->program, &it->second});
   return *function = f.get(), kSuccess;
 }
-HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                                unsigned bz, unsigned shared, Stream s, void** parameters, void** extra) {
-  Lock lock(runtime().mutex);
-  if (!f || !gx || !gy || !gz || !bx || !by || !bz) return failed(kErrorInvalidValue);
+Error gfx950::prepare_launch(Function f, dim3 grid, dim3 block, unsigned shared, void** parameters, void** extra,
+                             Work* work) {
+  if (!f || !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z) return failed(kErrorInvalidValue);
   const Kernel& k = *f->kernel;
-  const unsigned block[3] = {bx, by, bz};
-  if (bx * by * bz > static_cast<unsigned>(k.max_workgroup)) return failed(kErrorInvalidConfiguration);
+  if (block.x * block.y * block.z > static_cast<unsigned>(k.max_workgroup)) return failed(kErrorInvalidConfiguration);
+  const unsigned sizes[3] = {block.x, block.y, block.z};
   for (int d = 0; d < 3; ++d)
-    if (k.required_workgroup[d] && block[d] != static_cast<unsigned>(k.required_workgroup[d]))
+    if (k.required_workgroup[d] && sizes[d] != static_cast<unsigned>(k.required_workgroup[d]))
       return failed(kErrorInvalidConfiguration);
   if (k.lds_bytes + shared > static_cast<unsigned>(kLdsBytes)) return failed(kErrorInvalidValue);
   std::vector<uint8_t> kernarg(k.kernarg_bytes);
@@ -412,18 +394,19 @@ HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned g
   } else if (!k.arguments.empty()) {
     return failed(kErrorInvalidValue);
   }
+  *work = [f = *f, grid, block, shared, kernarg] { return launch_now(f, grid, block, shared, kernarg); };
+  return kSuccess;
+}
+HIP Error hipModuleLaunchKernel(Function f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                                unsigned bz, unsigned shared, Stream s, void** parameters, void** extra) {
+  Lock lock(runtime().mutex);
+  Work work;
+  if (Error e = prepare_launch(f, {gx, gy, gz}, {bx, by, bz}, shared, parameters, extra, &work)) return e;
   if (capture_of(s)) runtime().launches_under_capture++;
-  return enqueue(s, [f = *f, gx, gy, gz, bx, by, bz, shared, kernarg] {
-    const uint32_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    return launch_now(f, grid, block, shared, kernarg);
-  });
+  return enqueue(s, std::move(work));
 }
 
 // ---- What a compiler puts into a host program for kernels that are launched with <<<>>>.
-
-struct dim3 {
-  uint32_t x, y, z;
-};
 
 namespace {
 
@@ -479,8 +462,7 @@ HIP Error __hipPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, Str
   std::tie(*grid, *block, *shared, *s) = call_configurations.back();
   return call_configurations.pop_back(), kSuccess;
 }
-HIP Error hipLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, Stream s) {
-  Lock lock(runtime().mutex);
+Error gfx950::registered_function(const void* host, Function* function) {
   auto found = launched_functions().find(host);
   if (found == launched_functions().end()) return failed(kErrorInvalidValue);
   FatBinary& binary = *found->second.binary;
@@ -489,8 +471,12 @@ HIP Error hipLaunchKernel(const void* host, dim3 grid, dim3 block, void** argume
     if (!image) return failed(kErrorNoBinaryForGpu);
     if (Error e = hipModuleLoadData(&binary.module, image)) return e;  // which a capture refuses
   }
+  return hipModuleGetFunction(function, binary.module, found->second.name.c_str());
+}
+HIP Error hipLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, Stream s) {
+  Lock lock(runtime().mutex);
   Function f;
-  if (Error e = hipModuleGetFunction(&f, binary.module, found->second.name.c_str())) return e;
+  if (Error e = registered_function(host, &f)) return e;
   return hipModuleLaunchKernel(f, grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared), s,
                                arguments, nullptr);
 }
@@ -563,6 +549,10 @@ HIP Error hipEventElapsedTime(float* ms, Event a, Event b) {
 
 // ---- Capture and graphs.
 
+GraphNode gfx950::add_node(Graph graph, Work work) {
+  return graph->nodes.emplace_back(new hipGraphNode{std::move(work)}).get();
+}
+
 HIP Error hipStreamBeginCapture(Stream s, CaptureMode mode) {
   Lock lock(runtime().mutex);
   if (!s) return failed(kErrorStreamCaptureUnsupported);  // the legacy stream cannot be captured
@@ -586,7 +576,8 @@ HIP Error hipStreamEndCapture(Stream s, Graph* graph) {
   std::erase(runtime().captures, c);
   if (c->invalidated) return failed(kErrorStreamCaptureInvalidated);
   if (!c->unjoined.empty()) return failed(kErrorStreamCaptureUnjoined);
-  *graph = new ihipGraph{c->work};
+  *graph = new ihipGraph;
+  for (Work& work : c->work) add_node(*graph, std::move(work));
   return kSuccess;
 }
 HIP Error hipStreamIsCapturing(Stream s, CaptureStatus* status) {
@@ -595,17 +586,20 @@ HIP Error hipStreamIsCapturing(Stream s, CaptureStatus* status) {
   *status = !c ? kCaptureStatusNone : c->invalidated ? kCaptureStatusInvalidated : kCaptureStatusActive;
   return kSuccess;
 }
-HIP Error hipGraphGetNodes(Graph graph, void*, size_t* count) { return *count = graph->work.size(), kSuccess; }
+HIP Error hipGraphGetNodes(Graph graph, void*, size_t* count) { return *count = graph->nodes.size(), kSuccess; }
 HIP Error hipGraphInstantiate(GraphExec* exec, Graph graph, void*, char*, size_t) {
   Lock lock(runtime().mutex);
-  return *exec = new hipGraphExec{graph->work}, kSuccess;
+  *exec = new hipGraphExec;
+  for (auto& node : graph->nodes) (*exec)->nodes.emplace_back(node.get(), node->work);
+  return kSuccess;
 }
 HIP Error hipGraphLaunch(GraphExec exec, Stream s) {
   Lock lock(runtime().mutex);
   if (Capture* c = capture_of(s)) return refuse(*c, kErrorStreamCaptureUnsupported);
-  return enqueue(s, [work = exec->work] {
-    for (auto& w : work)
-      if (Error e = w()) return e;
+  runtime().graph_launches++;
+  return enqueue(s, [exec] {
+    for (auto& [node, work] : exec->nodes)
+      if (Error e = work()) return e;
     return kSuccess;
   });
 }
@@ -646,15 +640,19 @@ HIP const char* gfx950_counters(int reset) {
   Lock lock(runtime().mutex);
   static std::string text;
   std::ostringstream out;
-  Counters& c = runtime().counters;
+  Runtime& r = runtime();
+  Counters& c = r.counters;
   const char* names[] = {"scalar", "vector", "matrix", "lds", "global", "scalar_memory", "control"};
   out << "launches " << c.launches << "\nworkgroups " << c.workgroups << "\ninstructions " << c.instructions << "\n";
   for (int k = 0; k < static_cast<int>(Class::kCount); ++k) out << names[k] << " " << c.by_class[k] << "\n";
   out << "bytes_read " << c.bytes_read << "\nbytes_written " << c.bytes_written << "\nlds_bytes_read "
       << c.lds_bytes_read << "\nlds_bytes_written " << c.lds_bytes_written << "\nlaunches_under_capture "
-      << runtime().launches_under_capture << "\ncalls_refused_under_capture " << runtime().calls_refused_under_capture
-      << "\n";
-  if (reset) c = Counters(), runtime().launches_under_capture = runtime().calls_refused_under_capture = 0;
+      << r.launches_under_capture << "\ncalls_refused_under_capture " << r.calls_refused_under_capture
+      << "\ngraph_launches " << r.graph_launches << "\ngraph_nodes_updated " << r.graph_nodes_updated << "\n";
+  if (reset) {
+    c = Counters();
+    r.launches_under_capture = r.calls_refused_under_capture = r.graph_launches = r.graph_nodes_updated = 0;
+  }
   text = out.str();
   return text.c_str();
 }

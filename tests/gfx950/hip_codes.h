@@ -6,12 +6,14 @@
 
 struct ihipEvent_t;
 struct ihipGraph;
+struct hipGraphNode;
 struct hipGraphExec;
 
 namespace jax_dsv4::hip {
 
 using Event = ihipEvent_t*;
 using Graph = ihipGraph*;
+using GraphNode = hipGraphNode*;
 using GraphExec = hipGraphExec*;
 
 constexpr Error kErrorInvalidValue{1};

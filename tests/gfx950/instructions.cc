@@ -304,6 +304,9 @@ i32 bfe_signed(i32 x, u32 offset, u32 width) {
 // IEEE maxNum, minNum: a NaN loses against a number.
 float max_number(float a, float b) { return b != b ? a : a > b || a != a ? (a != a ? b : a) : b; }
 float min_number(float a, float b) { return b != b ? a : a != a ? b : a < b ? a : b; }
+// IEEE maximum, minimum: a NaN wins, and +0 is above -0.
+float maximum(float a, float b) { return a != a || b != b ? a + b : a > b || (a == b && !std::signbit(a)) ? a : b; }
+float minimum(float a, float b) { return a != a || b != b ? a + b : a < b || (a == b && std::signbit(a)) ? a : b; }
 u32 find_low(u32 x) { return x ? __builtin_ctz(x) : ~0u; }
 u32 find_high(u32 x) { return x ? __builtin_clz(x) : ~0u; }
 
@@ -561,31 +564,34 @@ void v_cvt_pk_fp8(Wave& w, I i) {
   write_vgpr(w, i, reg, out);
 }
 
-// v_cvt_scalef32_pk_f32_fp8: the low two e4m3 numbers, or the high two by op_sel's first bit, times a power of two.
-void v_cvt_scale_pk_f32_fp8(Wave& w, I i) {
-  const Reader<u32> codes(w, i, 1, 0);
-  const Reader<float> scale(w, i, 2, 1);
-  const int shift = i.op_sel & 1 ? 16 : 0;
-  Lanes out[2];
-  for (int l = 0; l < kLanes; ++l) {
-    int exponent;
-    if (std::frexp(scale(l), &exponent) != 0.5f) fault(w, i, "a scale that is not a power of two");
-    for (int half = 0; half < 2; ++half)
-      out[half][l] = std::bit_cast<u32>(e4m3_values()[codes(l) >> (shift + 8 * half) & 0xff] * scale(l));
-  }
-  const int reg = vgpr(w, i, i.operands[0], kDestination);
-  for (int half = 0; half < 2; ++half) write_vgpr(w, i, reg + half, out[half]);
+// v_cvt_scalef32_pk_f32_fp8: the pair in the half that op_sel picks, times the power of two in the scale's exponent.
+void v_cvt_scalef32_pk_f32_fp8(Wave& w, I i) {
+  const Reader<u32> pair(w, i, 1, 0), scale(w, i, 2, 1);
+  const int reg = vgpr(w, i, i.operands[0], kDestination), shift = i.op_sel & 1 ? 16 : 0;
+  Lanes out[2];  // written at the end: the source may be among the destination
+  for (int k = 0; k < 2; ++k)
+    for (int l = 0; l < kLanes; ++l)
+      out[k][l] = std::bit_cast<u32>(e4m3_values()[pair(l) >> (shift + 8 * k) & 0xff] *
+                                     std::bit_cast<float>(scale(l) & 0x7f800000));
+  for (int k = 0; k < 2; ++k) write_vgpr(w, i, reg + k, out[k]);
 }
 
-// v_bitop3: each bit by a truth table, whose index has the bit of the first source on top.
+// v_bitop3: any function of three bits, as a table whose index is a's, b's, c's bit. With 16 bits, op_sel picks halves.
+template <int Bits>
 void v_bitop3(Wave& w, I i) {
   const Reader<u32> a(w, i, 1, 0), b(w, i, 2, 1), c(w, i, 3, 2);
-  Lanes out{};
-  for (int l = 0; l < kLanes; ++l)
-    for (int index = 0; index < 8; ++index)
-      if (i.immediate >> index & 1)
-        out[l] |= (index & 4 ? a(l) : ~a(l)) & (index & 2 ? b(l) : ~b(l)) & (index & 1 ? c(l) : ~c(l));
-  write_vgpr(w, i, vgpr(w, i, i.operands[0], kDestination), out);
+  const int reg = vgpr(w, i, i.operands[0], kDestination);
+  constexpr u32 kMask = Bits == 16 ? 0xffff : ~0u;
+  const auto shift = [&](int k) { return Bits == 16 && i.op_sel >> k & 1 ? 16 : 0; };
+  Lanes out;
+  for (int l = 0; l < kLanes; ++l) {
+    const u32 x = a(l) >> shift(0), y = b(l) >> shift(1), z = c(l) >> shift(2);
+    u32 r = 0;
+    for (int k = 0; k < 8; ++k)
+      if (i.bitop3 >> k & 1) r |= (k & 4 ? x : ~x) & (k & 2 ? y : ~y) & (k & 1 ? z : ~z);
+    out[l] = (w.v[reg][l] & ~(kMask << shift(3))) | (r & kMask) << shift(3);
+  }
+  write_vgpr(w, i, reg, out);
 }
 
 int first_active(const Wave& w) { return w.exec() ? __builtin_ctzll(w.exec()) : 0; }
@@ -678,6 +684,19 @@ void v_mfma(Wave& w, I i) {
   if (w.hazards) uses_vgprs(w, i, to, kOut);
   for (int r = 0; r < kOut; ++r)  // the matrix core ignores EXEC
     for (int l = 0; l < kLanes; ++l) w.v[to + r][l] = std::bit_cast<u32>(d[row(r, l)][l % M]);
+}
+
+// v_dot2c_f32_bf16: the destination is the addend.
+void v_dot2c_f32_bf16(Wave& w, I i) {
+  const Reader<u32> a(w, i, 1, 0), b(w, i, 2, 1);
+  const int reg = vgpr(w, i, i.operands[0], kDestination);
+  Lanes out;
+  for (int l = 0; l < kLanes; ++l) {
+    float sum = std::bit_cast<float>(w.v[reg][l]);
+    for (int shift : {0, 16}) sum += Bf16::value(a(l) >> shift & 0xffff) * Bf16::value(b(l) >> shift & 0xffff);
+    out[l] = std::bit_cast<u32>(sum);
+  }
+  write_vgpr(w, i, reg, out);
 }
 
 // ---- LDS.
@@ -826,6 +845,20 @@ void ds_bpermute(Wave& w, I i) {
   issue(w, i, std::move(op));
 }
 
+// The same crossbar with a fixed pattern: within four lanes, or masks on the number of a lane within 32.
+void ds_swizzle(Wave& w, I i) {
+  const Reader<u32> data(w, i, 1, 0);
+  auto op = pending(w, Counter::kLgkm, Pending::kVgprs, i.operands[0].reg, 1);
+  const int pattern = i.immediate;
+  if (pattern >= 0x8100) fault(w, i, "this swizzle is not modelled");
+  for (int l = 0; l < kLanes; ++l) {
+    const int from = pattern >> 15 ? (l & ~3) | (pattern >> (2 * (l & 3)) & 3)
+                                   : (l & 32) | (((l & pattern & 31) | (pattern >> 5 & 31)) ^ (pattern >> 10 & 31));
+    op->data[0][l] = w.active(from) ? data(from) : 0;
+  }
+  issue(w, i, std::move(op));
+}
+
 template <bool Returns, class F, class T>
 struct LdsAtomic {
   static void execute(Wave& w, I i) {
@@ -897,6 +930,28 @@ Addresses buffer_addresses(Wave& w, I i, int vaddr) {
   return a;
 }
 
+// A lane's own memory: vaddr or off, then saddr or off.
+Addresses scratch_addresses(Wave& w, I i, int vaddr, int saddr, u32 bytes) {
+  const u32 each = w.group->launch->kernel->scratch_bytes;
+  const u64 base = reinterpret_cast<u64>(w.group->launch->scratch.data()) + u64{each} * kLanes * w.id;
+  const u32 scalar_offset = i.operands[saddr].kind == Operand::kOff ? 0 : scalar32(w, i, i.operands[saddr]);
+  Lanes zero{};
+  const u32* offset = zero.data();
+  std::unique_ptr<Reader<u32>> reader;
+  if (i.operands[vaddr].kind != Operand::kOff)
+    reader = std::make_unique<Reader<u32>>(w, i, vaddr, 0), offset = reader->lo;
+  Addresses a;
+  a.room.fill(~0u);
+  for (int l = 0; l < kLanes; ++l) {
+    const u64 at = u64{offset[l]} + scalar_offset + static_cast<i64>(i.offset);
+    if (w.active(l) && at + bytes > each)
+      fault(w, i,
+            "scratch address " + std::to_string(at) + " is outside the " + std::to_string(each) + " bytes of a lane");
+    a.at[l] = w.active(l) ? base + u64{each} * l + at : kNowhere;
+  }
+  return a;
+}
+
 void load(Wave& w, I i, const Addresses& a, u32 bytes, Narrow narrow, Pending& op) {
   const u32 dwords = (bytes + 3) / 4;
   for (int l = 0; l < kLanes; ++l) {
@@ -950,6 +1005,14 @@ void global_store(Wave& w, I i) {
   store(w, i, global_addresses(w, i, 0, 2), i.operands[1], Bytes, Shift);
 }
 template <int Bytes, Narrow N = Narrow::kNone>
+void scratch_load(Wave& w, I i) {
+  load_into(w, i, scratch_addresses(w, i, 1, 2, Bytes), Bytes, N, false);
+}
+template <int Bytes, int Shift = 0>
+void scratch_store(Wave& w, I i) {
+  store(w, i, scratch_addresses(w, i, 0, 2, Bytes), i.operands[1], Bytes, Shift);
+}
+template <int Bytes, Narrow N = Narrow::kNone>
 void buffer_load(Wave& w, I i) {
   load_into(w, i, buffer_addresses(w, i, i.lds ? 0 : 1), Bytes, N, i.lds);
 }
@@ -983,6 +1046,27 @@ struct GlobalAtomic {
 template <class F, class T>
 constexpr Opcode global_atomic(T (F::*)(T, T) const) {
   return {&GlobalAtomic<F, T>::execute, Class::kGlobal};
+}
+
+// Data are the new value and, behind it, the one that the old must equal.
+template <class T>
+void global_atomic_cmpswap(Wave& w, I i) {
+  const int vaddr = i.returns ? 1 : 0, words = sizeof(T) / 4;
+  const Addresses a = global_addresses(w, i, vaddr, vaddr + 2);
+  const int data = vgpr(w, i, i.operands[vaddr + 1], 1);
+  if (w.hazards) uses_vgprs(w, i, data, 2 * words);
+  auto op = pending(w, Counter::kVm, i.returns ? Pending::kVgprs : Pending::kNothing, i.returns ? i.operands[0].reg : 0,
+                    words);
+  for (int l = 0; l < kLanes; ++l) {
+    if (a.at[l] == kNowhere) continue;
+    u32 old[words], now[words], expected[words];
+    uint8_t* p = locate(w, i, a.at[l], sizeof(T), true);
+    memcpy(old, p, sizeof(T));
+    for (int k = 0; k < words; ++k)
+      now[k] = w.v[data + k][l], expected[k] = w.v[data + words + k][l], op->data[k][l] = old[k];
+    if (memcmp(old, expected, sizeof(T)) == 0) memcpy(p, now, sizeof(T));
+  }
+  issue(w, i, std::move(op));
 }
 
 // s_load: destination, base, offset (a constant or a register, plus offset:).
@@ -1044,10 +1128,23 @@ constexpr Opcode saving_exec(F) {
           Class::kScalar};
 }
 
-void s_getpc(Wave& w, I i) {
+// A program knows its instructions by their offset in its image.
+u64 next_address(const Wave& w) {
   const Program& program = *w.group->launch->program;
-  const u64 next = program.instructions[w.pc].address;
-  write_scalar64(w, i.operands[0], reinterpret_cast<u64>(program.image.get()) + next);
+  return reinterpret_cast<u64>(program.image.get()) + program.instructions[w.pc].address;
+}
+void jump(Wave& w, I i, u64 address) {
+  const Program& program = *w.group->launch->program;
+  const auto to = program.by_address.find(address - reinterpret_cast<u64>(program.image.get()));
+  if (to == program.by_address.end()) fault(w, i, "jump into nothing");
+  w.pc = to->second;
+}
+void s_getpc(Wave& w, I i) { write_scalar64(w, i.operands[0], next_address(w)); }
+void s_setpc(Wave& w, I i) { jump(w, i, scalar64(w, i, i.operands[0])); }
+void s_swappc(Wave& w, I i) {
+  const u64 to = scalar64(w, i, i.operands[1]);
+  write_scalar64(w, i.operands[0], next_address(w));
+  jump(w, i, to);
 }
 
 void s_trap(Wave& w, I i) { fault(w, i, "the kernel trapped"); }
@@ -1142,6 +1239,8 @@ void add_vector(Table& t) {
       {"v_mul_lo_u32", lanes([](u32 a, u32 b) { return a * b; })},
       {"v_mul_hi_u32", lanes([](u32 a, u32 b) { return static_cast<u32>(u64{a} * b >> 32); })},
       {"v_mul_hi_i32", lanes([](i32 a, i32 b) { return static_cast<i32>(i64{a} * b >> 32); })},
+      {"v_mul_hi_u32_u24",
+       lanes([](u32 a, u32 b) { return static_cast<u32>(u64{a & 0xffffff} * (b & 0xffffff) >> 32); })},
       {"v_mul_u32_u24", lanes([](u32 a, u32 b) { return (a & 0xffffff) * (b & 0xffffff); })},
       {"v_mul_i32_i24", lanes([](u32 a, u32 b) { return static_cast<u32>(low24(a)) * static_cast<u32>(low24(b)); })},
       {"v_mad_u32_u24", lanes([](u32 a, u32 b, u32 c) { return (a & 0xffffff) * (b & 0xffffff) + c; })},
@@ -1175,6 +1274,8 @@ void add_vector(Table& t) {
       {"v_min_f32", lanes([](float a, float b) { return min_number(a, b); })},
       {"v_max3_f32", lanes([](float a, float b, float c) { return max_number(max_number(a, b), c); })},
       {"v_min3_f32", lanes([](float a, float b, float c) { return min_number(min_number(a, b), c); })},
+      {"v_maximum3_f32", lanes([](float a, float b, float c) { return maximum(maximum(a, b), c); })},
+      {"v_minimum3_f32", lanes([](float a, float b, float c) { return minimum(minimum(a, b), c); })},
       {"v_med3_f32", lanes([](float a, float b, float c) {
          if (a != a || b != b || c != c) return min_number(min_number(a, b), c);
          return max_number(min_number(a, b), min_number(max_number(a, b), c));
@@ -1240,31 +1341,36 @@ void add_vector(Table& t) {
                        write_vgpr(w, i, reg, out);
                      },
                      Class::kVector};
-  const std::pair<const char*, void (*)(Wave&, I)> others[] = {{"v_mad_u64_u32", &multiply_add_wide<u32, u64>},
-                                                               {"v_mad_i64_i32", &multiply_add_wide<i32, i64>},
-                                                               {"v_cndmask_b32", &v_cndmask},
-                                                               {"v_div_scale_f32", &v_div_scale},
-                                                               {"v_div_fmas_f32", &v_div_fmas},
-                                                               {"v_pk_mov_b32", &v_pk_mov},
-                                                               {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8},
-                                                               {"v_cvt_scalef32_pk_f32_fp8", &v_cvt_scale_pk_f32_fp8},
-                                                               {"v_bitop3_b32", &v_bitop3},
-                                                               {"v_readfirstlane_b32", &v_readfirstlane},
-                                                               {"v_readlane_b32", &v_readlane},
-                                                               {"v_writelane_b32", &v_writelane},
-                                                               {"v_mbcnt_lo_u32_b32", &v_mbcnt<0>},
-                                                               {"v_mbcnt_hi_u32_b32", &v_mbcnt<1>},
-                                                               {"v_swap_b32", &v_swap},
-                                                               {"v_permlane16_swap_b32", &v_permlane_swap<16>},
-                                                               {"v_permlane32_swap_b32", &v_permlane_swap<32>},
-                                                               {"v_cmp_class_f32", &v_cmp_class},
-                                                               {"v_nop", &nothing}};
+  const std::pair<const char*, void (*)(Wave&, I)> others[] = {
+      {"v_mad_u64_u32", &multiply_add_wide<u32, u64>},
+      {"v_mad_i64_i32", &multiply_add_wide<i32, i64>},
+      {"v_cndmask_b32", &v_cndmask},
+      {"v_div_scale_f32", &v_div_scale},
+      {"v_div_fmas_f32", &v_div_fmas},
+      {"v_pk_mov_b32", &v_pk_mov},
+      {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8},
+      {"v_cvt_scalef32_pk_f32_fp8", &v_cvt_scalef32_pk_f32_fp8},
+      {"v_bitop3_b16", &v_bitop3<16>},
+      {"v_bitop3_b32", &v_bitop3<32>},
+      {"v_dot2c_f32_bf16", &v_dot2c_f32_bf16},
+      {"v_readfirstlane_b32", &v_readfirstlane},
+      {"v_readlane_b32", &v_readlane},
+      {"v_writelane_b32", &v_writelane},
+      {"v_mbcnt_lo_u32_b32", &v_mbcnt<0>},
+      {"v_mbcnt_hi_u32_b32", &v_mbcnt<1>},
+      {"v_swap_b32", &v_swap},
+      {"v_permlane16_swap_b32", &v_permlane_swap<16>},
+      {"v_permlane32_swap_b32", &v_permlane_swap<32>},
+      {"v_cmp_class_f32", &v_cmp_class},
+      {"v_nop", &nothing}};
   for (auto [name, execute] : others) t[name] = {execute, Class::kVector};
   t["v_mfma_f32_16x16x32_fp8_fp8"] = {&v_mfma<Fp8, 16, 32>, Class::kMatrix};
   t["v_mfma_f32_16x16x128_f8f6f4"] = {&v_mfma<Fp8, 16, 128>, Class::kMatrix};
   t["v_mfma_f32_32x32x64_f8f6f4"] = {&v_mfma<Fp8, 32, 64>, Class::kMatrix};
   t["v_mfma_f32_16x16x16_bf16"] = {&v_mfma<Bf16, 16, 16>, Class::kMatrix};
   t["v_mfma_f32_16x16x32_bf16"] = {&v_mfma<Bf16, 16, 32>, Class::kMatrix};
+  t["v_mfma_f32_32x32x8_bf16"] = {&v_mfma<Bf16, 32, 8>, Class::kMatrix};
+  t["v_mfma_f32_32x32x16_bf16"] = {&v_mfma<Bf16, 32, 16>, Class::kMatrix};
   add_comparisons<i32>(t, "i32");
   add_comparisons<u32>(t, "u32");
   add_comparisons<i64>(t, "i64");
@@ -1395,6 +1501,8 @@ void add_scalars(Table& t) {
       {"s_xor_saveexec_b64", saving_exec([](u64 s, u64 e) { return s ^ e; })},
       {"s_andn2_saveexec_b64", saving_exec([](u64 s, u64 e) { return s & ~e; })},
       {"s_getpc_b64", {&s_getpc, Class::kScalar}},
+      {"s_setpc_b64", {&s_setpc, Class::kControl}},
+      {"s_swappc_b64", {&s_swappc, Class::kControl}},
   });
   add_scalar_logic<u32>(t, "b32");
   add_scalar_logic<u64>(t, "b64");
@@ -1458,31 +1566,44 @@ void add_memory(Table& t) {
                                                             {"ds_write2st64_b64", &ds_write2<8, 64>},
                                                             {"ds_read_b64_tr_b8", &ds_read_tr<8>},
                                                             {"ds_read_b64_tr_b16", &ds_read_tr<16>},
-                                                            {"ds_bpermute_b32", &ds_bpermute}};
+                                                            {"ds_bpermute_b32", &ds_bpermute},
+                                                            {"ds_swizzle_b32", &ds_swizzle}};
   for (auto [name, execute] : lds) t[name] = {execute, Class::kLds};
 
-  const std::pair<const char*, std::array<void (*)(Wave&, I), 4>> loads[] = {
-      {"dword", {&global_load<4>, &buffer_load<4>, &global_store<4>, &buffer_store<4>}},
-      {"dwordx2", {&global_load<8>, &buffer_load<8>, &global_store<8>, &buffer_store<8>}},
-      {"dwordx3", {&global_load<12>, &buffer_load<12>, &global_store<12>, &buffer_store<12>}},
-      {"dwordx4", {&global_load<16>, &buffer_load<16>, &global_store<16>, &buffer_store<16>}},
-      {"ubyte", {&global_load<1, Narrow::kU8>, &buffer_load<1, Narrow::kU8>}},
-      {"sbyte", {&global_load<1, Narrow::kI8>, &buffer_load<1, Narrow::kI8>}},
-      {"ushort", {&global_load<2, Narrow::kU16>, &buffer_load<2, Narrow::kU16>}},
-      {"sshort", {&global_load<2, Narrow::kI16>, &buffer_load<2, Narrow::kI16>}},
-      {"ubyte_d16", {&global_load<1, Narrow::kU8Low>, &buffer_load<1, Narrow::kU8Low>}},
-      {"ubyte_d16_hi", {&global_load<1, Narrow::kU8High>, &buffer_load<1, Narrow::kU8High>}},
-      {"sbyte_d16", {&global_load<1, Narrow::kI8Low>, &buffer_load<1, Narrow::kI8Low>}},
-      {"sbyte_d16_hi", {&global_load<1, Narrow::kI8High>, &buffer_load<1, Narrow::kI8High>}},
-      {"short_d16", {&global_load<2, Narrow::kLow>, &buffer_load<2, Narrow::kLow>}},
+  const std::pair<const char*, std::array<void (*)(Wave&, I), 6>> loads[] = {
+      {"dword",
+       {&global_load<4>, &buffer_load<4>, &scratch_load<4>, &global_store<4>, &buffer_store<4>, &scratch_store<4>}},
+      {"dwordx2",
+       {&global_load<8>, &buffer_load<8>, &scratch_load<8>, &global_store<8>, &buffer_store<8>, &scratch_store<8>}},
+      {"dwordx3",
+       {&global_load<12>, &buffer_load<12>, &scratch_load<12>, &global_store<12>, &buffer_store<12>,
+        &scratch_store<12>}},
+      {"dwordx4",
+       {&global_load<16>, &buffer_load<16>, &scratch_load<16>, &global_store<16>, &buffer_store<16>,
+        &scratch_store<16>}},
+      {"ubyte", {&global_load<1, Narrow::kU8>, &buffer_load<1, Narrow::kU8>, &scratch_load<1, Narrow::kU8>}},
+      {"sbyte", {&global_load<1, Narrow::kI8>, &buffer_load<1, Narrow::kI8>, &scratch_load<1, Narrow::kI8>}},
+      {"ushort", {&global_load<2, Narrow::kU16>, &buffer_load<2, Narrow::kU16>, &scratch_load<2, Narrow::kU16>}},
+      {"sshort", {&global_load<2, Narrow::kI16>, &buffer_load<2, Narrow::kI16>, &scratch_load<2, Narrow::kI16>}},
+      {"ubyte_d16",
+       {&global_load<1, Narrow::kU8Low>, &buffer_load<1, Narrow::kU8Low>, &scratch_load<1, Narrow::kU8Low>}},
+      {"ubyte_d16_hi",
+       {&global_load<1, Narrow::kU8High>, &buffer_load<1, Narrow::kU8High>, &scratch_load<1, Narrow::kU8High>}},
+      {"sbyte_d16",
+       {&global_load<1, Narrow::kI8Low>, &buffer_load<1, Narrow::kI8Low>, &scratch_load<1, Narrow::kI8Low>}},
+      {"sbyte_d16_hi",
+       {&global_load<1, Narrow::kI8High>, &buffer_load<1, Narrow::kI8High>, &scratch_load<1, Narrow::kI8High>}},
+      {"short_d16", {&global_load<2, Narrow::kLow>, &buffer_load<2, Narrow::kLow>, &scratch_load<2, Narrow::kLow>}},
       {"short_d16_hi",
-       {&global_load<2, Narrow::kHigh>, &buffer_load<2, Narrow::kHigh>, &global_store<2, 16>, &buffer_store<2, 16>}},
-      {"byte", {nullptr, nullptr, &global_store<1>, &buffer_store<1>}},
-      {"byte_d16_hi", {nullptr, nullptr, &global_store<1, 16>, &buffer_store<1, 16>}},
-      {"short", {nullptr, nullptr, &global_store<2>, &buffer_store<2>}}};
+       {&global_load<2, Narrow::kHigh>, &buffer_load<2, Narrow::kHigh>, &scratch_load<2, Narrow::kHigh>,
+        &global_store<2, 16>, &buffer_store<2, 16>, &scratch_store<2, 16>}},
+      {"byte", {nullptr, nullptr, nullptr, &global_store<1>, &buffer_store<1>, &scratch_store<1>}},
+      {"byte_d16_hi", {nullptr, nullptr, nullptr, &global_store<1, 16>, &buffer_store<1, 16>, &scratch_store<1, 16>}},
+      {"short", {nullptr, nullptr, nullptr, &global_store<2>, &buffer_store<2>, &scratch_store<2>}}};
   for (const auto& [name, execute] : loads) {
-    const char* prefixes[] = {"global_load_", "buffer_load_", "global_store_", "buffer_store_"};
-    for (int k = 0; k < 4; ++k)
+    const char* prefixes[] = {"global_load_",  "buffer_load_",  "scratch_load_",
+                              "global_store_", "buffer_store_", "scratch_store_"};
+    for (int k = 0; k < 6; ++k)
       if (execute[k]) t[std::string(prefixes[k]) + name] = {execute[k], Class::kGlobal};
   }
   t["global_load_lds_dword"] = {&global_load_lds<4>, Class::kGlobal};
@@ -1504,6 +1625,8 @@ void add_memory(Table& t) {
   atomics("smin", [](i32 a, i32 b) { return std::min(a, b); });
   atomics("add_x2", [](u64 a, u64 b) { return a + b; });
   atomics("add_f32", [](float a, float b) { return a + b; });
+  t["global_atomic_cmpswap"] = {&global_atomic_cmpswap<u32>, Class::kGlobal};
+  t["global_atomic_cmpswap_x2"] = {&global_atomic_cmpswap<u64>, Class::kGlobal};
   const auto lds_atomics = [&](const std::string& name, const std::string& type, auto f) {
     using F = decltype(f);
     t["ds_" + name + "_" + type] = lds_atomic<false>(&F::operator());

@@ -244,14 +244,13 @@ void set_scalars(Wave& w, const Launch& launch, const uint32_t at[3], const std:
     w.s[next++] = static_cast<uint32_t>(value >> 32);
   };
   const auto enabled = [&](int bit) { return (k.properties >> bit & 1) != 0; };
-  if (enabled(0))
-    throw Fault("software gfx950: kernel " + k.name + " wants a private segment; scratch is not modelled");
+  if (enabled(0)) throw Fault("software gfx950: kernel " + k.name + " wants a buffer for scratch; gfx950 has none");
   if (enabled(1)) pair(reinterpret_cast<uint64_t>(dispatch.data()));
   if (enabled(2)) pair(0);
   if (enabled(3)) pair(reinterpret_cast<uint64_t>(launch.kernarg.data()));
   if (enabled(4)) pair(0);
-  if (enabled(5) || enabled(6))
-    throw Fault("software gfx950: kernel " + k.name + " wants scratch, which is not modelled");
+  if (enabled(5)) throw Fault("software gfx950: kernel " + k.name + " wants to set up scratch; gfx950 does it itself");
+  if (enabled(6)) w.s[next++] = k.scratch_bytes;
   const int preload = k.preload & 0x7f, first = k.preload >> 7;
   for (int d = 0; d < preload; ++d) memcpy(&w.s[next++], &launch.kernarg[4 * (first + d)], 4);
   next = std::max(next, static_cast<int>(k.rsrc2 >> 1 & 0x1f));
@@ -264,6 +263,7 @@ void run_workgroup(Launch& launch, const uint32_t at[3], const std::vector<uint8
   g.launch = &launch;
   // LDS and registers start as garbage on hardware: 0x7FC1 reads as NaN in fp32 and bf16, so reliance on zeros shows.
   g.lds.assign(launch.kernel->lds_bytes + launch.dynamic_lds_bytes, 0x7f);
+  std::fill(launch.scratch.begin(), launch.scratch.end(), 0x7f);
   const uint32_t threads = launch.block[0] * launch.block[1] * launch.block[2];
   const int waves = static_cast<int>((threads + kLanes - 1) / kLanes);
   if (launch.options.hazards) {
@@ -329,18 +329,23 @@ void run(Launch& launch) {
     put(dispatch, 4 + 2 * d, launch.block[d], 2);
     put(dispatch, 12 + 4 * d, launch.grid[d] * launch.block[d], 4);
   }
+  const uint32_t threads = launch.block[0] * launch.block[1] * launch.block[2];
+  launch.scratch.resize(size_t{threads + kLanes - 1} / kLanes * kLanes * k.scratch_bytes);
   const uint64_t kernarg = reinterpret_cast<uint64_t>(launch.kernarg.data());
+  const uint64_t scratch = reinterpret_cast<uint64_t>(launch.scratch.data());
   const uint64_t packet = reinterpret_cast<uint64_t>(dispatch.data());
   launch.memory->add(kernarg, launch.kernarg.size(), false, false);
   launch.memory->add(packet, dispatch.size(), false, false);
+  launch.memory->add(scratch, launch.scratch.size(), true, false);
   struct Withdraw {
     Launch& l;
-    uint64_t kernarg, packet;
+    uint64_t kernarg, packet, scratch;
     ~Withdraw() {
       l.memory->remove(kernarg, l.kernarg.size());
       l.memory->remove(packet, 64);
+      l.memory->remove(scratch, l.scratch.size());
     }
-  } withdraw{launch, kernarg, packet};
+  } withdraw{launch, kernarg, packet, scratch};
   DenormalMode mode((k.rsrc1 >> 16 & 3) == 0);
   launch.counters.launches++;
   uint32_t at[3];

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <map>
 #include <memory>
@@ -58,11 +59,11 @@ struct Instruction {
   Class kind = Class::kScalar;
   std::vector<Operand> operands;  // destination first, as in the text
   int offset = 0, offset1 = 0;
-  uint16_t immediate = 0;  // SOPP's and SOPK's simm16, from the encoding; v_bitop3's truth table
+  uint16_t immediate = 0;  // SOPP's and SOPK's simm16, from the encoding
   int target = -1;         // index of the instruction that a branch goes to
   uint8_t op_sel = 0, op_sel_hi = 0xff, neg_lo = 0, neg_hi = 0;
   bool lds = false, offen = false, returns = false, clamp = false, nontrivial = false, not_modelled = false;
-  uint8_t gpr_index_mode = 0;
+  uint8_t gpr_index_mode = 0, bitop3 = 0;
   float scale = 1.0f;  // omod
   // DPP: the lane that each lane's first source comes from, -1 where there is none, and the lanes it may write.
   std::shared_ptr<const std::array<int8_t, kLanes>> dpp;
@@ -78,16 +79,25 @@ struct Instruction {
 // A kernel: what its notes say (ffi/rocm/code_object.h), and what its descriptor says.
 struct Kernel : jax_dsv4::rocm::KernelNotes {
   int entry = 0;  // index into Program::instructions
-  uint32_t lds_bytes = 0, rsrc1 = 0, rsrc2 = 0;
+  uint32_t lds_bytes = 0, scratch_bytes = 0, rsrc1 = 0, rsrc2 = 0;
   uint16_t properties = 0, preload = 0;
+};
+
+// A variable of a code object.
+struct Object {
+  uint64_t offset = 0, bytes = 0;
 };
 
 // A loaded code object.
 struct Program {
+  struct Free {
+    void operator()(uint8_t* p) const { free(p); }
+  };
   std::vector<Instruction> instructions;
   std::map<uint64_t, int> by_address;
   std::map<std::string, Kernel> kernels;
-  std::unique_ptr<uint8_t[]> image;  // PT_LOAD segments; code reads its constants here
+  std::map<std::string, Object> objects;
+  std::unique_ptr<uint8_t[], Free> image;  // PT_LOAD segments, on a page's boundary; code reads its constants here
   uint64_t image_bytes = 0;
 };
 
@@ -184,7 +194,8 @@ struct Launch {
   const Kernel* kernel = nullptr;
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1};
   std::vector<uint8_t> kernarg;
-  int dynamic_lds_bytes = 0;  // behind what the kernel declares
+  std::vector<uint8_t> scratch;  // of one workgroup: `scratch_bytes` of the kernel for each lane
+  int dynamic_lds_bytes = 0;     // behind what the kernel declares
   Memory* memory = nullptr;
   Options options;
   Counters counters;

@@ -161,7 +161,10 @@ void parse_modifier(Instruction& i, const std::string& word, const std::string& 
     bank_mask = number(rest);
   else if (name == "bound_ctrl")
     i.bound_ctrl = true;  // printed only when set, as :0 or :1
-  else if (name == "offset" || name == "offset0")
+  else if (name == "bitop3")
+    i.bitop3 = static_cast<uint8_t>(strtol(rest.c_str(), nullptr, 16));
+  else if (name == "offset" && starts_with(rest, "swizzle(")) {  // parse() takes it from the encoding
+  } else if (name == "offset" || name == "offset0")
     i.offset = number(rest);
   else if (name == "offset1")
     i.offset1 = number(rest);
@@ -173,8 +176,6 @@ void parse_modifier(Instruction& i, const std::string& word, const std::string& 
     i.neg_lo = bits_of(bracketed(word));
   else if (name == "neg_hi")
     i.neg_hi = bits_of(bracketed(word));
-  else if (name == "bitop3")
-    i.immediate = static_cast<uint16_t>(number(rest));
   else if (name == "clamp")
     i.clamp = true;
   else if (name == "mul")
@@ -232,7 +233,8 @@ Instruction parse(const std::string& line, uint64_t address, uint32_t encoding) 
   const Opcode* opcode = find_opcode(mnemonic);
   if (!opcode) cannot_read(i.text, "unknown instruction " + mnemonic);
   i.execute = opcode->execute, i.kind = opcode->kind;
-  // The text of SOPP operands (waits, branch targets) is for people; the encoding is unambiguous.
+  // The text of SOPP operands (waits, branch targets) and of swizzles is for people; the encoding is unambiguous.
+  if (mnemonic == "ds_swizzle_b32") i.immediate = encoding & 0xffff;
   if (is_program_control(encoding) || has_immediate_k(encoding)) i.immediate = encoding & 0xffff;
   if (is_program_control(encoding) || space == std::string::npos) return i;
 
@@ -339,7 +341,10 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
     if (segment->p_type == PT_LOAD)
       program->image_bytes = std::max(program->image_bytes, segment->p_vaddr + segment->p_memsz);
   }
-  program->image = std::make_unique<uint8_t[]>(program->image_bytes);
+  constexpr uint64_t kPage = 4096;
+  program->image_bytes = (program->image_bytes + kPage - 1) / kPage * kPage;
+  program->image.reset(static_cast<uint8_t*>(aligned_alloc(kPage, program->image_bytes)));
+  memset(program->image.get(), 0, program->image_bytes);
   for (int k = 0; k < header->e_phnum; ++k) {
     const auto* segment = at<Elf64_Phdr>(elf, size, header->e_phoff + k * sizeof(Elf64_Phdr));
     if (segment->p_type != PT_LOAD || segment->p_filesz == 0) continue;
@@ -359,13 +364,17 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
     for (uint64_t s = 0; s < section->sh_size; s += sizeof(Elf64_Sym)) {
       const auto* symbol = at<Elf64_Sym>(elf, size, section->sh_offset + s);
       const std::string name = at<char>(elf, size, strings->sh_offset + symbol->st_name);
-      if (name.size() < 3 || name.substr(name.size() - 3) != ".kd") continue;
+      if (name.size() < 3 || name.substr(name.size() - 3) != ".kd") {
+        if (ELF64_ST_TYPE(symbol->st_info) == STT_OBJECT) program->objects[name] = {symbol->st_value, symbol->st_size};
+        continue;
+      }
       for (const jax_dsv4::rocm::KernelNotes& described : notes.kernels) {
         if (described.name + ".kd" != name) continue;
         Kernel kernel{described};
         const uint8_t* kd = program->image.get() + symbol->st_value;
         int64_t entry;
         memcpy(&kernel.lds_bytes, kd, 4);
+        memcpy(&kernel.scratch_bytes, kd + 4, 4);
         memcpy(&entry, kd + 16, 8);
         memcpy(&kernel.rsrc1, kd + 48, 4);
         memcpy(&kernel.rsrc2, kd + 52, 4);

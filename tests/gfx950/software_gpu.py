@@ -16,7 +16,7 @@ from compiled import compiled
 
 HERE = pathlib.Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
-SOURCES = (*(HERE / f"{name}.cc" for name in ("memory", "program", "machine", "instructions", "hip")), FFI / "rocm/code_object.cc")
+SOURCES = (*(HERE / f"{name}.cc" for name in ("memory", "program", "machine", "instructions", "hip", "hip_for_xla")), FFI / "rocm/code_object.cc")
 # -ffp-contract=off: a * b + c must round twice unless the instruction is an fma. -Wno-restrict: GCC bug 105651.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-restrict")
 
@@ -44,7 +44,8 @@ def _machine() -> str:
 def library() -> pathlib.Path:
     """libamdhip64.so (15 s to compile)."""
     headers = [*HERE.glob("*.h"), FFI / "rocm/hip.h", FFI / "rocm/code_object.h"]
-    return compiled("libamdhip64", ["g++", *FLAGS, f"-I{FFI}", "-shared"], SOURCES, headers, _machine())
+    command = ["g++", *FLAGS, f"-I{FFI}", "-shared", "-Wl,-soname,libamdhip64.so.7"]
+    return compiled("libamdhip64", command, SOURCES, headers, _machine())
 
 
 class HipError(RuntimeError):

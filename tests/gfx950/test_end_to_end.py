@@ -32,7 +32,7 @@ def test_holes(rocm):
 # ---- Capture: the bridge captures every call, so what is forbidden there has failed already. Here: replay.
 
 
-def test_replay_sees_new_lengths_and_values(rocm, gpu):
+def test_replay_sees_new_lengths_and_values(bridge):
     """A decode loop whose graphs are captured once: the plan is rebuilt in the same buffers for new lengths, the cache grows, and a
     replay answers for what the buffers hold now. (AITER's own metadata pointers go stale when a buffer moves.)"""
     rng = np.random.default_rng(9)
@@ -51,15 +51,15 @@ def test_replay_sees_new_lengths_and_values(rocm, gpu):
 
     loop = jax.jit(lambda cache: jax.lax.scan(step, cache, jnp.arange(steps)))
     _, want = jax.block_until_ready(loop(start))
-    rocm.bridge_replay(1)
+    bridge.bridge_replay(1)
     _, got = jax.block_until_ready(loop(start))
-    assert rocm.bridge_replayed() >= 3 * (steps - 2)  # XLA's buffers settle in the first rounds
+    assert bridge.bridge_replayed() >= 3 * (steps - 2)  # XLA's buffers settle in the first rounds
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 @pytest.mark.parametrize("planner", ["AITER's", "own"])
-def test_nothing_forbidden_under_capture(rocm, gpu, monkeypatch, planner):
+def test_nothing_forbidden_under_capture(bridge, gpu, monkeypatch, planner):
     """Every handler: nothing is launched but under capture, and nothing refused there. What may not be part of a graph is refused:
     test_hip.py."""
     if planner == "own":
@@ -95,10 +95,10 @@ def test_our_kernels_wait_for_their_data(rocm, gpu):
     assert not [h for h in hazards if "mla_a8w8" not in h]
 
 
-def test_buffers_may_move(rocm):
+def test_buffers_may_move(bridge):
     """The same program on other buffers, graphs kept by address: no address of one call is used in another."""
     rng = np.random.default_rng(11)
-    rocm.bridge_replay(1)
+    bridge.bridge_replay(1)
     kept = []  # so that every round has buffers of its own
     for _ in range(3):
         cache = make_cache(rng, 50)

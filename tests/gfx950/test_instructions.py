@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import software_gpu
 
-F8 = ml_dtypes.float8_e4m3fn
+F8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 LANES = np.arange(64, dtype=np.uint32)
 
 
@@ -19,8 +19,10 @@ def registers(matrix, per_lane, rows):
     ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32, F8),
     ("v_mfma_f32_16x16x128_f8f6f4", 16, 128, F8),
     ("v_mfma_f32_32x32x64_f8f6f4", 32, 64, F8),
-    ("v_mfma_f32_16x16x16_bf16", 16, 16, ml_dtypes.bfloat16),
-    ("v_mfma_f32_16x16x32_bf16", 16, 32, ml_dtypes.bfloat16),
+    ("v_mfma_f32_16x16x16_bf16", 16, 16, BF16),
+    ("v_mfma_f32_32x32x8_bf16", 32, 8, BF16),
+    ("v_mfma_f32_32x32x16_bf16", 32, 16, BF16),
+    ("v_mfma_f32_16x16x32_bf16", 16, 32, BF16),
 ])  # fmt: skip
 def test_matrix_layout(assembler, name, m, k, dtype):
     rng = np.random.default_rng(0)
@@ -273,6 +275,143 @@ def test_hazard_mode_sees_lds_races(gpu, assembler):
         assembler(body.format(guard=guard), inputs, waves=2)
         hazards = gpu.hazards()
         assert (found in hazards[0]) if found else not hazards
+
+
+def test_any_function_of_three_bits(assembler):
+    """bitop3's table is indexed by the bits of the first, second and third source. With 16 bits, op_sel picks halves; the other stays."""
+    a, b, c = np.random.default_rng(7).integers(0, 2**32, (3, 64), dtype=np.uint32)
+    body = """v_bitop3_b32 v40, v10, v11, v12 bitop3:0xca
+      v_mov_b32 v41, 0x11223344
+      v_bitop3_b16 v41, v10, v11, v12 bitop3:0x34 op_sel:[1,0,0,1]
+      v_bitop3_b16 v42, v10, v11, v12 bitop3:0x34"""
+    chosen, high, low = assembler(body, [a, b, c], 3)
+    np.testing.assert_array_equal(chosen, (a & b) | (~a & c))
+
+    def table(a, b, c):
+        return sum((0x34 >> (4 * (a >> k & 1) + 2 * (b >> k & 1) + (c >> k & 1)) & 1) << k for k in range(16))
+
+    np.testing.assert_array_equal(high, table(a >> 16, b, c) << 16 | 0x3344)
+    np.testing.assert_array_equal(low & 0xFFFF, table(a, b, c))
+
+
+@pytest.mark.parametrize(("pattern", "source"), [
+    ("swizzle(QUAD_PERM, 3, 0, 2, 1)", lambda lane: (lane & ~3) | [3, 0, 2, 1][lane & 3]),
+    ("swizzle(SWAP, 16)", lambda lane: lane ^ 16),
+    ("swizzle(BROADCAST, 8, 5)", lambda lane: (lane & ~7) | 5),
+    ("swizzle(REVERSE, 32)", lambda lane: lane ^ 31),
+])  # fmt: skip
+def test_swizzle(assembler, pattern, source):
+    (out,) = assembler(f"ds_swizzle_b32 v40, v10 offset:{pattern}\n s_waitcnt lgkmcnt(0)", [LANES + 7])
+    np.testing.assert_array_equal(out, [source(lane) + 7 for lane in range(64)])
+
+
+def test_largest_with_nan(assembler):
+    """maximum3 and minimum3: a NaN wins, and +0 is above -0."""
+    x, y = np.where(LANES % 3 == 0, np.nan, LANES).astype(np.float32), np.full(64, 5, np.float32)
+    zeros = np.where(LANES % 2, 0.0, -0.0).astype(np.float32)
+    body = """v_maximum3_f32 v40, v10, v11, v11
+      v_minimum3_f32 v41, v10, v11, v11
+      v_maximum3_f32 v42, v12, 0, 0
+      v_minimum3_f32 v43, v12, 0, 0"""
+    largest, smallest, largest_zero, smallest_zero = assembler(body, [x, y, zeros], 4).view(np.float32)
+    np.testing.assert_array_equal(largest, np.maximum(x, y))
+    np.testing.assert_array_equal(smallest, np.minimum(x, y))
+    assert not np.signbit(largest_zero).any()
+    np.testing.assert_array_equal(np.signbit(smallest_zero), np.signbit(zeros))
+
+
+def test_dot_product_of_bf16_pairs(assembler):
+    x, y = np.random.default_rng(8).integers(-8, 9, (2, 64, 2)).astype(BF16)
+    packed = [np.ascontiguousarray(pair).view(np.uint32).ravel() for pair in (x, y)]
+    (out,) = assembler("v_mov_b32 v40, 2.0\n v_dot2c_f32_bf16 v40, v10, v11", packed)
+    np.testing.assert_array_equal(out.view(np.float32), 2 + (x.astype(np.float32) * y.astype(np.float32)).sum(-1))
+
+
+def test_conversion_from_fp8_with_a_scale(assembler):
+    """Of the half that op_sel names, times the power of two in the scale's exponent; its mantissa does not count."""
+    codes = np.random.default_rng(9).integers(0, 0x7F, (64, 4)).astype(np.uint8)
+    body = "v_cvt_scalef32_pk_f32_fp8 v[40:41], v10, v12\n v_cvt_scalef32_pk_f32_fp8 v[42:43], v10, v11 op_sel:[1,0,0]"
+    out = assembler(body, [codes.view(np.uint32).ravel(), *np.full((2, 64), [[0.25], [1.5]], np.float32)], 4).view(np.float32)
+    values = codes.view(F8).astype(np.float32)
+    np.testing.assert_array_equal(out.T, values * np.float32([1, 1, 0.25, 0.25]))
+
+
+def test_high_product_of_24_bits(assembler):
+    a, b = np.random.default_rng(10).integers(0, 2**32, (2, 64), dtype=np.uint32)
+    (out,) = assembler("v_mul_hi_u32_u24 v40, v10, v11", [a, b])
+    np.testing.assert_array_equal(out, (a & 0xFFFFFF).astype(np.uint64) * (b & 0xFFFFFF) >> 32)
+
+
+@pytest.mark.parametrize("suffix", ["", "_x2"])
+def test_compare_and_swap(assembler, suffix):
+    """The lanes that expect what is there store their number; all see what was there before."""
+    wide = bool(suffix)
+    data, old = ("v[20:23]", "v[40:41]") if wide else ("v[20:21]", "v40")
+    body = f"""v_lshlrev_b32 v3, 3, v0
+      v_mov_b32 v24, 7
+      v_mov_b32 v25, 9
+      global_store_dwordx2 v3, v[24:25], s[6:7]
+      s_waitcnt vmcnt(0)
+      v_add_u32 v20, 100, v0
+      v_mov_b32 v21, {"0" if wide else "v10"}
+      v_mov_b32 v22, v10
+      v_mov_b32 v23, 9
+      global_atomic_cmpswap{suffix} {old}, v3, {data}, s[6:7] sc0
+      s_waitcnt vmcnt(0)
+      global_load_dwordx2 v[42:43], v3, s[6:7]
+      s_waitcnt vmcnt(0)"""
+    expects = np.where(LANES % 2, 7, 8).astype(np.uint32)
+    before, _, now, now_high = assembler(body, [expects], 4)
+    assert (before == 7).all()
+    np.testing.assert_array_equal(now, np.where(expects == 7, LANES + 100, 7))
+    np.testing.assert_array_equal(now_high, np.where((expects == 7) & wide, 0, 9))
+
+
+def test_calls(assembler):
+    """s_swappc jumps and leaves the return address, to which s_setpc goes."""
+    body = """s_getpc_b64 s[20:21]
+    base:
+      s_add_u32 s20, s20, function-base
+      s_addc_u32 s21, s21, 0
+      s_swappc_b64 s[30:31], s[20:21]
+      v_mov_b32 v41, 2
+      s_branch done
+    function:
+      v_mov_b32 v40, 1
+      s_setpc_b64 s[30:31]
+    done:"""
+    first, second = assembler(body, outputs=2)
+    assert (first == 1).all()
+    assert (second == 2).all()
+
+
+def test_scratch(gpu, assembler):
+    """Arrays of each work-item's own that are too large for registers, of words and of bytes."""
+    source = """
+    extern "C" __attribute__((global, amdgpu_flat_work_group_size(128, 128))) void f(const int* x, int* out) {
+      const int t = __builtin_amdgcn_workgroup_id_x() * 128 + __builtin_amdgcn_workitem_id_x();
+      int own[300];
+      unsigned char bytes[300];
+      for (int k = 0; k < 300; ++k) own[(k * 7 + t) % 300] = x[t] + k, bytes[(k * 11 + t) % 300] = x[t] * k;
+      int sum = 0;
+      for (int k = 0; k < 300; ++k) sum += (k + 1) * own[(x[t] + k) % 300] + bytes[k];
+      out[t] = sum;
+    }"""
+    t = np.arange(256)
+    x = np.random.default_rng(11).integers(0, 100, 256).astype(np.int32)
+    a, b = gpu.array(x), gpu.array(np.zeros(256, np.int32))
+    code = software_gpu.compile_hip(source)
+    assert gpu.not_modelled(code) == []
+    gpu.launch(gpu.function(code, "f"), 2, 128, np.uint64([a.pointer, b.pointer]).tobytes())
+    own, stored = np.zeros((2, 300, 256), np.int32)
+    for k in range(300):
+        own[(k * 7 + t) % 300, t], stored[(k * 11 + t) % 300, t] = x + k, x * k % 256
+    np.testing.assert_array_equal(b.read(), sum((k + 1) * own[(x + k) % 300, t] + stored[k] for k in range(300)))
+
+
+def test_scratch_bounds(assembler):
+    with pytest.raises(software_gpu.HipError, match="scratch address 0 is outside the 0 bytes of a lane"):
+        assembler("scratch_load_dword v40, off, off")
 
 
 @pytest.mark.parametrize(("body", "message"), [
