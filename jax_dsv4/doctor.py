@@ -43,7 +43,8 @@ LSE_ERROR = 0.05
 WINDOW, EXTRA = (0, 1, 100, 128), (512, 64, 17, 1)
 RUNS = 5  # must agree to the bit
 SECONDS = 1.0
-WIDTH, INDENT = 110, 15
+WIDTH, INDENT = 110, 20
+NAME_WIDTH = max(map(len, REGISTRY)) + 1
 
 
 def versions() -> dict[str, str]:
@@ -180,7 +181,7 @@ def print_report(report: dict[str, Any]) -> None:
     entry("devices", ", ".join(f"{n} x {name}" for name, n in Counter(report["devices"]).items()) or "none")
     for name, found in report["implementations"].items():
         state = "yes" if found["available"] else "MISSING" if found["missing"] else "no"
-        entry(f"{name:7}{state}", found["detail"])
+        entry(f"{name:{NAME_WIDTH}}{state}", found["detail"])
         for test in found["self_tests"]:
             entry("", verdict(test))
     for fact in report["rocm"]:

@@ -64,4 +64,4 @@ def test_an_exception_fails(monkeypatch, capsys):
 def test_a_device_without_its_implementation_fails(monkeypatch, capsys):
     monkeypatch.setattr(REGISTRY["cpu"], "availability", lambda: Availability(False, "it was not built (a command)"))
     assert doctor.main([]) == 1
-    assert "cpu    MISSING it was not built (a command)" in capsys.readouterr().out
+    assert "cpu         MISSING it was not built (a command)" in capsys.readouterr().out
