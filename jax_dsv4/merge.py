@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,7 +41,8 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array], *, empty_
 
 
 def merge_parts(outs: Sequence[jax.Array], lses: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-    top = jnp.max(jnp.stack([lse.astype(jnp.float32) for lse in lses]), axis=0)
+    # Not jnp.max over them as one array: XLA's loses NaN in large ones on a CPU, and the row would pass for empty.
+    top = functools.reduce(jnp.maximum, [lse.astype(jnp.float32) for lse in lses])
     first, *others = (_weighed(out, lse, top) for out, lse in zip(outs, lses))
     out, total = first
     for other_out, weight in others:

@@ -118,3 +118,15 @@ def test_equals_the_fused_op(name: str) -> None:
     (out, lse), (fused_out, fused_lse) = both_ways(p.q.astype(jnp.float32), p.swa, p.extra, p.attn_sink)
     assert_close("lse", lse, np.asarray(fused_lse, np.float64), LSE)
     assert_close("out", out, np.asarray(fused_out, np.float64), OUT_FLOAT32)
+
+
+@pytest.mark.parametrize("rows", [1, 130])
+def test_nan_in_a_part_is_nan_in_both(rows: int) -> None:
+    """Not zeros and -inf, whatever the size and whichever part."""
+    outs = [jnp.full((rows, 64, 8), value, jnp.float32) for value in (jnp.nan, 1.0)]
+    lses = [jnp.full((rows, 64), value, jnp.float32) for value in (jnp.nan, -1.25)]
+    for order in (slice(None), slice(None, None, -1)):
+        for merge in (dsv4.merge_scopes, jax.jit(dsv4.merge_scopes)):
+            out, lse = merge(outs[order], lses[order])
+            assert jnp.isnan(out).all()
+            assert jnp.isnan(lse).all()
