@@ -17,7 +17,8 @@ import jax
 from jax_dsv4 import _checks
 
 TARGETS = ("dsv4_plan", "dsv4_decode", "dsv4_append")
-AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append", "dsv4_aiter_gluon_decode")
+AITER_TARGETS = ("dsv4_aiter_plan", "dsv4_aiter_metadata_plan", "dsv4_aiter_decode", "dsv4_aiter_append")
+GLUON_TARGETS = ("dsv4_aiter_gluon_decode", "dsv4_packed_append")
 # The CPU kernels' instruction sets, in ascending order (ffi/cpu/choose.h).
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -72,7 +73,7 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
         directories = aiter_directory(), path.parent, aiter_plan_builder()
         library.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in directories))
         library.dsv4_rocm_gluon_directory(os.fsencode(gluon_directory()))
-    for target in AITER_TARGETS if platform == "ROCM" else TARGETS:
+    for target in AITER_TARGETS + GLUON_TARGETS if platform == "ROCM" else TARGETS:
         stages = {"execute": jax.ffi.pycapsule(getattr(library, target))}
         for initialize in (f"{target}_initialize", "dsv4_initialize"):  # what must not happen while a graph is captured
             if hasattr(library, initialize):

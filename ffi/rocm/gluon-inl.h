@@ -1,4 +1,4 @@
-// Our own kernels around AITER's Gluon kernel. A part of kernels.hip.
+// Our own kernels around AITER's Gluon kernel, and of its layout. A part of kernels.hip.
 
 namespace jax_dsv4::rocm {
 
@@ -88,6 +88,39 @@ JAX_DSV4_KERNEL void dsv4_combine_splits(GluonDecodeParams p) {
   for (float& value : sum.values) value *= inverse;
   store_four(p.out, p.out_dtype, static_cast<int64_t>(row) * kLatentDim + 4 * t, sum);
   if (t == 0) p.lse[row] = empty ? -infinity() : (top + __builtin_amdgcn_logf(total)) * kLn2;
+}
+
+// ---- Append: one wave per latent, eight numbers a lane.
+
+JAX_DSV4_KERNEL void dsv4_append_packed(AppendParams p) {
+  constexpr uint32_t kLanesPerTile = kScaleTile / 8, kRopeLane = kScaleTiles * kLanesPerTile;
+  const uint32_t lane = thread_id() % kWave;
+  const int64_t row = group_id(kWave);
+  if (row >= p.count) return;
+  const int32_t slot = p.slots[row], block_size = p.cache.block_size;
+  if (slot < 0 || slot / block_size >= p.cache.num_blocks || superseded(p.slots, p.count, row)) return;
+  const Eight eight = load_eight(p.latents, p.dtype, row * kWave + lane);
+  float top = 0;  // a NaN stays below
+  for (float value : eight.values) {
+    const float magnitude = __builtin_fabsf(value);
+    if (magnitude > top) top = magnitude;
+  }
+  const uint8_t scale = ue8m0_scale_of(max_over_wave(top, kLanesPerTile));
+  const float inverse = ue8m0_to_float(static_cast<uint8_t>(254 - scale));  // 2^-k exactly, subnormal included
+  uint8_t* block = p.data_out + slot / block_size * p.cache.block_stride_bytes;
+  uint8_t* data = block + static_cast<int64_t>(slot % block_size) * kPackedRowBytes;
+  uint8_t* scales = block + static_cast<int64_t>(block_size) * kPackedRowBytes + slot % block_size * kPackedScaleBytes;
+  // A block is aligned to two bytes.
+  if (lane < kRopeLane) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(data + 8 * lane);
+    for (int k = 0; k < 4; ++k) {
+      to[k] = float_to_e4m3(eight.values[2 * k] * inverse) | float_to_e4m3(eight.values[2 * k + 1] * inverse) << 8;
+    }
+  } else {
+    uint16_t* to = reinterpret_cast<uint16_t*>(data + kNopeDim) + 8 * (lane - kRopeLane);
+    for (int k = 0; k < 8; ++k) to[k] = float_to_bf16(eight.values[k]);
+  }
+  if (lane % kLanesPerTile == 0) scales[lane / kLanesPerTile] = lane < kRopeLane ? scale : 0;  // the eighth is padding
 }
 
 }  // namespace jax_dsv4::rocm

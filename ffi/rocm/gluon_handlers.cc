@@ -1,5 +1,6 @@
-// XLA FFI handlers around AITER's Gluon kernel, which reads layout fp8_ds_mla: bind, check, enqueue on XLA's stream.
-// jax_dsv4/_implementations/aiter_gluon.py states the same operands. Modules are loaded in the initialize stage.
+// XLA FFI handlers on ROCm for layout fp8_ds_mla, which AITER's Gluon kernel reads: bind, check, enqueue on XLA's
+// stream. jax_dsv4/_implementations/aiter_gluon.py states the same operands. Modules are loaded in the initialize
+// stage.
 #include <cstring>
 #include <string>
 
@@ -10,6 +11,8 @@
 
 namespace jax_dsv4::rocm {
 namespace {
+
+// ---- dsv4_aiter_gluon_decode.
 
 constexpr const char* kOp = "sparse_mla_decode";
 
@@ -112,10 +115,34 @@ ffi::Error decode_gluon(const GluonOperands& o, hip::Stream stream, int32_t devi
   return error.success() ? status(kOp, enqueue_gluon_decode(device, stream, *kernel, p, o.tokens_per_launch)) : error;
 }
 
+// ---- dsv4_packed_append: the operands of dsv4_append.
+
+ffi::Error initialize_append(const AppendOperands&, int32_t device) {
+  return status("append", load_modules(device, nullptr));
+}
+
+ffi::Error append_rows(const AppendOperands& o, hip::Stream stream, int32_t device) {
+  AppendParams p{};
+  const ffi::Error error = fill_append_params(o, &p);
+  if (!error.success()) return error;
+  Checker check("append");
+  check.require(p.cache.layout == Layout::kFp8DsMla, "cache.layout", "be fp8_ds_mla", std::to_string(o.layout));
+  check.require(p.cache.block_stride_bytes % 2 == 0, "cache's block stride", "be even",
+                std::to_string(p.cache.block_stride_bytes));
+  if (!check.ok()) return check.error();
+  const std::string copied = copy_unless_aliased(o.cache, p.data_out, stream);
+  return status("append", copied.empty() ? enqueue_packed_append(device, stream, p) : copied);
+}
+
+auto on_device() { return ffi::Ffi::BindInitialize().Ctx<ffi::DeviceOrdinal>(); }
+
 }  // namespace
 
-JAX_DSV4_TARGET(dsv4_aiter_gluon_decode_initialize, taking_struct(initialize_gluon),
-                gluon_binding(ffi::Ffi::BindInitialize().Ctx<ffi::DeviceOrdinal>()), {kCapturable})
+JAX_DSV4_TARGET(dsv4_packed_append_initialize, taking_struct(initialize_append), append_binding(on_device()),
+                {kCapturable})
+JAX_DSV4_TARGET(dsv4_packed_append, taking_struct(append_rows), append_binding(on_stream()), {kCapturable})
+JAX_DSV4_TARGET(dsv4_aiter_gluon_decode_initialize, taking_struct(initialize_gluon), gluon_binding(on_device()),
+                {kCapturable})
 JAX_DSV4_TARGET(dsv4_aiter_gluon_decode, taking_struct(decode_gluon), gluon_binding(on_stream()), {kCapturable})
 
 // The directory of compiled variants. To be called first, once.

@@ -242,14 +242,8 @@ ffi::Error append_rows(const PoolAppendOperands& o, hip::Stream stream, int32_t 
   p.pool = data_of<uint8_t>(o.updated);
   p.block_size = o.block_size;
   p.cache_scale = o.cache_scale;
-  std::string reason;
-  const hip::Api* api = hip::api(&reason);
-  if (!api) return status("append", reason);
-  if (p.pool != o.pool.untyped_data() &&
-      api->MemcpyAsync(p.pool, o.pool.untyped_data(), o.pool.size_bytes(), hip::kMemcpyDeviceToDevice, stream)) {
-    return status("append", "hipMemcpyAsync failed");
-  }
-  return status("append", enqueue_append(device, stream, p));
+  const std::string error = copy_unless_aliased(o.pool, p.pool, stream);
+  return status("append", error.empty() ? enqueue_append(device, stream, p) : error);
 }
 
 // An initializer takes the operands as they are.

@@ -86,6 +86,16 @@ __device__ void store_row(uint8_t* to, uint32_t lane, const void* data, Dtype dt
   if (lane < (kRowBytes - kLatentDim) / 8) words[kWave + lane] = 0;
 }
 
+// Whether a later row goes to the same slot: of equal slots the last row wins, whatever the order in which waves run.
+__device__ bool superseded(const int32_t* slots, int64_t count, int64_t row) {
+  const int lane = thread_id() % kWave;
+  for (int64_t first = row + 1; first < count; first += kWave) {
+    const bool again = first + lane < count && slots[first + lane] == slots[row];
+    if (__builtin_amdgcn_ballot_w64(again)) return true;
+  }
+  return false;
+}
+
 // The sum over a workgroup, in a fixed order.
 __device__ int64_t sum_over_threads(int64_t value) {
   __shared__ int64_t partial[kThreads];
@@ -101,10 +111,10 @@ __device__ int64_t sum_over_threads(int64_t value) {
   return sum;
 }
 
-// The largest value in a wave.
-__device__ float max_over_wave(float value) {
+// The largest value in a wave, or in every so many lanes of it.
+__device__ float max_over_wave(float value, int lanes = kWave) {
   const int lane = thread_id() % kWave;
-  for (int step = 1; step < kWave; step <<= 1) {
+  for (int step = 1; step < lanes; step <<= 1) {
     const int other = __builtin_amdgcn_ds_bpermute(4 * (lane ^ step), __builtin_bit_cast(int, value));
     const float theirs = __builtin_bit_cast(float, other);
     value = theirs > value ? theirs : value;
@@ -362,12 +372,7 @@ JAX_DSV4_KERNEL void dsv4_append_fp8(AppendFp8Params p) {
   const int64_t row = group_id(kWave);
   if (row >= p.count) return;
   const int32_t slot = p.slots[row];
-  if (slot < 0 || slot >= p.num_slots) return;
-  // Of equal slots the last row wins, whatever the order in which waves run.
-  for (int64_t first = row + 1; first < p.count; first += kWave) {
-    const bool again = first + lane < p.count && p.slots[first + lane] == slot;
-    if (__builtin_amdgcn_ballot_w64(again)) return;
-  }
+  if (slot < 0 || slot >= p.num_slots || superseded(p.slots, p.count, row)) return;
   uint8_t* to = p.pool + (static_cast<int64_t>(slot) + kZeroBlocks * p.block_size) * kRowBytes;
   store_row(to, lane, p.latents, p.dtype, row, 1 / p.cache_scale);
 }

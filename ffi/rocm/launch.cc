@@ -30,12 +30,13 @@ enum Own : int {
   kCountSlots,
   kGatherSlots,
   kCombineSplits,
+  kAppendPacked,
   kOwnCount
 };
-constexpr const char* kOwnNames[kOwnCount] = {"dsv4_plan",        "dsv4_metadata_inputs", "dsv4_metadata_finish",
-                                              "dsv4_amax",        "dsv4_pack_q",          "dsv4_pack_slots",
-                                              "dsv4_check_items", "dsv4_combine",         "dsv4_append_fp8",
-                                              "dsv4_count_slots", "dsv4_gather_slots",    "dsv4_combine_splits"};
+constexpr const char* kOwnNames[kOwnCount] = {
+    "dsv4_plan",         "dsv4_metadata_inputs", "dsv4_metadata_finish", "dsv4_amax",       "dsv4_pack_q",
+    "dsv4_pack_slots",   "dsv4_check_items",     "dsv4_combine",         "dsv4_append_fp8", "dsv4_count_slots",
+    "dsv4_gather_slots", "dsv4_combine_splits",  "dsv4_append_packed"};
 
 struct Device {
   hip::Function own[kOwnCount] = {};
@@ -317,6 +318,12 @@ std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params
   const std::string error = loaded(device, nullptr, &own, nullptr);
   if (!error.empty()) return error;
   return launch(own, kAppend, blocks_of(p.count, kWave), stream, p);
+}
+
+std::string enqueue_packed_append(int device, hip::Stream stream, const AppendParams& p) {
+  std::vector<hip::Function> own;
+  const std::string error = loaded(device, nullptr, &own, nullptr);
+  return error.empty() ? launch(own, kAppendPacked, blocks_of(p.count, kWave), stream, p) : error;
 }
 
 std::string enqueue_gluon_decode(int device, hip::Stream stream, const GluonKernel& kernel, const GluonDecodeParams& p,

@@ -42,6 +42,8 @@ std::string enqueue_gluon_decode(int device, hip::Stream stream, const GluonKern
 // tell whether command buffers are in use.
 void decode_calls(int64_t* calls);
 std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params& p);
+// To layout fp8_ds_mla, blocks at even addresses.
+std::string enqueue_packed_append(int device, hip::Stream stream, const AppendParams& p);
 
 }  // namespace jax_dsv4::rocm
 

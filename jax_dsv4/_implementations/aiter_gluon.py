@@ -20,7 +20,7 @@ from jax_dsv4 import _ffi, _gluon
 from jax_dsv4 import cache as kv
 from jax_dsv4._gluon import Variant
 from jax_dsv4._implementations.interface import Availability, KernelCall
-from jax_dsv4._implementations.native import absent_scope
+from jax_dsv4._implementations.native import absent_scope, append_call
 
 TILE = 64  # keys that the kernel works on at a time
 HEADS = 16  # that a workgroup works on
@@ -115,7 +115,7 @@ class _AITERGluon:
         return out, lse
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        return kv.write_rows(cache, latents, slots)
+        return append_call(cache, latents, slots, target="dsv4_packed_append")
 
 
 def variant_for(call: KernelCall) -> Variant:

@@ -60,9 +60,9 @@ def decode_call(call: KernelCall, workspaces: Sequence[jax.ShapeDtypeStruct]) ->
     return out, lse
 
 
-def append_call(cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-    """The target dsv4_append, in place where XLA can."""
-    call = jax.ffi.ffi_call("dsv4_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
+def append_call(cache: kv.KVCache, latents: jax.Array, slots: jax.Array, target: str = "dsv4_append") -> jax.Array:
+    """An append's target, in place where XLA can."""
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
     updated: jax.Array = call(
         *(cache.data, latents, slots),
         block_size=np.int32(cache.block_size),

@@ -11,7 +11,7 @@ from compiled import compiled
 
 HERE = pathlib.Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
-TARGETS = ("plan", "metadata_plan", "decode", "append", "gluon_decode")
+TARGETS = ("aiter_plan", "aiter_metadata_plan", "aiter_decode", "aiter_append", "aiter_gluon_decode", "packed_append")
 
 
 def load_handlers(library: pathlib.Path, copy: pathlib.Path, hsa, own, builder=None) -> ctypes.CDLL:
@@ -36,7 +36,7 @@ def load() -> ctypes.CDLL:
 @functools.cache
 def register() -> None:
     for name in TARGETS:
-        jax.ffi.register_ffi_target(f"dsv4_aiter_{name}", jax.ffi.pycapsule(getattr(load(), f"on_cpu_{name}")), platform="cpu")
+        jax.ffi.register_ffi_target(f"dsv4_{name}", jax.ffi.pycapsule(getattr(load(), f"on_cpu_{name}")), platform="cpu")
 
 
 def connect(handlers: pathlib.Path, gpu_library: pathlib.Path) -> ctypes.CDLL:

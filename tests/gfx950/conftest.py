@@ -95,22 +95,18 @@ def bridge(gpu, bridge_handlers, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def shared_gluon(rocm_library, tmp_path_factory):
+def shared_packed(rocm_library, tmp_path_factory):
     """The ROCm handlers without AITER's assembly kernels, and with the variants of its Gluon kernel in a folder that is kept."""
-    if reason := gluon.missing():
-        pytest.skip(reason)
-    copy = tmp_path_factory.mktemp("gluon") / "libdsv4_rocm.so"
+    copy = tmp_path_factory.mktemp("packed") / "libdsv4_rocm.so"
     handlers = xla_bridge.load_handlers(rocm_library, copy, None, rocm_library.parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DSV4_CACHE_DIR", str(gluon.CACHE))
-        handlers.dsv4_rocm_gluon_directory(os.fsencode(_ffi.gluon_directory()))
+    handlers.dsv4_rocm_gluon_directory(os.fsencode(gluon.CACHE / _ffi.gluon_directory().name))
     return handlers, copy
 
 
 @pytest.fixture
-def on_gluon(gpu, shared_gluon, monkeypatch):
+def packed(gpu, shared_packed, monkeypatch):
     """`implementation="aiter_gluon"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
-    handlers, path = shared_gluon
+    handlers, path = shared_packed
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(gluon.CACHE))
     monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
     monkeypatch.setenv("GFX950_UNITS", "8")
@@ -123,6 +119,14 @@ def on_gluon(gpu, shared_gluon, monkeypatch):
     connected.bridge_replay(0)
     aiter_gluon.describe_device.cache_clear()
     jax.clear_caches()  # programs keep the variant that they were traced for
+
+
+@pytest.fixture
+def on_gluon(packed):
+    """The same, where AITER's kernel can be compiled."""
+    if reason := gluon.missing():
+        pytest.skip(reason)
+    return packed
 
 
 @pytest.fixture

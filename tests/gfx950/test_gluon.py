@@ -5,6 +5,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import subprocess
 import sys
 from typing import ClassVar
@@ -18,7 +19,7 @@ from compare import OUT_BF16, Answer, Tolerance, assert_answer, assert_same_bits
 from conformance import Conformance
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi, _gluon, build_aiter, reference
+from jax_dsv4 import _ffi, _gluon, build_aiter, doctor, reference
 from jax_dsv4._implementations import aiter_gluon
 
 
@@ -191,19 +192,56 @@ def test_all_kernels_wait_for_their_data(on_gluon, gpu):
     assert gpu.hazards() == []
 
 
+# ---- Append.
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**120])
+def test_append_writes_the_bytes_of_plain_jax(a_variant, dtype, scale):
+    """Every magnitude, zeros of both signs, subnormals, saturation, infinities, NaNs; blocks aligned to two bytes."""
+    rng = np.random.default_rng(10)
+    rows = scale * rng.normal(size=(12, 512)) * np.exp(3 * rng.normal(size=(12, 1)))
+    corners = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 1e-38, 3e38, -3e38, 1.0]
+    rows[0], rows[1], rows[2], rows[3] = 0, np.inf, -np.inf, np.nan
+    for tile in range(8):
+        rows[4 + tile % 2, 64 * tile : 64 * tile + len(corners)] = corners
+    latents = jnp.asarray(np.clip(rows, -3e38, 3e38, where=np.isfinite(rows), out=rows).astype(np.float32), dtype)
+    cache = dsv4.KVCache.create(3, 5, block_stride_bytes=5 * 584 + 2)
+    ours, plain = (dsv4.append(cache, latents, jnp.arange(12, dtype=jnp.int32), implementation=i) for i in ("aiter_gluon", "xla"))
+    np.testing.assert_array_equal(ours.data, plain.data)
+
+
+def test_append_slots(a_variant):
+    """Slots outside the cache are passed over, of equal ones the last counts."""
+    rng = np.random.default_rng(11)
+    slots = rng.integers(0, 32, 200)
+    slots[rng.random(200) < 0.3] = -1
+    slots[[3, 50, 77, 199]] = [32, 2**31 - 1, -(2**31), 40]
+    latents = jnp.asarray(rng.normal(size=(200, 512)), jnp.float32)
+    cache = dsv4.KVCache.create(4, 8)
+    ours, plain = (dsv4.append(cache, latents, jnp.asarray(slots, jnp.int32), implementation=i) for i in ("aiter_gluon", "xla"))
+    np.testing.assert_array_equal(ours.data, plain.data)
+
+
+def test_append_donates(a_variant):
+    append = jax.jit(lambda c, x, s: dsv4.append(c, x, s, implementation="aiter_gluon"), donate_argnums=0)
+    text = append.lower(dsv4.KVCache.create(4, 8), jnp.zeros((2, 512)), jnp.zeros(2, jnp.int32)).compile().as_text()
+    assert not [line for line in text.splitlines() if " copy(" in line and "u8[4," in line]
+
+
 # ---- Variants.
 
 
 @contextlib.contextmanager
-def directory(shared_gluon):
+def directory(shared_packed):
     """The handlers look where JAX_DSV4_CACHE_DIR says now, for a time."""
-    handlers = shared_gluon[0]
+    handlers = shared_packed[0]
     handlers.dsv4_rocm_gluon_directory(os.fsencode(_ffi.gluon_directory()))
     yield
     handlers.dsv4_rocm_gluon_directory(os.fsencode(gluon.CACHE / _ffi.gluon_directory().name))
 
 
-def test_what_is_not_compiled_is_asked_for(on_gluon, shared_gluon, tmp_path, monkeypatch):
+def test_what_is_not_compiled_is_asked_for(on_gluon, shared_packed, tmp_path, monkeypatch):
     """The error names the command; after it the call runs."""
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
     available, detail = dsv4.implementations()["aiter_gluon"]
@@ -220,12 +258,12 @@ def test_what_is_not_compiled_is_asked_for(on_gluon, shared_gluon, tmp_path, mon
     command = str(error.value).split("Run: ")[1].replace("AITER", str(gluon.source())).split()
     done = subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, text=True)
     assert f"4 variants are in {_ffi.gluon_directory()}" in done.stdout
-    with directory(shared_gluon):
+    with directory(shared_packed):
         check(gluon.attend(q, scopes), q, scopes)
 
 
 @pytest.mark.parametrize(("content", "reason"), [("nothing", "too short for an ELF file"), ("dsv4_gfx950.co", "not the kernel that is")])
-def test_another_kernel_of_the_name(on_gluon, shared_gluon, tmp_path, monkeypatch, rocm_library, content, reason):
+def test_another_kernel_of_the_name(on_gluon, shared_packed, tmp_path, monkeypatch, rocm_library, content, reason):
     """A file is read before it is launched: it may be no code object, or have other arguments."""
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
     other = rocm_library.with_name(content)
@@ -234,7 +272,7 @@ def test_another_kernel_of_the_name(on_gluon, shared_gluon, tmp_path, monkeypatc
     (needed,) = gluon.variant(q, [scope])
     _ffi.gluon_directory().mkdir()
     (_ffi.gluon_directory() / f"{needed.name}-lds1024.co").write_bytes(other.read_bytes() if other.exists() else b"")
-    with directory(shared_gluon), pytest.raises(Exception, match=reason):
+    with directory(shared_packed), pytest.raises(Exception, match=reason):
         jax.block_until_ready(gluon.attend(q, [scope]))
 
 
@@ -273,17 +311,23 @@ def test_preferred_for_its_layout(on_gluon, monkeypatch):
     assert "dsv4_aiter_gluon_decode" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.fixture
+def a_variant(packed, monkeypatch):
+    """As if something had been compiled."""
+    monkeypatch.setattr(_gluon, "compiled", lambda: ["pa_decode_sparse-some.co"])
+
+
 @pytest.mark.parametrize(
     ("dtype", "layout", "reason"),
     [(jnp.float32, "fp8_ds_mla", "it takes bfloat16 queries, not float32"), (jnp.bfloat16, "bf16", "it reads layout 'fp8_ds_mla'")],
 )
-def test_refused(on_gluon, dtype, layout, reason):
+def test_refused(a_variant, dtype, layout, reason):
     scope = dsv4.Scope(dsv4.KVCache.create(4, 64, layout), jnp.zeros((1, 8), jnp.int32))
     with pytest.raises(NotImplementedError, match=reason):
         dsv4.sparse_mla_decode(jnp.zeros((1, 16, 512), dtype), scope, implementation="aiter_gluon")
 
 
-def test_an_odd_stride_is_refused(on_gluon):
+def test_an_odd_stride_is_refused(a_variant):
     cache = dsv4.KVCache.create(4, 64, block_stride_bytes=64 * 584 + 1)
     with pytest.raises(NotImplementedError, match="it needs an even block stride, and the cache's is 37377 bytes"):
         dsv4.sparse_mla_decode(
@@ -291,13 +335,13 @@ def test_an_odd_stride_is_refused(on_gluon):
         )
 
 
-def test_other_architectures_are_refused(on_gluon, monkeypatch):
+def test_other_architectures_are_refused(packed, monkeypatch):
     monkeypatch.setenv("JAX_DSV4_ROCM_ARCHITECTURE", "gfx942")
     aiter_gluon.describe_device.cache_clear()
     assert "AITER's Gluon kernel is for gfx950; this is gfx942" in dsv4.implementations()["aiter_gluon"].detail
 
 
-def test_handler_checks_in_the_words_of_python(on_gluon):
+def test_handler_checks_in_the_words_of_python(packed):
     def decode(splits=2, tokens_per_launch=4, stride=37440):
         i32, f32, tokens, heads, topk = jnp.int32, jnp.float32, 1, 16, 8
         shapes = [((tokens, heads, 512), jnp.bfloat16), ((tokens, heads), f32), ((2, tokens), i32)]
@@ -317,3 +361,15 @@ def test_handler_checks_in_the_words_of_python(on_gluon):
         decode(stride=37377)
     with pytest.raises(Exception, match=r"kernel pa_decode_sparse-h16-s3dcccccd-b64\+64-a16-narrow-x2 is not in "):
         decode()
+
+
+def test_doctor(on_gluon, shared_packed, tmp_path, monkeypatch, capsys):
+    """It tests what was compiled."""
+    monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_gluon, "SPLITS", (2,))
+    build_aiter.build_gluon(gluon.source(), [_gluon.Variant(16, 512**-0.5, (64, 64))])
+    with directory(shared_packed):
+        assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert "AITER's Gluon kernel: pa_decode_sparse-h16-s3d3504f3-b64+64-a16-narrow-x2-lds68608.co" in text
+    assert re.search(r"\n  aiter_gluon ok: 16 heads, cosine 0\.99999\d, .*, 5 runs alike\n", text)

@@ -111,9 +111,10 @@ def test_conversion_to_fp8(assembler):
 
 
 def test_conversion_from_fp8(assembler):
-    """Two of four numbers, times a power of two."""
+    """Two of four numbers, times a power of two. The source may be among the destination."""
     codes = np.arange(256, dtype=np.uint8)
-    body = """v_cvt_scalef32_pk_f32_fp8 v[40:41], v10, 1.0
+    body = """v_mov_b32 v40, v10
+      v_cvt_scalef32_pk_f32_fp8 v[40:41], v40, 1.0
       v_cvt_scalef32_pk_f32_fp8 v[42:43], v10, 4.0 op_sel:[1,0,0]"""
     out = assembler(body, [codes.view(np.uint32)], 4).view(np.float32)
     want = codes.view(F8).astype(np.float32).reshape(64, 4).T
@@ -127,6 +128,18 @@ def test_any_function_of_three_bits(assembler, table):
     index = np.stack([np.unpackbits(x.view(np.uint8)) for x in (c, b, a)])
     want = table >> (index.astype(np.int64) << np.arange(3)[:, None]).sum(0) & 1
     np.testing.assert_array_equal(np.unpackbits(out.view(np.uint8)), want)
+
+
+def test_any_function_of_three_bits_in_16(assembler):
+    """Halves by op_sel; the other half of the destination stays."""
+    a, b, c = np.random.default_rng(4).integers(0, 2**32, (3, 64), dtype=np.uint32)
+    body = """v_mov_b32 v40, v10
+      v_mov_b32 v41, v10
+      v_bitop3_b16 v40, v10, v11, v12 bitop3:0xf8
+      v_bitop3_b16 v41, v10, v11, v12 bitop3:0xf8 op_sel:[1,0,1,1]"""
+    low, high = assembler(body, [a, b, c], 2)
+    np.testing.assert_array_equal(low, (a & 0xFFFF0000) | ((a | b & c) & 0xFFFF))
+    np.testing.assert_array_equal(high, (a & 0xFFFF) | (((a >> 16) | b & (c >> 16)) & 0xFFFF) << 16)
 
 
 def test_conversion_to_bf16(assembler):

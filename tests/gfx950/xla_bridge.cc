@@ -173,11 +173,12 @@ XLA_FFI_Error* run(const char* name, XLA_FFI_CallFrame* frame) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT XLA_FFI_Error* on_cpu_plan(XLA_FFI_CallFrame* frame) { return run("plan", frame); }
-EXPORT XLA_FFI_Error* on_cpu_metadata_plan(XLA_FFI_CallFrame* frame) { return run("metadata_plan", frame); }
-EXPORT XLA_FFI_Error* on_cpu_decode(XLA_FFI_CallFrame* frame) { return run("decode", frame); }
-EXPORT XLA_FFI_Error* on_cpu_append(XLA_FFI_CallFrame* frame) { return run("append", frame); }
-EXPORT XLA_FFI_Error* on_cpu_gluon_decode(XLA_FFI_CallFrame* frame) { return run("gluon_decode", frame); }
+#define TARGETS(each)                                                                                       \
+  each(aiter_plan) each(aiter_metadata_plan) each(aiter_decode) each(aiter_append) each(aiter_gluon_decode) \
+      each(packed_append)
+#define ON_CPU(name) \
+  EXPORT XLA_FFI_Error* on_cpu_##name(XLA_FFI_CallFrame* frame) { return run(#name, frame); }
+TARGETS(ON_CPU)
 
 // Connects the library of handlers to the stand-in libamdhip64.so; both by path. Returns why it failed, or null.
 EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library) {
@@ -185,8 +186,9 @@ EXPORT const char* bridge_connect(const char* handlers, const char* gpu_library)
   void* library = dlopen(handlers, RTLD_NOW);
   if (library) b.gpu = dlopen(gpu_library, RTLD_NOW);
   if (!library || !b.gpu) return dlerror();
-  for (const char* name : {"plan", "metadata_plan", "decode", "append", "gluon_decode"}) {
-    const std::string symbol = std::string("dsv4_aiter_") + name;
+#define NAME(name) #name,
+  for (const char* name : {TARGETS(NAME)}) {
+    const std::string symbol = std::string("dsv4_") + name;
     b.targets[name] = {reinterpret_cast<Handler>(dlsym(library, (symbol + "_initialize").c_str())),
                        reinterpret_cast<Handler>(dlsym(library, symbol.c_str()))};
     if (!b.targets[name].initialize || !b.targets[name].execute) return dlerror();
