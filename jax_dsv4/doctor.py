@@ -5,7 +5,7 @@
 Every implementation is named with what it is, or why it is absent and the command that helps. Each that is there decodes for about a
 second, and is compared with NumPy in float64. Send the output with a report.
 
-The exit status is 1 if a result is wrong, or if JAX has a device whose own implementation is absent; otherwise 0.
+The exit status is 1 if a result is wrong, or if JAX has a device whose own implementations are all absent; otherwise 0.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi, reference
+from jax_dsv4 import _ffi, _gluon, reference
 from jax_dsv4._implementations import REGISTRY, aiter
+from jax_dsv4._work import MAX_HEADS
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "amd-aiter")
 # A result is right if it is this close to float64 on the stored cache. AITER's kernels keep q and the softmax's weights in fp8.
@@ -43,6 +44,7 @@ LSE_ERROR = 0.05
 WINDOW, EXTRA = (0, 1, 100, 128), (512, 64, 17, 1)
 RUNS = 5  # must agree to the bit
 SECONDS = 1.0
+BLOCK_SIZE = 64
 WIDTH, INDENT = 110, 20
 NAME_WIDTH = max(map(len, REGISTRY)) + 1
 
@@ -93,6 +95,7 @@ def rocm_facts() -> list[str]:
         f"AITER's kernels: {_ffi.aiter_directory() or 'none'}",
         f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}",
     ]
+    facts += [f"AITER's Gluon kernel: {', '.join(_gluon.compiled()) or 'not compiled (python -m jax_dsv4.build_aiter --heads)'}"]
     for heads in (16, 64, 128):
         choice = aiter.choose_kernel(heads, 0)
         text = choice.text.decode()
@@ -116,7 +119,7 @@ def self_test(name: str, heads: int) -> dict[str, Any]:
     indices = [jnp.asarray(rng.integers(0, slots, (tokens, max(n))), jnp.int32) for n in (WINDOW, EXTRA)]
     lengths = [jnp.asarray(n, jnp.int32) for n in (WINDOW, EXTRA)]
     append = jax.jit(partial(dsv4.append, implementation=name))
-    cache = append(dsv4.KVCache.create(slots // 64, 64, layout, scale=scale), latents, jnp.arange(slots, dtype=jnp.int32))
+    cache = append(dsv4.KVCache.create(slots // BLOCK_SIZE, BLOCK_SIZE, layout, scale=scale), latents, jnp.arange(slots, dtype=jnp.int32))
     scopes = [dsv4.Scope(cache, *each) for each in zip(indices, lengths)]
     decode = jax.jit(partial(dsv4.sparse_mla_decode, attn_sink=sink, implementation=name, return_lse=True))
 
@@ -146,6 +149,13 @@ def self_test(name: str, heads: int) -> dict[str, Any]:
     }
 
 
+def heads_to_test(name: str) -> list[int]:
+    """AITER has assembly kernels for three head counts; its Gluon kernel is there for those that it was compiled for."""
+    if name == "aiter_gluon":
+        return [heads for heads in range(1, MAX_HEADS + 1) if _gluon.Variant(heads, 512**-0.5, (BLOCK_SIZE, BLOCK_SIZE)).file()]
+    return [16, 64, 128] if name == "aiter" else [64]
+
+
 def examine(name: str) -> dict[str, Any]:
     """An implementation: whether it is here and what it is or why it is not, whether it is missing where it is wanted, its self-tests."""
     platforms = REGISTRY[name].platforms
@@ -154,12 +164,14 @@ def examine(name: str) -> dict[str, Any]:
     tests = []
     if available and found:
         with jax.default_device(found[0]):
-            for heads in (16, 64, 128) if name == "aiter" else (64,):  # AITER has a kernel for each
+            for heads in heads_to_test(name):
                 try:
                     tests.append(self_test(name, heads))
                 except Exception as error:
                     tests.append({"heads": heads, "ok": False, "error": f"{type(error).__name__}: {error}"})
-    return {"available": available, "detail": detail, "missing": bool(found) and not available, "self_tests": tests}
+    others = [i for i in REGISTRY.values() if not set(i.platforms).isdisjoint(platforms)]
+    missing = bool(found) and not any(i.availability().available for i in others) and not available
+    return {"available": available, "detail": detail, "missing": missing, "self_tests": tests}
 
 
 def verdict(test: dict[str, Any]) -> str:

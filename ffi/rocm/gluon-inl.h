@@ -108,8 +108,7 @@ JAX_DSV4_KERNEL void dsv4_append_packed(AppendParams p) {
   const uint8_t scale = ue8m0_scale_of(max_over_wave(top, kLanesPerTile));
   const float inverse = ue8m0_to_float(static_cast<uint8_t>(254 - scale));  // 2^-k exactly, subnormal included
   uint8_t* block = p.data_out + slot / block_size * p.cache.block_stride_bytes;
-  uint8_t* data = block + static_cast<int64_t>(slot % block_size) * kPackedRowBytes;
-  uint8_t* scales = block + static_cast<int64_t>(block_size) * kPackedRowBytes + slot % block_size * kPackedScaleBytes;
+  uint8_t *data = block + p.cache.row_at(slot % block_size), *scales = block + p.cache.scales_at(slot % block_size);
   // A block is aligned to two bytes.
   if (lane < kRopeLane) {
     uint16_t* to = reinterpret_cast<uint16_t*>(data + 8 * lane);

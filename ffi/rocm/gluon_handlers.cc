@@ -36,9 +36,8 @@ auto gluon_binding(Binding&& context) {
 bool fill_gluon_scope(Checker& check, const std::string& name, int64_t tokens, const ScopeOperands& o,
                       int32_t block_size, const Buffer& indptr, const Buffer& slots, GluonScope* s) {
   constexpr ffi::DataType kInt = ffi::DataType::S32;
-  if (!fill_scope(check, name, tokens, o, block_size, static_cast<int32_t>(Layout::kFp8DsMla), 0, &s->scope)) {
-    return false;
-  }
+  constexpr int32_t kLayout = static_cast<int32_t>(Layout::kFp8DsMla);
+  if (!fill_scope(check, name, tokens, o, block_size, kLayout, /*inline_scales=*/0, &s->scope)) return false;
   const Cache& cache = s->scope.cache;
   check.require(cache.block_stride_bytes % 2 == 0, name + ".cache's block stride", "be even",
                 std::to_string(cache.block_stride_bytes));

@@ -61,7 +61,7 @@ def choose(op: str, implementation: str | Sequence[str] | None, unsupported: Cal
     """
     asked = (implementation,) if isinstance(implementation, str) else REGISTRY if implementation is None else implementation
     chosen: dict[str, Implementation] = {}
-    reasons = []
+    reasons, absent = [], {}
     for name in asked:
         rule = "be None or name " + ", ".join(repr(n) for n in REGISTRY)
         _checks.require(name in REGISTRY, op, "implementation", rule, repr(name))
@@ -72,12 +72,15 @@ def choose(op: str, implementation: str | Sequence[str] | None, unsupported: Cal
         if reason is not None:
             reasons.append(f"{name}: {reason}")
             if implementation is None and not available:
-                _warn_of_absence(name, detail)
+                absent[name] = detail
             continue
         for platform in candidate.platforms or ("",):
             chosen.setdefault(platform, candidate)
     if not chosen:
         raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run this call. " + "; ".join(reasons))
+    for name, detail in absent.items():
+        if chosen.keys().isdisjoint(REGISTRY[name].platforms):
+            _warn_of_absence(name, detail)
     return Chosen(tuple(chosen.items()))
 
 
