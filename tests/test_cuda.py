@@ -10,9 +10,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from cases import Case, make, tagged
+from cases import PACKED, Case, make, tagged
 from compare import OUT_BF16, assert_close, assert_same_bits
 from conformance import NativeConformance, attend, named, plan_of, with_work
 from cuda_steps import LAYERS, calls, decode_step, step_arguments
@@ -34,8 +35,8 @@ class TestCUDA(NativeConformance):
 
     def refusal(self, case: Case) -> str | None:
         """As `implementations()` and the error say (below)."""
-        layouts = {scope.layout for scope in (case.swa, case.extra) if scope is not None}
-        return None if case.dtype == "bfloat16" and layouts == {"fp8_ds_mla"} else "it takes q in bfloat16 and layout fp8_ds_mla"
+        float32 = case.dtype == "float32" or any(scope and scope.layout == "float32" for scope in (case.swa, case.extra))
+        return "it takes no float32" if float32 else None
 
     @pytest.mark.parametrize("seed", range(100, 300))
     def test_many_seeds(self, seed: int) -> None:
@@ -47,8 +48,8 @@ def test_what_it_cannot_take_is_said() -> None:
     p = make(named("fp8_ds_mla-q_float32"))
     with pytest.raises(NotImplementedError, match=r"cuda: its kernels take q in bfloat16, not float32"):
         dsv4.sparse_mla_decode(p.q, p.swa, p.extra, implementation="cuda")
-    with pytest.raises(NotImplementedError, match=r"cuda: its kernels read caches in layout 'fp8_ds_mla', not 'bf16'"):
-        dsv4.append(dsv4.KVCache.create(4, 64, layout="bf16"), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), implementation="cuda")
+    with pytest.raises(NotImplementedError, match=r"cuda: its kernels do not read layout 'float32'"):
+        dsv4.append(dsv4.KVCache.create(4, 64, layout="float32"), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), implementation="cuda")
 
 
 def on(platform: str, call, *arrays: np.ndarray):
@@ -107,6 +108,35 @@ def test_append_writes_the_oracles_bytes(block_size: int, stride: int, dtype: st
 
     after = on("cuda", jax.jit(append), before, latents, slots)
     np.testing.assert_array_equal(after, written(before, latents, slots, block_size, "fp8_ds_mla"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arrangement", ["inline", "footer"])
+@pytest.mark.parametrize("layout", ["mxfp8_528", "nvfp4_288"])
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+def test_append_writes_the_oracles_bytes_of_v41(block_size: int, layout: str, arrangement: str, dtype: str) -> None:
+    rng = np.random.default_rng(block_size)
+    rows = 256
+    latents = draw_rows(KINDS, rng, rows)
+    latents = latents.astype(jnp.bfloat16 if dtype == "bfloat16" else np.float32)
+    stride = PACKED[layout].stride(block_size, arrangement, 3)
+    before = rng.integers(0, 256, (-(-2 * rows // block_size), stride), dtype=np.uint8)
+    slots = rng.integers(-2, 2 * rows + block_size, rows).astype(np.int32)
+
+    def append(data, latents, slots):
+        cache = dsv4.KVCache(data, block_size=block_size, layout=layout, arrangement=arrangement)
+        return dsv4.append(cache, latents, slots, implementation="cuda").data
+
+    after = on("cuda", jax.jit(append), before, latents, slots)
+    np.testing.assert_array_equal(after, written(before, latents, slots, block_size, layout, arrangement))
+
+
+def test_append_of_bf16() -> None:
+    latents = draw_rows(KINDS, np.random.default_rng(0), 64)
+    before, slots = np.full((20, 5, 512), np.nan, ml_dtypes.bfloat16), np.arange(64, dtype=np.int32)[::-1]
+    append = lambda data, *rows: dsv4.append(dsv4.KVCache(data, block_size=5, layout="bf16"), *rows, implementation="cuda").data  # noqa: E731
+    after = np.asarray(on("cuda", append, before, latents, slots))
+    np.testing.assert_array_equal(after.view(np.uint16), written(before, latents, slots, 5, "bf16").view(np.uint16))
 
 
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 35, 300, 1000, 8197])

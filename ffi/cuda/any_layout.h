@@ -10,10 +10,11 @@
 namespace jax_dsv4::cuda {
 
 // A warp's keys of a group that lie in caches of different layouts.
-constexpr Layout kMixedLayouts = static_cast<Layout>(-1);
+constexpr Layout kMixedLayouts = static_cast<Layout>(0xff);
 
 // Pieces of a lane's quarter of a row: its scales, then 16 bytes of numbers each.
-constexpr int pieces_of(Layout layout) { return 1 + slot_bytes(layout).row / 16 / kLanesPerKey; }
+template <Layout kLayout>
+constexpr int kPiecesOf = 1 + slot_bytes(kLayout).row / 16 / kLanesPerKey;
 
 // Of a key's scales, what a lane needs: for e4m3, byte j is the scale of its piece j; for nvfp4, half word j has both.
 template <Layout kLayout>
@@ -102,14 +103,25 @@ __device__ __forceinline__ uint4 load_piece(const uint8_t* from) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// As lane_scales, from anywhere.
+template <Layout kLayout>
+__device__ __forceinline__ uint2 load_lane_scales(const uint8_t* scales, int quarter) {
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < (kLayout == Layout::kFp8DsMla ? kScaleTiles : 8); ++i) {
+    const int at = kLayout == Layout::kFp8DsMla ? i
+                   : kLayout == Layout::kMxfp8  ? 2 * i + quarter / 2
+                                                : 8 * (i / 2) + 2 * quarter + i % 2;
+    words[i / 4] |= uint32_t{scales[at]} << (8 * (i % 4));
+  }
+  return {words[0], words[1]};
+}
+
 template <Layout kLayout, int kAlign>
 __device__ __forceinline__ void expand_slowly(KeyRow from, int key, int quarter, uint8_t* rows) {
-  __align__(16) uint8_t all[32];
+  const uint2 scales = load_lane_scales<kLayout>(from.scales, quarter);
 #pragma unroll 1
-  for (int i = 0; i < slot_bytes(kLayout).scales; ++i) all[i] = from.scales[i];
-  const uint2 scales = lane_scales<kLayout>(all, quarter);
-#pragma unroll 1
-  for (int j = 0; j < pieces_of(kLayout) - 1; ++j) {
+  for (int j = 0; j < kPiecesOf<kLayout> - 1; ++j) {
     const uint4 packed = load_piece<kAlign>(from.row + 16 * (quarter + kLanesPerKey * j));
     store_numbers<kLayout, true>(packed, scales, j, key, quarter, rows);
   }
@@ -136,35 +148,40 @@ __device__ __forceinline__ void expand_row(KeyRow from, Layout layout, int key, 
 }
 
 // As Fp8DsMlaCopies, and a group's scales are the first of its pieces. Rows of bf16 are copied to their place; these,
-// and rows of two layouts, have kAhead pieces of nothing in the ring.
+// and rows of two layouts, have kAhead pieces of nothing in the ring, the latter but for where a row is. Where the
+// next group's rows are, too, is kept in shared memory: registers are few.
 template <int kAlign, typename Memory>
 class AnyLayoutCopies {
  public:
   static constexpr int kAhead = 4;
-  static_assert(kAhead <= Memory::kPiecesAhead && kAhead <= pieces_of(Layout::kNvfp4));
+  static_assert(kAhead <= Memory::kPiecesAhead && kAhead <= kPiecesOf<Layout::kNvfp4>);
 
   __device__ AnyLayoutCopies(const DecodeArgs& args, Memory& shared, int key, int quarter)
-      : scopes_(args.params.scopes),
+      : args_(args),
         ring_(shared.packed[threadIdx.x / 32]),
-        nowhere_(static_cast<const uint8_t*>(args.params.q)),
         key_(key),
-        quarter_(quarter) {}
+        quarter_(quarter),
+        next_(reinterpret_cast<const uint8_t* (*)[kKeysPerWarp]>(shared.scales[threadIdx.x / 32])) {
+    static_assert(sizeof shared.scales[0] == 2 * kKeysPerWarp * sizeof(void*));
+  }
 
-  __device__ __forceinline__ void turn(const DecodeArgs& args, int, KeySlot slot) {
-    now_ = next_;
-    layout_ = next_layout_;
-    next_ = locate(args, slot);
-    const bool real = next_.row != nullptr;
-    real_ = real_ << 1 | real;
-    more_ = more_ << 1 | slot.group;
-    extra_ = extra_ << 1 | slot.extra;
-    const bool any[2] = {__any_sync(~0u, real && !slot.extra) != 0, __any_sync(~0u, real && slot.extra) != 0};
-    const Layout layouts[2] = {scopes_[0].cache.layout, scopes_[1].cache.layout};
-    next_layout_ = any[0] && any[1] && layouts[0] != layouts[1] ? kMixedLayouts : layouts[any[1]];
-    if (real) {
-      const int bytes = scopes_[slot.extra].cache.row_pitch;
-      for (int at = 128 * quarter_; at < bytes; at += 128 * kLanesPerKey) prefetch_l2(next_.row + at);
+  __device__ __forceinline__ void turn(const DecodeArgs&, int, KeySlot slot) {
+    const KeyRow next = locate(args_, slot);
+    const bool real = next.row != nullptr;
+    if (quarter_ == 0) {
+      next_[0][key_] = next.row;
+      next_[1][key_] = next.scales;
     }
+    flags_ = flags_ << 4 | (real ? kReal : 0) | (slot.group ? kGroup : 0) | (slot.extra ? kExtra : 0);
+    const bool swa = __any_sync(~0u, real && !slot.extra), extra = __any_sync(~0u, real && slot.extra);
+    const Layout one = layout_of(extra), other = layout_of(extra && !swa);
+    layouts_ = layouts_ << 8 | static_cast<uint32_t>(one == other ? one : kMixedLayouts);
+    if (real) {
+      if (one == other && one != Layout::kBf16) flags_ |= kInRing;
+      const int bytes = args_.params.scopes[slot.extra].cache.row_pitch;
+      for (int at = 128 * quarter_; at < bytes; at += 128 * kLanesPerKey) prefetch_l2(next.row + at);
+    }
+    __syncwarp();  // the other lanes of a key read next_
   }
 
   __device__ __forceinline__ void begin() {
@@ -172,15 +189,15 @@ class AnyLayoutCopies {
     for (int i = 0; i < kAhead; ++i) copy_next(i, place(i));
   }
 
-  __device__ bool more() const { return more_ & 1; }       // there is a group n + 1
-  __device__ bool real() const { return real_ >> 1 & 1; }  // group n has this lane's key
+  __device__ bool more() const { return flags_ & kGroup; }      // there is a group n + 1
+  __device__ bool real() const { return flags_ >> 4 & kReal; }  // group n has this lane's key
   __device__ __forceinline__ void wait_for_scales(int) {
     wait();
     __syncwarp();  // they came through another lane
   }
 
   __device__ __forceinline__ void expand(uint8_t* rows) {
-    switch (layout_) {
+    switch (static_cast<Layout>(layouts_ >> 8 & 0xff)) {
       case Layout::kFp8DsMla:
         return expand_pieces<Layout::kFp8DsMla>(rows);
       case Layout::kMxfp8:
@@ -191,18 +208,22 @@ class AnyLayoutCopies {
 #pragma unroll
         for (int j = 0; j < kBf16Pieces; ++j) {
           const int unit = bf16_unit(j, key_, quarter_);
-          copy<16, kAlign>(unit_of(rows, unit / 8, key_, unit % 8), real() ? now_.row + 16 * unit : nowhere_, real());
+          copy<16, kAlign>(unit_of(rows, unit / 8, key_, unit % 8), row_ + 16 * unit, real());
         }
         copy_async_commit();
         break;
       default:
-        expand_row<kAlign>(now_, scopes_[extra_ >> 1 & 1].cache.layout, key_, quarter_, rows);
+        expand_row<kAlign>(*reinterpret_cast<const KeyRow*>(&ring_[place(0)][lane()]), layout_of(flags_ >> 4 & kExtra),
+                           key_, quarter_, rows);
     }
     begin();
     copy_async_wait<kAhead>();
   }
 
  private:
+  static constexpr uint32_t kReal = 1, kGroup = 2, kExtra = 4, kInRing = 8;
+  static_assert(sizeof(KeyRow) == sizeof(uint4));
+
   template <Layout kLayout>
   __device__ __forceinline__ void expand_pieces(uint8_t* rows) {
     const uint2 scales =
@@ -213,12 +234,12 @@ class AnyLayoutCopies {
     } else {
       expand_scaled_pieces<kLayout, false>(scales, rows);
     }
-    begin_ += pieces_of(kLayout);
+    begin_ += kPiecesOf<kLayout>;
   }
 
   template <Layout kLayout, bool kTwoFactors>
   __device__ __forceinline__ void expand_scaled_pieces(uint2 scales, uint8_t* rows) {
-    constexpr int kAll = pieces_of(kLayout);
+    constexpr int kAll = kPiecesOf<kLayout>;
     go_on<kAll>(0);
 #pragma unroll
     for (int i = 1; i < kAll; ++i) {
@@ -232,43 +253,48 @@ class AnyLayoutCopies {
   __device__ void wait() { copy_async_wait<kAhead - 1>(); }  // for the piece that was asked for first
   __device__ int lane() const { return quarter_ + kLanesPerKey * key_; }
   __device__ uint32_t place(int i) const { return (begin_ + i) % kAhead; }
+  __device__ Layout layout_of(bool extra) const { return args_.params.scopes[extra].cache.layout; }
 
   // Asks for piece i + kAhead of a group that has so many, or of the next one, at piece i's place.
   template <int kAll>
   __device__ __forceinline__ void go_on(int i) {
     if (i + kAhead >= kAll) return copy_next(i + kAhead - kAll, place(i));
-    copy_numbers(now_.row, i + kAhead, place(i), real());
+    copy_numbers(i + kAhead, place(i), real());
     copy_async_commit();
   }
 
   // Piece i of the next group.
   __device__ __forceinline__ void copy_next(int i, uint32_t at) {
-    const bool real = real_ & 1;
-    if (next_layout_ != Layout::kBf16 && next_layout_ != kMixedLayouts) {
-      if (i > 0) {
-        copy_numbers(next_.row, i, at, real);
-      } else if (next_layout_ == Layout::kFp8DsMla) {
-        if (quarter_ == 0) copy<kPackedScaleBytes, kAlign>(&ring_[at][lane()], real ? next_.scales : nowhere_, real);
-      } else if (quarter_ < (next_layout_ == Layout::kMxfp8 ? kMxfp8ScaleBytes : kNvfp4ScaleBytes) / 16) {
-        copy<16, kAlign>(&ring_[at][lane()], real ? next_.scales + 16 * quarter_ : nowhere_, real);
+    const Layout layout = static_cast<Layout>(layouts_ & 0xff);
+    if (i > 0) {
+      copy_numbers(i, at, flags_ & kInRing);
+    } else {
+      const bool real = flags_ & kReal;
+      const auto nowhere = static_cast<const uint8_t*>(args_.params.q);  // an address for copies of no bytes
+      row_ = real ? next_[0][key_] : nowhere;
+      if (layout == kMixedLayouts) {
+        *reinterpret_cast<KeyRow*>(&ring_[at][lane()]) = {next_[0][key_], next_[1][key_]};
+      } else if (layout == Layout::kFp8DsMla) {
+        if (quarter_ == 0) copy<kPackedScaleBytes, kAlign>(&ring_[at][lane()], real ? next_[1][key_] : nowhere, real);
+      } else if (quarter_ < (layout == Layout::kMxfp8 ? 1 : layout == Layout::kNvfp4 ? 2 : 0)) {
+        copy<16, kAlign>(&ring_[at][lane()], (real ? next_[1][key_] : nowhere) + 16 * quarter_, real);
       }
     }
     copy_async_commit();
   }
 
-  __device__ __forceinline__ void copy_numbers(const uint8_t* row, int i, uint32_t at, bool real) {
-    copy<16, kAlign>(&ring_[at][lane()], real ? row + 16 * (quarter_ + kLanesPerKey * (i - 1)) : nowhere_, real);
+  __device__ __forceinline__ void copy_numbers(int i, uint32_t at, bool real) {
+    copy<16, kAlign>(&ring_[at][lane()], row_ + 16 * (quarter_ + kLanesPerKey * (i - 1)), real);
   }
 
-  const Scope (&scopes_)[2];
+  const DecodeArgs& args_;
   uint4 (*const ring_)[32];
-  const uint8_t* const nowhere_;  // an address for copies of no bytes
   const int key_, quarter_;
-  KeyRow now_ = {}, next_ = {};                                          // of groups n and n + 1
-  Layout layout_ = Layout::kFp8DsMla, next_layout_ = Layout::kFp8DsMla;  // of all keys of a warp, or kMixedLayouts
-  uint32_t real_ = 0, more_ = 0, extra_ = 0;  // bit i: group n + 1 - i has this lane's key; there is such a group; the
-                                              // key is the extra scope's
-  uint32_t begin_ = 0;                        // where group n's first piece lies in the ring
+  const uint8_t* (*const next_)[kKeysPerWarp];  // rows of group n + 1, and scales
+  const uint8_t* row_ = nullptr;                // that copies are at
+  uint32_t flags_ = 0;                          // kReal, ... of group n + 1, and above them of group n
+  uint32_t layouts_ = 0;  // of all keys of a warp, or kMixedLayouts: group n + 1's, and above it group n's
+  uint32_t begin_ = 0;    // where group n's first piece lies in the ring
 };
 
 }  // namespace jax_dsv4::cuda

@@ -50,8 +50,8 @@ class _CUDA:
         if q_dtype is not None and q_dtype != jnp.bfloat16:
             return f"its kernels take q in bfloat16, not {jnp.dtype(q_dtype).name}"
         for cache in caches:
-            if cache.layout != "fp8_ds_mla":
-                return f"its kernels read caches in layout 'fp8_ds_mla', not {cache.layout!r}"
+            if cache.layout in ("float32", "aiter_fp8"):
+                return f"its kernels do not read layout {cache.layout!r}"
         return None
 
     def geometry(self, num_heads: int) -> Geometry:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import software_hopper
-from cases import Case, Pair, ScopeCase, in_layouts
+from cases import PACKED, Case, Pair, ScopeCase, in_layouts
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import in_pairs
 from hostile import KINDS, draw_tile, written
@@ -169,6 +169,10 @@ def test_append(block_size: int, stride: int, dtype: str) -> None:
     bits = latents.view(np.uint16) if dtype == "bfloat16" else latents
     after = SoftwareHopper().append(Cache(before, block_size), bits, slots).data
     np.testing.assert_array_equal(after, written(before, latents, slots, block_size, "fp8_ds_mla"))
+    for layout, arrangement in (("mxfp8_528", "inline"), ("mxfp8_528", "footer"), ("nvfp4_288", "inline"), ("nvfp4_288", "footer")):
+        before = before[:, : PACKED[layout].stride(block_size, arrangement)].copy()
+        cache = SoftwareHopper().append(Cache(before, block_size, layout, arrangement), bits, slots)
+        np.testing.assert_array_equal(cache.data, written(before, latents, slots, block_size, layout, arrangement))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 16])
