@@ -1,8 +1,9 @@
 """Draws a report of `benchmarks.cuda`: microseconds a call against tokens, beside FlashMLA, plain XLA and the roofline.
 
-    python -m benchmarks.plot benchmarks/results/hopper-h100.json docs/hopper-h100.svg
+    python -m benchmarks.plot                     # README's figure, from the committed report
+    python -m benchmarks.plot report.json figure.svg
 
-Needs matplotlib. The same report gives the same file.
+Needs matplotlib (`pip install -e ".[plot]"`). The same report gives the same file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+ROOT = Path(__file__).resolve().parents[1]
+REPORT, FIGURE = ROOT / "benchmarks/results/hopper-h100.json", ROOT / "docs/hopper-h100.svg"
 EXTRA = 512
 TICKS = (1, 8, 64, 256)
 LABEL_GAP = 1.85  # times the label below
@@ -53,8 +56,8 @@ def draw(axis: Any, rows: list[dict[str, Any]], labelled: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, help="what benchmarks.cuda --json wrote")
-    parser.add_argument("figure", type=Path, help="the file to draw")
+    parser.add_argument("report", type=Path, nargs="?", default=REPORT, help="what benchmarks.cuda --json wrote")
+    parser.add_argument("figure", type=Path, nargs="?", default=FIGURE, help="the file to draw")
     arguments = parser.parse_args(argv)
     report = json.loads(arguments.report.read_text())
     rows = [r for r in report["results"] if r["extra"] == EXTRA]

@@ -76,8 +76,11 @@ def read_docstring(app: Sphinx, what: str, name: str, thing: object, options: ob
 def check_api_page(app: Sphinx, config: Config) -> None:
     """Every public name of the package has its place in the API page."""
     named = set(re.findall(r"auto\w+:: jax_dsv4\.(\w+)", (ROOT / "docs" / "api.md").read_text()))
-    # Modules become attributes of the package by being imported; `reference` is public.
-    public = {n for n, value in vars(jax_dsv4).items() if not n.startswith("_") and not isinstance(value, ModuleType)} | {"reference"}
+    # Modules become attributes of the package by being imported; `reference` and `adapters` are public.
+    public = {n for n, value in vars(jax_dsv4).items() if not n.startswith("_") and not isinstance(value, ModuleType)} | {
+        "reference",
+        "adapters",
+    }
     if named != public:
         raise ConfigError(f"docs/api.md must name what jax_dsv4 exports: missing {public - named}, too many {named - public}")
 

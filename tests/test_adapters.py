@@ -9,7 +9,8 @@ import pytest
 from compare import OUT_BF16, assert_close
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import adapters, reference
+from jax_dsv4 import _ffi, adapters, reference
+from jax_dsv4.cache import LAYOUTS
 
 INT32 = np.iinfo(np.int32)
 
@@ -173,12 +174,21 @@ def test_tokamax_sparse_mla():
     assert np.isfinite(np.asarray(got, np.float64)).all()
 
 
+def test_tokamax_sparse_mla_for_hopper():
+    """Lowered on this machine for CUDA it is a call of our kernels on a packed cache."""
+    arguments, _, _ = tokamax_arguments(np.random.default_rng(4))
+    checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in _ffi.TARGETS]
+    exported = jax.export.export(jax.jit(adapters.tokamax_sparse_mla), platforms=("cuda",), disabled_checks=checks)(*arguments)
+    (call,) = (line for line in exported.mlir_module().splitlines() if "@dsv4_decode(" in line)
+    assert f"swa_layout = {LAYOUTS['fp8_ds_mla'].code} : i32" in call
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda i: adapters.slots_from_pages(i(2, 3), i(3, 4), 8), r"slots_from_pages: page_table must have shape .*, got \(2, 3\)"),
     (lambda i: adapters.slots_from_pages(i(2, 3), i(2, 4), 0), r"slots_from_pages: page_size must be from 1 to \d+, got 0"),
-    (lambda i: adapters.slots_from_pages(i(2, 3), i(2, 4).astype(jnp.float32), 8), "slots_from_pages: logical_indices must have dtype int32"),
+    (lambda i: adapters.slots_from_pages(i(2, 3), i(2, 4).astype(jnp.float32), 8), "logical_indices must have dtype int32"),
     (lambda i: adapters.ragged_rows(i(1), 8), r"ragged_rows: cu_q_lens must have shape \(max_requests \+ 1,\), got \(1,\)"),
-    (lambda i: adapters.from_residuals(*(i(*n).astype(jnp.float32) for n in ((2, 3, 4), (2, 3), (3, 3)))), r"from_residuals: m must have shape"),
+    (lambda i: adapters.from_residuals(*(i(*n).astype(jnp.float32) for n in ((2, 3, 4), (2, 3), (3, 3)))), "m must have shape"),
     (lambda i: adapters.cache_from_latents(i(2, 4, 512)), "cache_from_latents: latents must have dtype bfloat16 or float32, got int32"),
     (lambda i: adapters.cache_from_tokamax(i(2, 6, 128), i(2, 1, 128)), "cache_kv_nope must have a page_size of a multiple of 4, got 6"),
     (lambda i: adapters.cache_from_tokamax(i(2, 8, 128), i(2, 1, 128)), r"cache_kv_rope must have shape .* = \(2, 2, 128\)"),

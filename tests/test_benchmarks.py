@@ -332,6 +332,6 @@ def test_plot(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     from benchmarks import plot
 
-    report = Path(plot.__file__).parent / "results" / "hopper-h100.json"
-    plot.main([str(report), str(tmp_path / "figure.svg")])
+    assert f"]({plot.FIGURE.relative_to(plot.ROOT)})" in (plot.ROOT / "README.md").read_text()
+    plot.main([str(plot.REPORT), str(tmp_path / "figure.svg")])
     assert 0 < (tmp_path / "figure.svg").stat().st_size < 100_000
