@@ -3,8 +3,7 @@
 `forward` runs t more tokens of each of b requests: t = 1 is a decode step, t > 1 a chunk of a prompt. Einsum letters:
 
     b request   t token       n residual stream   d hidden    h head        k head_dim (512, or the indexer's 128)
-    r low rank  g head group  e expert            i expert's inner size     c compressed entry    w window row
-    s tokens of all requests
+    r low rank  g head group  e expert, s its row  i expert's inner size    c compressed entry    w window row
 
 Attention itself is `jax_dsv4.sparse_mla_decode`; everything else is here. The numbers are those of the published model
 without its activation quantisation (no fp8 activations, no fp4 indexer). Transformers computes the same, and the tests compare the two.
@@ -43,8 +42,7 @@ class Axes(NamedTuple):
 
 ONE_DEVICE = Axes()
 
-# Blocks of a compressed cache are dealt to the devices in turn: its newest ones are not all on one.
-PLACEMENT = "interleaved"
+PLACEMENT = "interleaved"  # blocks of a compressed cache are dealt to the devices in turn: its newest ones are not all on one
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -351,6 +349,7 @@ def stream_mixes(x: Array, w: Any, config: Config) -> Array:
     return jnp.einsum("btx,mx->btm", flat, w["fn"])
 
 
+@partial(jax.jit, static_argnames="config")  # here and below: traced once for all layers
 def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Array]:
     """mHC: how a sublayer reads the n residual streams (pre), writes them (post), and how they mix (m → n).
 
@@ -562,38 +561,39 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
     weight = config.routed_scaling_factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
 
-    shared = w["shared"]
-    gate, up = jnp.einsum("btd,id->bti", x, shared["w1"]), jnp.einsum("btd,id->bti", x, shared["w3"])
-    out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), shared["w2"])
+    gate, up = (jnp.einsum("btd,id->bti", x, w["shared"][name]) for name in ("w1", "w3"))
+    out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["shared"]["w2"])
 
     chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.model)  # of the experts here; others are not
-    out += run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
-    return lax.psum(out, axes.model)
+    return lax.psum(out + run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype), axes.model)
 
 
+@partial(jax.jit, static_argnames="config")
 def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) -> Array:
-    """Σ weight · expert(x) over the experts of each token that are here: x [b, t, d], chosen, weight [b, t, k] → float32 [b, t, d].
+    """Σ weight · expert(token) over a token's experts that are here: x [b, t, d], chosen, weight [b, t, k] → float32 [b, t, d].
 
     Tokens are sorted by expert and cut into blocks, each of one expert. So the experts that were chosen are read, and no others; and each
     multiplies its own tokens, and at most a block less one of others.
     """
-    count, shape, each, x = len(w["w1"]), x.shape, chosen.shape[-1], x.reshape(-1, x.shape[-1])
+    count = len(w["w1"])
     size = min(1 << max(chosen.size // count - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
-    expert = jnp.where((chosen >= 0) & (chosen < count), chosen, count).reshape(-1)
-    order = jnp.argsort(expert).astype(jnp.int32)  # token · k + choice, by expert
-    pairs = jnp.zeros(count, jnp.int32).at[expert].add(1, mode="drop")  # of each expert
-    blocks = -(-pairs // size)
-    pairs_end, blocks_end = jnp.cumsum(pairs, dtype=jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)
+    here, number = (chosen >= 0) & (chosen < count), jnp.arange(count, dtype=jnp.int32)
+    expert = jnp.where(here, chosen, count).reshape(-1)  # of each pair of a token and a choice
+    order = jnp.argsort(expert)
+    rows = x.reshape(-1, x.shape[-1])[jnp.pad(order // chosen.shape[-1], (0, size))]  # [s, d], by expert
+    first, end = (compare(expert, number[:, None]).sum(axis=1, dtype=jnp.int32) for compare in (jnp.less, jnp.less_equal))
+    blocks = -((first - end) // size)  # of each expert
+    blocks_end = jnp.where(number <= number[:, None], blocks, 0).sum(axis=1, dtype=jnp.int32)
 
-    def add_block(i: Array, out: Array) -> Array:
-        e = jnp.searchsorted(blocks_end, i, side="right").astype(jnp.int32)
-        at = pairs_end[e] - pairs[e] + (i - blocks_end[e] + blocks[e]) * size + jnp.arange(size, dtype=jnp.int32)
-        pair = order[jnp.minimum(at, order.size - 1)]
-        token = pair // each
+    def run_block(i: Array, out: Array) -> Array:
+        e = jnp.sum(blocks_end <= i, dtype=jnp.int32)
+        at = first[e] + (i - blocks_end[e] + blocks[e]) * size
         w1, w3, w2 = (lax.dynamic_index_in_dim(w[name], e, keepdims=False) for name in ("w1", "w3", "w2"))
-        gate, up = jnp.einsum("sd,id->si", x[token], w1), jnp.einsum("sd,id->si", x[token], w3)
+        block = lax.dynamic_slice_in_dim(rows, at, size)
+        gate, up = jnp.einsum("sd,id->si", block, w1), jnp.einsum("sd,id->si", block, w3)
         y = jnp.einsum("si,di->sd", swiglu(gate, up, config), w2, preferred_element_type=jnp.float32)
-        y = jnp.where((at < pairs_end[e])[:, None], y * weight.reshape(-1)[pair, None], 0)
-        return out.at[token].add(y)
+        return lax.dynamic_update_slice_in_dim(out, y, at, axis=0)  # what it writes past its expert, the next block writes anew
 
-    return lax.fori_loop(0, blocks_end[-1], add_block, jnp.zeros(x.shape, jnp.float32)).reshape(shape)
+    out = lax.fori_loop(0, blocks_end[-1], run_block, jnp.zeros(rows.shape, jnp.float32))
+    out = out[jnp.argsort(order)].reshape(*chosen.shape, -1)  # [b, t, k, d]
+    return jnp.where(here[..., None], out * weight[..., None], 0).sum(axis=2)
