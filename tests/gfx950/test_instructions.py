@@ -121,27 +121,6 @@ def test_conversion_from_fp8(assembler):
     np.testing.assert_array_equal(out, want * np.float32([1, 1, 4, 4])[:, None])
 
 
-@pytest.mark.parametrize("table", [0x36, 0xC8, 0xFF, 0])
-def test_any_function_of_three_bits(assembler, table):
-    a, b, c = np.random.default_rng(4).integers(0, 2**32, (3, 64), dtype=np.uint32)
-    (out,) = assembler(f"v_bitop3_b32 v40, v10, v11, v12 bitop3:{table:#x}", [a, b, c])
-    index = np.stack([np.unpackbits(x.view(np.uint8)) for x in (c, b, a)])
-    want = table >> (index.astype(np.int64) << np.arange(3)[:, None]).sum(0) & 1
-    np.testing.assert_array_equal(np.unpackbits(out.view(np.uint8)), want)
-
-
-def test_any_function_of_three_bits_in_16(assembler):
-    """Halves by op_sel; the other half of the destination stays."""
-    a, b, c = np.random.default_rng(4).integers(0, 2**32, (3, 64), dtype=np.uint32)
-    body = """v_mov_b32 v40, v10
-      v_mov_b32 v41, v10
-      v_bitop3_b16 v40, v10, v11, v12 bitop3:0xf8
-      v_bitop3_b16 v41, v10, v11, v12 bitop3:0xf8 op_sel:[1,0,1,1]"""
-    low, high = assembler(body, [a, b, c], 2)
-    np.testing.assert_array_equal(low, (a & 0xFFFF0000) | ((a | b & c) & 0xFFFF))
-    np.testing.assert_array_equal(high, (a & 0xFFFF) | (((a >> 16) | b & (c >> 16)) & 0xFFFF) << 16)
-
-
 def test_conversion_to_bf16(assembler):
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(2, 64)).astype(np.float32)
