@@ -79,6 +79,21 @@ def test_holes_and_foreign_slots_are_harmless(on_gluon):
     check(gluon.attend(q, scopes), q, scopes)
 
 
+def test_holes_before_scores_far_below_zero(on_gluon):
+    """After a tile of nothing but holes AITER's kernel would compare scores with 0, and these would vanish."""
+    rng = np.random.default_rng(12)
+    cache = dsv4.KVCache.create(2, 64)
+    latents = jnp.asarray(rng.normal(size=(128, 512)) * 0.1 - 1, jnp.float32)
+    cache = dsv4.append(cache, latents, jnp.arange(128, dtype=jnp.int32), implementation="xla")
+    indices = np.full((1, 300), -1)
+    indices[0, -50:] = rng.integers(0, 128, 50)
+    q, scopes = jnp.full((1, 16, 512), 8, jnp.bfloat16), [dsv4.Scope(cache, jnp.asarray(indices, jnp.int32), jnp.asarray([300], jnp.int32))]
+    gluon.compile_for(q, scopes)
+    out, lse = gluon.attend(q, scopes)
+    assert (np.asarray(lse) < -150).all()
+    check((out, lse), q, scopes)
+
+
 def test_infinite_sinks_and_tokens_without_keys(on_gluon):
     q, scopes = problem(np.random.default_rng(1), [140, 0, 5])
     sink = np.full(16, -np.inf, np.float32)
