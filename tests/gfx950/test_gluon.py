@@ -3,9 +3,9 @@
 import ast
 import contextlib
 import functools
+import json
 import math
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -393,8 +393,12 @@ def test_doctor(on_gluon, shared_packed, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_gluon, "SPLITS", (2,))
     build_aiter.build_gluon(gluon.source(), [_gluon.Variant(16, 512**-0.5, (64, 64))])
+    capsys.readouterr()
     with directory(shared_packed):
-        assert doctor.main([]) == 0
-    text = capsys.readouterr().out
-    assert "AITER's Gluon kernel: pa_decode_sparse-h16-s3d3504f3-b64+64-a16-narrow-x2-lds68608.co" in text
-    assert re.search(r"aiter_gluon yes.*\n +ok: 16 heads, .* cosine 0\.99999\d,", text)
+        assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    fact = "AITER's Gluon kernel: pa_decode_sparse-h16-s3d3504f3-b64+64-a16-narrow-x2-lds68608.co"
+    assert fact in report["rocm"]
+    (test,) = report["implementations"]["aiter_gluon"]["self_tests"]
+    assert (test["heads"], test["ok"]) == (16, True)
+    assert test["cosine"] > 1 - 5e-6
