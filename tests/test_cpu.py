@@ -156,16 +156,19 @@ def test_threads_share_the_work(threads: int, tokens: int, heads: int, tile_keys
     assert free.max() <= 2 * max(segments.sum() / threads, 16 / heads)
 
 
-@pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens == 16], ids=str)
-def test_workspace_is_small(case: Case) -> None:
-    """A call needs its inputs, its outputs and less than 64 MB."""
+@pytest.mark.parametrize("lanes", [2, 16, 32, 64])
+@pytest.mark.parametrize("case", [c for c in tagged("perf") if c.tokens in (1, 16)], ids=str)
+def test_workspace_is_small(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call needs its inputs, its outputs and less than 32 MB: glibc gives larger blocks back, and their pages are fresh in every call."""
+    monkeypatch.setattr(type(cpu.CPU), "lanes", lanes)
+    jax.clear_caches()
     cache = jax.eval_shape(lambda: dsv4.KVCache.create(1000, 64))
     i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     scope = lambda topk: dsv4.Scope(cache, i32(case.tokens, topk), i32(case.tokens))  # noqa: E731
     q = jax.ShapeDtypeStruct((case.tokens, case.heads, 512), jnp.bfloat16)
     call = jax.jit(lambda *a: dsv4.sparse_mla_decode(*a, implementation="cpu"))
     compiled = call.lower(q, scope(case.swa.topk), scope(case.extra.topk)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+    assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
 
 
 def test_plan_that_contradicts_itself() -> None:

@@ -1,32 +1,19 @@
-// Heads in register blocks. Part of decode-inl.h, which see.
+// Heads and keys in register blocks. Part of decode-inl.h, which see.
 
-// Calls Block<H> for all heads, H at most kMax, as evenly as can be.
+template <int kSize, typename Block>
+inline void run_block(int size, int at, const Block& block) {
+  if constexpr (kSize > 1) {
+    if (size < kSize) return run_block<kSize - 1>(size, at, block);
+  }
+  block.template run<kSize>(at);
+}
+
+// Calls block.run<size>(at) for all of 0 .. n, sizes at most kMax, as evenly as can be.
 template <int kMax, typename Block>
-inline void for_head_blocks(int32_t heads, const Block& block) {
-  int32_t h = 0;
-  while (h < heads) {
-    const int32_t blocks = (heads - h + kMax - 1) / kMax;
-    const int32_t size = (heads - h + blocks - 1) / blocks;
-    switch (size) {
-      case 1:
-        block.template run<1>(h);
-        break;
-      case 2:
-        block.template run<2>(h);
-        break;
-      case 3:
-        block.template run<3>(h);
-        break;
-      case 4:
-        block.template run<4>(h);
-        break;
-      case 5:
-        block.template run<(kMax >= 5 ? 5 : 1)>(h);
-        break;
-      default:
-        block.template run<(kMax >= 6 ? 6 : 1)>(h);
-        break;
-    }
-    h += size;
+inline void for_blocks(int n, const Block& block) {
+  for (int at = 0; at < n;) {
+    const int blocks = (n - at + kMax - 1) / kMax, size = (n - at + blocks - 1) / blocks;
+    run_block<kMax>(size, at, block);
+    at += size;
   }
 }

@@ -4,13 +4,15 @@
 // whichever instruction set).
 //
 // Per tile of up to kTileKeys valid keys, all heads of the task (a segment's first tile starts anew):
-//   rows[k, d]   = the tile's latents                                 (load_tile)
+//   rows[k, d]   = the tile's latents                                 (scores)
 //   s[h, k]      = sum_d q[h, d] * rows[k, d]                         (scores)
 //   p[h, k]      = 2^(s * scale * log2(e) - max), running max and sum (softmax)
 //   o[h, d]      = o[h, d] * alpha[h] + sum_k p[h, k] * rows[k, d]    (accumulate)
 // and after a segment's last tile, of what came before and of it:
 //   total[h, d]  = total[h, d] * keep[h] + o[h, d] * take[h]          (merge_maxima, accumulate)
 // Scores, softmax and sums are fp32 throughout.
+
+inline V* vector_at(float* numbers) { return reinterpret_cast<V*>(numbers); }
 
 // Attention to some keys of one head, not yet divided by its sum. Without a valid key: -inf, 0, and anything in o.
 struct State {
@@ -21,19 +23,17 @@ struct State {
   bool empty() const { return sum == 0 && max == -__builtin_inff(); }
 };
 
-// Merges in the maximum of what comes after, and says how the sums and o are to be merged. Never inlined, as merge_sums
+// Merges in the maxima of what comes after, and says how the sums and o are to be merged. Never inlined, as merge_sums
 // and finish: whoever calls them, the bits are the same.
-__attribute__((noinline)) void merge_maxima(float* max, float next_max, float* keep, float* take) {
-  const bool grows = next_max > *max;
-  const float m = grows ? next_max : *max, less = grows ? *max : next_max;
-  const float other = Simd::first(exp2(Simd::set1(less - m)));
-  *keep = grows ? other : 1;
-  *take = grows ? 1 : other;
-  *max = m;
+__attribute__((noinline)) void merge_maxima(V* max, V next, V* keep, V* take) {
+  const V both = Simd::max(next, *max);
+  *keep = exp2(Simd::sub(*max, both));
+  *take = exp2(Simd::sub(next, both));
+  *max = both;
 }
 
-__attribute__((noinline)) void merge_sums(float* sum, float keep, float next_sum, float take) {
-  *sum = Simd::first(Simd::merge(Simd::set1(*sum), Simd::set1(keep), Simd::set1(next_sum), Simd::set1(take)));
+__attribute__((noinline)) void merge_sums(V* sum, V keep, V next, V take) {
+  *sum = Simd::merge(*sum, keep, next, take);
 }
 
 // Writes out and lse of a head.
@@ -46,7 +46,6 @@ __attribute__((noinline)) void finish(const DecodeParams& p, int32_t token, int3
     Simd::store(state.o + d, empty ? Simd::set1(0) : Simd::mul(Simd::load(state.o + d), inverse));
   }
   const int64_t row = static_cast<int64_t>(token) * p.heads + head;
-  restore_order(state.o);
   write_out(p, row, state.o);
   p.lse[row] = empty ? -__builtin_inff() : kLn2 * (state.max + log2f(state.sum));
 }
@@ -111,31 +110,35 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   load_queries(p, static_cast<int64_t>(task.token) * p.heads + task.head_begin, heads, s);
   bool empty = true, first = true;  // nothing is merged yet; the segment's first tile
   float* const own = s.o;
+  alignas(64) float one[kLatentDim];
   if (merges) s.o = total;
   for (int now = 0; tiles[now].n > 0; now ^= 1) {
     const Tile& tile = tiles[now];
     Tile& next = tiles[now ^ 1];
     next_tile(p, task, &cursor, &next);
-    load_tile(tile.rows, tile.n, next.rows, next.n, s);
-    scores(s, heads, tile.n);
+    scores(tile.rows, tile.n, next.rows, next.n, s, heads);
     softmax(s, heads, tile.n, p.scale * kLog2e, first);
     const bool last = next.n == 0 || next.segment != tile.segment;
     Merge merge;
     if (merges && last && !empty) {
-      for (int32_t h = 0; h < heads; ++h) merge_maxima(max + h, s.max[h], keep + h, take + h);
+      for (int32_t h = 0; h < heads; h += kL) {
+        merge_maxima(vector_at(max + h), Simd::load(s.max + h), vector_at(keep + h), vector_at(take + h));
+      }
       merge = {total, keep, take};
     }
     accumulate(s, heads, tile.n, first, merge, next.rows, next.n);
     // Only now: s.sum may become known beside the products.
     if (merge.total != nullptr) {
-      for (int32_t h = 0; h < heads; ++h) merge_sums(sum + h, keep[h], s.sum[h], take[h]);
+      for (int32_t h = 0; h < heads; h += kL) {
+        merge_sums(vector_at(sum + h), Simd::load(keep + h), Simd::load(s.sum + h), Simd::load(take + h));
+      }
     }
     first = last;
     if (!last) continue;
     if (!merges) {
       const int32_t row = task.row + tile.segment - task.kv_begin / task.segment_keys;
       for (int32_t h = 0; h < heads; ++h) {
-        store_partial(p, row, task.head_begin + h, {s.max[h], s.sum[h], s.o + h * kLatentDim});
+        store_partial(p, row, task.head_begin + h, {s.max[h], s.sum[h], numbers_of(s.o, h, one)});
       }
     } else if (empty) {
       for (int32_t h = 0; h < heads; ++h) max[h] = s.max[h], sum[h] = s.sum[h];
@@ -145,7 +148,7 @@ void attend(const DecodeParams& p, const Task& task, uint8_t* bytes) {
   }
   if (!merges) return;
   for (int32_t h = 0; h < heads; ++h) {
-    State state{-__builtin_inff(), 0, total + h * kLatentDim};
+    State state{-__builtin_inff(), 0, numbers_of(total, h, one)};
     if (!empty) state.max = max[h], state.sum = sum[h];
     if (task.row < 0) {
       finish(p, task.token, task.head_begin + h, state);
@@ -169,12 +172,13 @@ void combine(const DecodeParams& p, int32_t token, int32_t row, int32_t count, i
         state.sum = part.sum;
         continue;
       }
-      float keep, take;
-      merge_maxima(&state.max, part.max, &keep, &take);
-      merge_sums(&state.sum, keep, part.sum, take);
-      const V k = Simd::set1(keep), t = Simd::set1(take);
+      V max = Simd::set1(state.max), sum = Simd::set1(state.sum), keep, take;
+      merge_maxima(&max, Simd::set1(part.max), &keep, &take);
+      merge_sums(&sum, keep, Simd::set1(part.sum), take);
+      state.max = Simd::first(max);
+      state.sum = Simd::first(sum);
       for (int d = 0; d < kLatentDim; d += kL) {
-        Simd::store(o + d, Simd::merge(Simd::load(o + d), k, Simd::loadu(out + d), t));
+        Simd::store(o + d, Simd::merge(Simd::load(o + d), keep, Simd::loadu(out + d), take));
       }
     }
     finish(p, token, h, state);

@@ -52,8 +52,9 @@ int32_t count_tasks(const DecodeParams& p, int32_t tile_keys) {
 
 int32_t choose_head_groups(int32_t items, int32_t heads, int64_t threads) {
   int32_t groups = 1;
-  while (groups < kMaxHeadGroups && static_cast<int64_t>(items) * groups < 2 * threads &&
-         heads / (2 * groups) >= kHeadBlock) {
+  // Items may be of different lengths, groups are not.
+  const int64_t wanted = items > 1 ? 2 * threads : threads;
+  while (groups < kMaxHeadGroups && items * int64_t{groups} < wanted && heads / (2 * groups) >= kHeadBlock) {
     groups *= 2;
   }
   return groups;

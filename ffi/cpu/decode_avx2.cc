@@ -11,8 +11,9 @@ namespace {
 
 struct Simd {
   static constexpr int kLanes = 8;
-  static constexpr int kScoreHeads = 3, kScoreKeys = 4, kScoreGroup = 8;  // 12 accumulators, 3 queries, 1 row
-  static constexpr int kOutHeads = 6, kOutVectors = 2;                    // 12 accumulators, 2 rows, 1 weight
+  static constexpr int kTileKeys = 64;
+  static constexpr int kScoreKeys = 6;                  // 12 accumulators, 2 vectors of heads, 1 number of a key
+  static constexpr int kOutHeads = 6, kOutVectors = 2;  // 12 accumulators, 2 rows, 1 weight
   using V = __m256;
 
   static V load(const float* p) { return _mm256_load_ps(p); }
@@ -28,21 +29,23 @@ struct Simd {
   static V max(V a, V b) { return _mm256_max_ps(a, b); }  // b if either is NaN
   static float first(V v) { return _mm256_cvtss_f32(v); }
 
-  static float hsum(V v) {
-    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-  }
-  static float hmax(V v) {
-    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
-  }
-
-  // out[i] = sum of v[i]'s lanes.
-  static void sums(const V v[4], float* out) {
-    const V abcd = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  static void transpose(V (&r)[8]) {
+    V t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = r[i];
+      r[i] = _mm256_permute2f128_ps(t[i], r[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(t[i], r[i + 4], 0x31);
+    }
   }
 
   static V round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -91,11 +94,9 @@ struct Simd {
     }
   }
 
-  static void bf16_to_float(const uint8_t* src, float* dst, int n) {
-    for (int i = 0; i < n; i += kLanes) {
-      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + 2 * i));
-      store(dst + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
-    }
+  static V load_bf16(const uint8_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
 
   static void float_to_bf16(const float* src, uint8_t* dst, int n) {

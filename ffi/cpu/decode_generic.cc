@@ -20,7 +20,8 @@ const Table<16> kE2m1(e2m1_to_float);
 
 struct Simd {
   static constexpr int kLanes = 4;
-  static constexpr int kScoreHeads = 2, kScoreKeys = 4, kScoreGroup = 8;
+  static constexpr int kTileKeys = 64;
+  static constexpr int kScoreKeys = 4;
   static constexpr int kOutHeads = 4, kOutVectors = 2;
   typedef float V __attribute__((vector_size(16), may_alias));
   typedef float U __attribute__((vector_size(16), may_alias, aligned(1)));
@@ -34,23 +35,25 @@ struct Simd {
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
-  static V fma(V a, V b, V c) { return a * b + c; }
-  // The compiler may make one instruction of a product and a sum; of this product it may not.
-  static V merge(V total, V keep, V part, V take) {
-    V kept = total * keep;
-    __asm__("" : "+m"(kept));
-    return part * take + kept;
+  static V fma(V a, V b, V c) {
+#if defined(__FP_FAST_FMAF)
+    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
   }
+  static V merge(V total, V keep, V part, V take) { return fma(part, take, total * keep); }
   static V max(V a, V b) { return a > b ? a : b; }  // b if either is NaN
   static float first(V v) { return v[0]; }
-  static float hsum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-  static float hmax(V v) {
-    float m = v[0];
-    for (int i = 1; i < 4; ++i) m = v[i] > m ? v[i] : m;
-    return m;
-  }
-  static void sums(const V v[4], float* out) {
-    for (int i = 0; i < 4; ++i) out[i] = hsum(v[i]);
+  static void transpose(V (&r)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float x = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = x;
+      }
+    }
   }
 
   static V round(V x) { return x + 0x1.8p23f - 0x1.8p23f; }
@@ -75,12 +78,14 @@ struct Simd {
     }
   }
 
-  static void bf16_to_float(const uint8_t* src, float* dst, int n) {
-    for (int i = 0; i < n; ++i) {
+  static V load_bf16(const uint8_t* p) {
+    V result;
+    for (int i = 0; i < kLanes; ++i) {
       uint16_t bits;
-      __builtin_memcpy(&bits, src + 2 * i, 2);
-      dst[i] = jax_dsv4::bf16_to_float(bits);
+      __builtin_memcpy(&bits, p + 2 * i, 2);
+      result[i] = bf16_to_float(bits);
     }
+    return result;
   }
 
   static void float_to_bf16(const float* src, uint8_t* dst, int n) {

@@ -14,9 +14,8 @@ struct Merge {
   const float* keep = nullptr;  // [heads]
   const float* take = nullptr;  // [heads]
 
-  Merge at(int32_t h, int d) const {
-    return total == nullptr ? *this : Merge{total + h * kLatentDim + d, keep + h, take + h};
-  }
+  // From head h on, whose sums are `at` numbers into the total.
+  Merge from(int32_t h, int32_t at) const { return total == nullptr ? *this : Merge{total + at, keep + h, take + h}; }
 };
 
 // Stores a block's sums, or merges them into the total.
@@ -65,6 +64,10 @@ inline bool find_row(const Cache& cache, int32_t slot, Row* row) {
   return true;
 }
 
+inline void bf16_to_floats(const uint8_t* src, float* dst, int n) {
+  for (int d = 0; d < n; d += Simd::kLanes) Simd::store(dst + d, Simd::load_bf16(src + 2 * d));
+}
+
 // The numbers of a row that has scales, as fp32.
 inline void dequantize_row(const Row& row, float* dst) {
   switch (row.layout) {
@@ -72,7 +75,7 @@ inline void dequantize_row(const Row& row, float* dst) {
       for (int t = 0; t < kScaleTiles; ++t) {
         Simd::dequantize_tile<kScaleTile>(row.data + t * kScaleTile, row.scales[t], dst + t * kScaleTile);
       }
-      Simd::bf16_to_float(row.data + kNopeDim, dst + kNopeDim, kRopeDim);
+      bf16_to_floats(row.data + kNopeDim, dst + kNopeDim, kRopeDim);
       break;
     case Layout::kMxfp8:
       for (int t = 0; t < kMxfp8ScaleBytes; ++t) {

@@ -16,7 +16,8 @@ constexpr int kTileKeys = 160;  // four segments for DeepSeek-V4's 128 + 512 key
 constexpr int kL = Simd::kLanes;
 using V = Simd::V;
 
-constexpr int kTile = 512;                       // bf16 numbers of a tile; it has half as many floats
+constexpr int kTile = 512;                       // bf16 numbers of a tile
+constexpr int kSums = 256;                       // floats of one: sums of 16 heads and 16 numbers
 constexpr int kGroupKeys = 32;                   // that one product sums over
 constexpr int kGroups = kTileKeys / kGroupKeys;  // at most
 constexpr int kBlock = 64;                       // numbers of a key that are converted together, as they have one scale
@@ -248,10 +249,10 @@ class Conversion {
 struct Scratch {
   Conversion* conversion;  // of its keys
   float* sums;             // [4, 16, 16]
-  __m512i* turned;         // [2, 16 pairs of keys] weights that are to be turned around, of 16 heads
+  V* turned;               // [2, 16 pairs of keys] weights that are to be turned around, of 16 heads
   uint16_t* q;             // [head blocks, 16, 16 pairs of numbers, 16 heads, 2]
   uint16_t* weights;       // [head blocks, groups, 2, 16 heads, 32 keys] p as the sum of two bf16 numbers
-  float* o;                // [heads, 512], numbers in the order of converted keys
+  float* o;                // [head blocks, 512 / 16, 16 heads, 16] in the order of converted keys
   float* p;                // [head blocks, groups, 32 keys, 16 heads] scores
   float* highest;          // [heads] of the tile's s, log2 units
   float* max;              // [heads] of s, log2 units
@@ -261,15 +262,14 @@ struct Scratch {
 };
 
 inline Scratch carve(uint8_t* bytes, int32_t heads) {
-  constexpr size_t kSums = 4 * kTile / 2;  // floats
-  static_assert(sizeof(Conversion) + sizeof(float) * kSums + sizeof(__m512i) * 2 * 16 <= kLaneBytesFixed, "tile");
+  static_assert(sizeof(Conversion) + sizeof(float) * 4 * kSums + sizeof(V) * 2 * 16 <= kLaneBytesFixed, "tile");
   static_assert(2 * (kLatentDim + 2 * kTileKeys) + 4 * (kLatentDim + kTileKeys + 4) <= kLaneBytesPerHead, "per head");
   Scratch s;
   s.conversion = reinterpret_cast<Conversion*>(bytes);
   s.conversion->reset();
   float* floats = reinterpret_cast<float*>(bytes + sizeof(Conversion));
-  s.sums = floats, floats += kSums;
-  s.turned = reinterpret_cast<__m512i*>(floats), floats += 2 * 16 * kL;
+  s.sums = floats, floats += 4 * kSums;
+  s.turned = reinterpret_cast<V*>(floats), floats += 2 * 16 * kL;
   uint16_t* at = reinterpret_cast<uint16_t*>(floats);
   s.q = at, at += heads * kLatentDim;
   s.weights = at, at += heads * 2 * kTileKeys;
@@ -287,49 +287,21 @@ inline int32_t head_blocks(int32_t heads) { return padded_heads(heads) / kHeadBl
 
 #include "cpu/exp2-inl.h"
 
-// 16 x 16 numbers of 32 bits.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// Interleaving two keys' numbers splits each lane once more: number 16 l + 4 j + i of 64 is at 16 j + 4 l + i. Back.
-inline void restore_order(float* o) {
-  for (int d = 0; d < kLatentDim; d += kBlock) {
-    const V z0 = Simd::load(o + d), z1 = Simd::load(o + d + 16), z2 = Simd::load(o + d + 32),
-            z3 = Simd::load(o + d + 48);
+// A head's numbers, to `room`. Interleaving two keys splits each lane once more: of 64 numbers, 16 l + 4 j + i is in
+// vector j at 4 l + i.
+inline float* numbers_of(float* o, int32_t h, float* room) {
+  o += h / kHeadBlock * kHeadBlock * kLatentDim + h % kHeadBlock * kL;
+  for (int d = 0; d < kLatentDim; d += kBlock, o += kBlock * kHeadBlock) {
+    const V z0 = Simd::load(o), z1 = Simd::load(o + kSums), z2 = Simd::load(o + 2 * kSums),
+            z3 = Simd::load(o + 3 * kSums);
     const V a = _mm512_shuffle_f32x4(z0, z1, 0x44), b = _mm512_shuffle_f32x4(z2, z3, 0x44);
     const V c = _mm512_shuffle_f32x4(z0, z1, 0xee), e = _mm512_shuffle_f32x4(z2, z3, 0xee);
-    Simd::store(o + d, _mm512_shuffle_f32x4(a, b, 0x88));
-    Simd::store(o + d + 16, _mm512_shuffle_f32x4(a, b, 0xdd));
-    Simd::store(o + d + 32, _mm512_shuffle_f32x4(c, e, 0x88));
-    Simd::store(o + d + 48, _mm512_shuffle_f32x4(c, e, 0xdd));
+    Simd::store(room + d, _mm512_shuffle_f32x4(a, b, 0x88));
+    Simd::store(room + d + 16, _mm512_shuffle_f32x4(a, b, 0xdd));
+    Simd::store(room + d + 32, _mm512_shuffle_f32x4(c, e, 0x88));
+    Simd::store(room + d + 48, _mm512_shuffle_f32x4(c, e, 0xdd));
   }
+  return room;
 }
 
 inline void load_queries(const DecodeParams& p, int64_t first_head, int32_t heads, Scratch& s) {
@@ -338,23 +310,19 @@ inline void load_queries(const DecodeParams& p, int64_t first_head, int32_t head
   uint16_t* to = s.q;
   for (int32_t first = 0; first < heads; first += kHeadBlock) {
     for (int d = 0; d < kLatentDim; d += kBlock) {
-      __m512i halves[2][kHeadBlock];
+      V halves[2][kHeadBlock];
       for (int h = 0; h < kHeadBlock; ++h) {
-        halves[0][h] = halves[1][h] = _mm512_setzero_si512();
-        if (first + h < heads) load_block(q + (first + h) * kLatentDim + d, &halves[0][h], &halves[1][h]);
+        __m512i block0 = _mm512_setzero_si512(), block1 = block0;
+        if (first + h < heads) load_block(q + (first + h) * kLatentDim + d, &block0, &block1);
+        halves[0][h] = _mm512_castsi512_ps(block0);
+        halves[1][h] = _mm512_castsi512_ps(block1);
       }
       for (auto& half : halves) {
-        transpose(half);
-        for (int i = 0; i < 16; ++i, to += 32) _mm512_store_si512(to, half[i]);
+        Simd::transpose(half);
+        for (int i = 0; i < 16; ++i, to += 32) _mm512_store_ps(to, half[i]);
       }
     }
   }
-}
-
-// Its keys are converted as their scores are computed, the first ones as the tile before is accumulated.
-inline void load_tile(const Row* rows, int n, const Row* next, int next_n, const Scratch& s) {
-  if (s.conversion->tile() != rows) s.conversion->start(rows, n);
-  s.conversion->announce(next, next_n);
 }
 
 // So many steps of vector work in so many slots between tile products, in even parts.
@@ -399,23 +367,25 @@ inline void score_group(const Scratch& s, int group, int32_t block, const Beside
     Tiles::store<2>(p[1]);
     Tiles::store<3>(p[1] + kScores / 2);
   }
-  const V scale = Simd::set1(s.scale_log2), lowest = Simd::set1(-__builtin_inff());
-  const int keys = s.conversion->keys(group);
+  const V scale = Simd::set1(s.scale_log2);
+  const int keys = min_int(s.conversion->keys(group), kGroupKeys);
   for (int b = 0; b < B; ++b) {
     float* highest = s.highest + (block + b) * kHeadBlock;
-    V max = group == 0 ? lowest : Simd::load(highest);
-    for (int k = 0; k < kGroupKeys; ++k) {
-      float* at = p[b] + k * kHeadBlock;
-      const V score = k < keys ? Simd::mul(Simd::load(at), scale) : lowest;
-      max = Simd::max(score, max);
-      Simd::store(at, score);
+    const V lowest = Simd::set1(-__builtin_inff());
+    V even = group == 0 ? lowest : Simd::load(highest), odd = lowest;
+    for (int k = 0; k < keys; k += 2) {
+      even = Simd::max(Simd::mul(Simd::load(p[b] + k * kHeadBlock), scale), even);
+      if (k + 1 < keys) odd = Simd::max(Simd::mul(Simd::load(p[b] + (k + 1) * kHeadBlock), scale), odd);
     }
-    Simd::store(highest, max);
+    Simd::store(highest, Simd::max(even, odd));
   }
 }
 
-inline void scores(const Scratch& s, int32_t heads, int) {
+// Keys are converted as their scores are computed, a tile's first ones as the tile before is accumulated.
+inline void scores(const Row* rows, int n, const Row* next, int next_n, const Scratch& s, int32_t heads) {
   Conversion& conversion = *s.conversion;
+  if (conversion.tile() != rows) conversion.start(rows, n);
+  conversion.announce(next, next_n);
   const int groups = conversion.groups();
   const int32_t blocks = head_blocks(heads), slots = (blocks + 1) / 2 * 16;
   while (!conversion.has(0)) conversion.step();
@@ -431,10 +401,11 @@ inline void scores(const Scratch& s, int32_t heads, int) {
 
 // Pairs of bf16 numbers, rounded to nearest, from floats that are not negative. A NaN stays one if its lower half is
 // not all ones, which it is not: scores have the latents' NaN or the processor's own.
-inline __m512i pairs_of(V a, V b) {
+inline V pairs_of(V a, V b) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a), half), 16);
-  return _mm512_ternarylogic_epi32(low, _mm512_add_epi32(_mm512_castps_si512(b), half), upper, 0xf8);  // a | (b & c)
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(b), half);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(low, high, upper, 0xf8));  // low | (high & upper)
 }
 inline V rounded(V a) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -447,7 +418,8 @@ class Softening {
   static constexpr int kSteps = 6;  // of a block and a group: four of eight keys, and two that turn the weights around
 
   // `first`: the sums start anew.
-  Softening(const Scratch& s, bool first) : s_(s), groups_(s.conversion->groups()), first_(first) {}
+  Softening(const Scratch& s, bool first)
+      : s_(s), keys_(s.conversion->keys(0)), groups_(s.conversion->groups()), first_(first) {}
 
   __attribute__((noinline)) void step() {
     if (part_ < 4) {
@@ -469,10 +441,14 @@ class Softening {
  private:
   void soften() {
     const float* p = s_.p + (block_ * kGroups + group_) * kScores + part_ * 8 * kHeadBlock;
-    const V max = Simd::load(s_.max + block_ * kHeadBlock);
+    const V max = Simd::load(s_.max + block_ * kHeadBlock), scale = Simd::set1(s_.scale_log2);
+    const int keys = keys_ - group_ * kGroupKeys;
+    const auto weight = [&](int key) {
+      return key < keys ? exp2(Simd::sub(Simd::mul(Simd::load(p + key % 8 * kHeadBlock), scale), max)) : Simd::set1(0);
+    };
 #pragma GCC unroll 4
-    for (int i = 4 * part_; i < 4 * part_ + 4; ++i, p += 2 * kHeadBlock) {
-      const V a = exp2(Simd::sub(Simd::load(p), max)), b = exp2(Simd::sub(Simd::load(p + kHeadBlock), max));
+    for (int i = 4 * part_; i < 4 * part_ + 4; ++i) {
+      const V a = weight(2 * i), b = weight(2 * i + 1);
       even_ = Simd::add(even_, a);
       odd_ = Simd::add(odd_, b);
       s_.turned[i] = pairs_of(a, b);
@@ -481,17 +457,17 @@ class Softening {
   }
 
   void turn() {
-    __m512i r[16];
+    V r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = s_.turned[16 * (part_ - 4) + i];
-    transpose(r);
+    Simd::transpose(r);
     uint16_t* to = s_.weights + ((block_ * kGroups + group_) * 2 + part_ - 4) * kTile;
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + 32 * i, r[i]);
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(to + 32 * i, r[i]);
   }
 
   const Scratch& s_;
-  const int groups_;
+  const int keys_, groups_;
   const bool first_;
   V even_ = Simd::set1(0), odd_ = Simd::set1(0);
   int block_ = 0, group_ = 0, part_ = 0;
@@ -513,23 +489,17 @@ inline void softmax(const Scratch& s, int32_t heads, int, float, bool first) {
 
 // Sums of 16 heads and 16 numbers that are in memory, to o or merged into the total.
 inline void add_sums(const float* sums, const float* alpha, bool first, float* o, const Merge& merge) {
-  V acc[kHeadBlock];
 #pragma GCC unroll 16
-  for (int h = 0; h < kHeadBlock; ++h) {
-    const V sum = Simd::load(sums + h * 16);
-    acc[h] = first ? sum : Simd::fma(Simd::load(o + h * kLatentDim), Simd::set1(alpha[h]), sum);
-  }
-  // All loads before all stores: rows are 2 KB apart, and a load waits for a store 4 KB from it.
-  if (merge.total != nullptr) {
-#pragma GCC unroll 16
-    for (int h = 0; h < kHeadBlock; ++h) {
-      acc[h] = Simd::merge(Simd::load(merge.total + h * kLatentDim), Simd::set1(merge.keep[h]), acc[h],
-                           Simd::set1(merge.take[h]));
+  for (int h = 0; h < kHeadBlock; ++h, sums += kL, o += kL) {
+    V sum = Simd::load(sums);
+    if (!first) sum = Simd::fma(Simd::load(o), Simd::set1(alpha[h]), sum);
+    if (merge.total == nullptr) {
+      Simd::store(o, sum);
+    } else {
+      float* total = merge.total + h * kL;
+      Simd::store(total, Simd::merge(Simd::load(total), Simd::set1(merge.keep[h]), sum, Simd::set1(merge.take[h])));
     }
   }
-  float* to = merge.total != nullptr ? merge.total : o;
-#pragma GCC unroll 16
-  for (int h = 0; h < kHeadBlock; ++h) Simd::store(to + h * kLatentDim, acc[h]);
 }
 
 // A tile's groups of keys as B of the output.
@@ -573,13 +543,19 @@ inline void output_block(const Scratch& s, const Values& values, int32_t block, 
     }
     beside();
   }
-  Tiles::store<0>(s.sums);
-  Tiles::store<1>(s.sums + kTile / 2);
-  Tiles::store<2>(s.sums + kTile);
-  Tiles::store<3>(s.sums + 3 * kTile / 2);
+  const bool as_they_are = first && merge.total == nullptr;
+  const auto place = [&](int i) {
+    return ((block + (B == 2 ? i / 2 : 0)) * (kLatentDim / 16) + d / 16 + (B == 2 ? i % 2 : i)) * kSums;
+  };
+  const auto target = [&](int i) { return as_they_are ? s.o + place(i) : s.sums + i * kSums; };
+  Tiles::store<0>(target(0));
+  Tiles::store<1>(target(1));
+  Tiles::store<2>(target(2));
+  Tiles::store<3>(target(3));
+  if (as_they_are) return;
   for (int i = 0; i < 4; ++i) {
-    const int h = kHeadBlock * (block + (B == 2 ? i / 2 : 0)), at = d + 16 * (B == 2 ? i % 2 : i);
-    add_sums(s.sums + i * kTile / 2, s.alpha + h, first, s.o + h * kLatentDim + at, merge.at(h, at));
+    const int h = kHeadBlock * (block + (B == 2 ? i / 2 : 0));
+    add_sums(s.sums + i * kSums, s.alpha + h, first, s.o + place(i), merge.from(h, place(i)));
   }
 }
 

@@ -3,12 +3,15 @@
 // taken as the sum of two (subnormal bf16 numbers count as zero). Part of decode-inl.h, which see.
 
 constexpr int kTileKeys = 64;
+constexpr int kScoreHeads = 6, kScoreKeys = 4, kScoreGroup = 32;  // 24 accumulators, 4 rows, 1 query
 
 #include "cpu/blocks-inl.h"
 #include "cpu/keys-inl.h"
 
 constexpr int kL = Simd::kLanes;
 using V = Simd::V;
+
+#include "cpu/exp2-inl.h"
 
 // Numbers between rows: an odd number of cache lines, or a column of rows would share few cache sets.
 constexpr int kRowStride = kLatentDim + 32;
@@ -65,11 +68,11 @@ inline void load_row(const Row& row, uint16_t* dst) {
   }
 }
 
-inline void load_tile(const Row* rows, int n, const Row*, int, const Scratch& s) {
+inline void load_tile(const Row* rows, int n, const Scratch& s) {
   int k = 0;
   for (; k < n; ++k) load_row(rows[k], s.rows + k * kRowStride);
   // The score kernel takes keys in groups, the other one in pairs: a group's missing ones read as zeros.
-  for (; k % Simd::kScoreKeys != 0; ++k) {
+  for (; k % kScoreKeys != 0; ++k) {
     for (int d = 0; d < kLatentDim; d += 32) _mm512_store_si512(s.rows + k * kRowStride + d, _mm512_setzero_si512());
   }
   alignas(64) uint16_t order[2][32];
@@ -93,7 +96,7 @@ inline void load_tile(const Row* rows, int n, const Row*, int, const Scratch& s)
 // s[h, k] for H heads and kScoreKeys keys: dot products along d.
 template <int H>
 inline void score_block(const uint16_t* q, const uint16_t* rows, float* s) {
-  constexpr int K = Simd::kScoreKeys;
+  constexpr int K = kScoreKeys;
   V acc[H][K];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
@@ -121,18 +124,18 @@ struct ScoreHeads {
   int begin, end;  // keys
   template <int H>
   void run(int32_t h) const {
-    for (int k = begin; k < end; k += Simd::kScoreKeys) {
+    for (int k = begin; k < end; k += kScoreKeys) {
       score_block<H>(s.q + h * kLatentDim, s.rows + k * kRowStride, s.p + h * kTileKeys + k);
     }
   }
 };
 
-inline void scores(const Scratch& s, int32_t heads, int n) {
+inline void scores(const Row* rows, int n, const Row*, int, const Scratch& s, int32_t heads) {
+  load_tile(rows, n, s);
   // A group of rows stays in the first-level cache while all heads pass over it.
-  constexpr int kGroup = 2 * Simd::kScoreGroup;
-  for (int k = 0; k < n; k += kGroup) {
-    const int end = k + kGroup < n ? k + kGroup : n;
-    for_head_blocks<Simd::kScoreHeads>(heads, ScoreHeads{s, k, end});
+  for (int k = 0; k < n; k += kScoreGroup) {
+    const int end = k + kScoreGroup < n ? k + kScoreGroup : n;
+    for_blocks<kScoreHeads>(heads, ScoreHeads{s, k, end});
   }
 }
 
@@ -146,6 +149,34 @@ inline void store_weights(const Scratch& s, int32_t h) {
     const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(Simd::sub(high, high_rounded), Simd::sub(low, low_rounded));
     _mm512_store_si512(weights + k, rounded);
     _mm512_store_si512(weights + kTileKeys + k, rest);
+  }
+}
+
+// Scores to probabilities, in place; entries n .. 63 become 0.
+inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bool first) {
+  const V scale = Simd::set1(scale_log2);
+  for (int32_t h = 0; h < heads; ++h) {
+    float* row = s.p + h * kTileKeys;
+    for (int k = 0; k < kTileKeys; k += kL) Simd::store(row + k, Simd::mul(Simd::load(row + k), scale));
+    for (int k = n; k < kTileKeys; ++k) row[k] = -__builtin_inff();
+    V max = Simd::set1(-__builtin_inff());
+    for (int k = 0; k < kTileKeys; k += kL) max = Simd::max(Simd::load(row + k), max);
+    float m = Simd::hmax(max);
+    float alpha = 0;
+    if (!first) {
+      if (s.max[h] > m) m = s.max[h];
+      alpha = Simd::first(exp2(Simd::set1(s.max[h] - m)));
+    }
+    V sum = Simd::set1(0);
+    for (int k = 0; k < kTileKeys; k += kL) {
+      const V e = exp2(Simd::sub(Simd::load(row + k), Simd::set1(m)));
+      Simd::store(row + k, e);
+      sum = Simd::add(sum, e);
+    }
+    store_weights(s, h);
+    s.sum[h] = (first ? 0 : s.sum[h] * alpha) + Simd::hsum(sum);
+    s.max[h] = m;
+    s.alpha[h] = alpha;
   }
 }
 
@@ -191,7 +222,7 @@ struct AccumulateHeads {
   template <int H>
   void run(int32_t h) const {
     accumulate_block<H>(s.weights + h * 2 * kTileKeys, s.pairs + 2 * d, s.alpha + h, n, first, s.o + h * kLatentDim + d,
-                        merge.at(h, d));
+                        merge.from(h, h * kLatentDim + d));
   }
 };
 
@@ -203,11 +234,8 @@ inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const
   for (int d = 0; d < kLatentDim; d += Simd::kOutVectors * kL) {
     for (const int due = next_n * (d + Simd::kOutVectors * kL) / kLatentDim; fetched < due; ++fetched)
       prefetch_row(next[fetched]);
-    for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
+    for_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
   }
 }
 
-// Numbers stay in the order of the cache.
-inline void restore_order(float*) {}
-
-#include "cpu/softmax-inl.h"
+inline float* numbers_of(float* o, int32_t h, float*) { return o + h * kLatentDim; }

@@ -1,6 +1,6 @@
 // Products in fp32: any dtype of q, any layout. Part of decode-inl.h, which see.
 
-constexpr int kTileKeys = 64;
+constexpr int kTileKeys = Simd::kTileKeys;
 
 #include "cpu/blocks-inl.h"
 #include "cpu/keys-inl.h"
@@ -8,18 +8,23 @@ constexpr int kTileKeys = 64;
 constexpr int kL = Simd::kLanes;
 using V = Simd::V;
 
+#include "cpu/exp2-inl.h"
+
 // floats: an odd number of cache lines, or a column of rows would share few cache sets
 constexpr int kRowStride = kLatentDim + 16;
 
-// One lane's scratch. Sizes: kLaneBytesFixed and kLaneBytesPerHead of launch.h.
+// One lane's scratch. Sizes: kLaneBytesFixed and kLaneBytesPerHead of launch.h. Heads go in vectors, and heads that
+// there are not are zeros in q.
 struct Scratch {
-  float* rows;   // [64, kRowStride]
-  float* q;      // [heads, 512]
+  float* rows;   // [kTileKeys, kRowStride]
+  float* q;      // [vectors of heads, 512, kL]
   float* o;      // [heads, 512]
-  float* p;      // [heads, 64]
+  float* p;      // [vectors of heads, kTileKeys, kL]
   float* max;    // [heads] of s, log2 units
   float* sum;    // [heads] of p
   float* alpha;  // [heads]
+
+  const float* weights(int32_t head) const { return p + head / kL * kL * kTileKeys + head % kL; }
 };
 
 inline Scratch carve(uint8_t* bytes, int32_t heads) {
@@ -37,15 +42,21 @@ inline Scratch carve(uint8_t* bytes, int32_t heads) {
   return s;
 }
 
+inline int32_t head_vectors(int32_t heads) { return (heads + kL - 1) / kL; }
+
 inline void load_queries(const DecodeParams& p, int64_t first_head, int32_t heads, const Scratch& s) {
-  for (int32_t h = 0; h < heads; ++h) {
-    const int64_t at = (first_head + h) * kLatentDim;
-    if (p.q_dtype == Dtype::kBf16) {
-      Simd::bf16_to_float(static_cast<const uint8_t*>(p.q) + 2 * at, s.q + h * kLatentDim, kLatentDim);
-    } else {
-      for (int d = 0; d < kLatentDim; d += kL) {
-        Simd::store(s.q + h * kLatentDim + d, Simd::loadu(static_cast<const uint8_t*>(p.q) + 4 * (at + d)));
+  float* to = s.q;
+  for (int32_t first = 0; first < heads; first += kL) {
+    for (int d = 0; d < kLatentDim; d += kL, to += kL * kL) {
+      V block[kL];
+      for (int h = 0; h < kL; ++h) {
+        const int64_t at = (first_head + first + h) * kLatentDim + d;
+        block[h] = first + h >= heads          ? Simd::set1(0)
+                   : p.q_dtype == Dtype::kBf16 ? Simd::load_bf16(static_cast<const uint8_t*>(p.q) + 2 * at)
+                                               : Simd::loadu(static_cast<const uint8_t*>(p.q) + 4 * at);
       }
+      Simd::transpose(block);
+      for (int i = 0; i < kL; ++i) Simd::store(to + i * kL, block[i]);
     }
   }
 }
@@ -54,77 +65,97 @@ inline void load_row(const Row& row, float* dst) {
   if (row.scales != nullptr) {
     dequantize_row(row, dst);
   } else if (row.layout == Layout::kBf16) {
-    Simd::bf16_to_float(row.data, dst, kLatentDim);
+    bf16_to_floats(row.data, dst, kLatentDim);
   } else {
     for (int d = 0; d < kLatentDim; d += kL) Simd::store(dst + d, Simd::loadu(row.data + 4 * d));
   }
 }
 
-inline void load_tile(const Row* rows, int n, const Row*, int, const Scratch& s) {
-  for (int k = 0; k < n; ++k) {
-    load_row(rows[k], s.rows + k * kRowStride);
-  }
-  // The score kernel takes keys in groups: a group's missing ones read as zeros.
-  for (int k = n; k % Simd::kScoreKeys != 0; ++k) {
-    for (int d = 0; d < kLatentDim; d += kL) Simd::store(s.rows + k * kRowStride + d, Simd::set1(0));
-  }
-}
-
-// s[h, k] for H heads and kScoreKeys keys: dot products along d.
-template <int H>
+// s[k, h] for N vectors of heads and K keys.
+template <int N, int K>
 inline void score_block(const float* q, const float* rows, float* s) {
-  constexpr int K = Simd::kScoreKeys;
-  V acc[H][K];
-  for (int h = 0; h < H; ++h) {
-    for (int k = 0; k < K; ++k) acc[h][k] = Simd::set1(0);
+  V acc[N][K];
+#pragma GCC unroll 2
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) acc[i][k] = Simd::set1(0);
   }
 #pragma GCC unroll 1
-  for (int d = 0; d < kLatentDim; d += kL) {
-    V row[K];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) row[k] = Simd::load(rows + k * kRowStride + d);
-#pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-      const V qv = Simd::load(q + h * kLatentDim + d);
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) acc[h][k] = Simd::fma(qv, row[k], acc[h][k]);
+  for (int d = 0; d < kLatentDim; ++d) {
+    V queries[N];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) queries[i] = Simd::load(q + (i * kLatentDim + d) * kL);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+      const V number = Simd::set1(rows[k * kRowStride + d]);
+#pragma GCC unroll 2
+      for (int i = 0; i < N; ++i) acc[i][k] = Simd::fma(queries[i], number, acc[i][k]);
     }
   }
-#pragma GCC unroll 8
-  for (int h = 0; h < H; ++h) Simd::sums(acc[h], s + h * kTileKeys);
+#pragma GCC unroll 2
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) Simd::store(s + (i * kTileKeys + k) * kL, acc[i][k]);
+  }
 }
 
-struct ScoreHeads {
+// Keys are dequantised a few at a time: these are in the first-level cache while all heads pass over them.
+struct ScoreKeys {
+  const Row* tile;
   const Scratch& s;
-  int begin, end;  // keys
-  template <int H>
-  void run(int32_t h) const {
-    for (int k = begin; k < end; k += Simd::kScoreKeys) {
-      score_block<H>(s.q + h * kLatentDim, s.rows + k * kRowStride, s.p + h * kTileKeys + k);
+  int32_t vectors;
+  template <int K>
+  void run(int key) const {
+    float* const rows = s.rows + key * kRowStride;
+    for (int k = 0; k < K; ++k) load_row(tile[key + k], rows + k * kRowStride);
+    for (int32_t v = 0; v < vectors; v += 2) {
+      const float* q = s.q + v * kLatentDim * kL;
+      float* p = s.p + (v * kTileKeys + key) * kL;
+      v + 1 < vectors ? score_block<2, K>(q, rows, p) : score_block<1, K>(q, rows, p);
     }
   }
 };
 
-inline void scores(const Scratch& s, int32_t heads, int n) {
-  // A group of rows stays in the first-level cache while all heads pass over it.
-  for (int k = 0; k < n; k += Simd::kScoreGroup) {
-    const int end = k + Simd::kScoreGroup < n ? k + Simd::kScoreGroup : n;
-    for_head_blocks<Simd::kScoreHeads>(heads, ScoreHeads{s, k, end});
+inline void scores(const Row* rows, int n, const Row*, int, const Scratch& s, int32_t heads) {
+  for_blocks<Simd::kScoreKeys>(n, ScoreKeys{rows, s, head_vectors(heads)});
+}
+
+// Scores to probabilities, in place.
+inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bool first) {
+  const V scale = Simd::set1(scale_log2);
+  for (int32_t h = 0; h < heads; h += kL) {
+    float* const p = s.p + h * kTileKeys;
+    V max = Simd::set1(-__builtin_inff()), alpha = Simd::set1(0);
+    for (int k = 0; k < n; ++k) max = Simd::max(Simd::mul(Simd::load(p + k * kL), scale), max);
+    if (!first) {
+      const V before = Simd::load(s.max + h);
+      max = Simd::max(before, max);
+      alpha = exp2(Simd::sub(before, max));
+    }
+    V sum = Simd::set1(0);
+    for (int k = 0; k < n; ++k) {
+      const V e = exp2(Simd::sub(Simd::mul(Simd::load(p + k * kL), scale), max));
+      Simd::store(p + k * kL, e);
+      sum = Simd::add(sum, e);
+    }
+    Simd::store(s.sum + h, first ? sum : Simd::fma(Simd::load(s.sum + h), alpha, sum));
+    Simd::store(s.max + h, max);
+    Simd::store(s.alpha + h, alpha);
   }
 }
 
-// p stays as it is.
-inline void store_weights(const Scratch&, int32_t) {}
-
 // o[h, d .. d + N lanes] += sum_k p[h, k] * rows[k, d ..], or that merged into the total.
 template <int H>
-inline void accumulate_block(const float* p, const float* rows, const float* alpha, int n, bool first, float* o,
-                             const Merge& merge) {
+inline void accumulate_block(const Scratch& s, int32_t head, int n, int d, bool first, const Merge& merge) {
   constexpr int N = Simd::kOutVectors;
+  const float *rows = s.rows + d, *p[H];
+  float* o = s.o + head * kLatentDim + d;
+#pragma GCC unroll 8
+  for (int h = 0; h < H; ++h) p[h] = s.weights(head + h);
   V acc[H][N];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) {
-    const V a = Simd::set1(alpha[h]);
+    const V a = Simd::set1(s.alpha[head + h]);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       acc[h][i] = first ? Simd::set1(0) : Simd::mul(Simd::load(o + h * kLatentDim + i * kL), a);
@@ -137,7 +168,7 @@ inline void accumulate_block(const float* p, const float* rows, const float* alp
     for (int i = 0; i < N; ++i) row[i] = Simd::load(rows + k * kRowStride + i * kL);
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h) {
-      const V pv = Simd::set1(p[h * kTileKeys + k]);
+      const V pv = Simd::set1(p[h][k * kL]);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[h][i] = Simd::fma(pv, row[i], acc[h][i]);
     }
@@ -152,8 +183,7 @@ struct AccumulateHeads {
   const Merge& merge;
   template <int H>
   void run(int32_t h) const {
-    accumulate_block<H>(s.p + h * kTileKeys, s.rows + d, s.alpha + h, n, first, s.o + h * kLatentDim + d,
-                        merge.at(h, d));
+    accumulate_block<H>(s, h, n, d, first, merge.from(h, h * kLatentDim + d));
   }
 };
 
@@ -165,11 +195,8 @@ inline void accumulate(const Scratch& s, int32_t heads, int n, bool first, const
   for (int d = 0; d < kLatentDim; d += Simd::kOutVectors * kL) {
     for (const int due = next_n * (d + Simd::kOutVectors * kL) / kLatentDim; fetched < due; ++fetched)
       prefetch_row(next[fetched]);
-    for_head_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
+    for_blocks<Simd::kOutHeads>(heads, AccumulateHeads{s, n, d, first, merge});
   }
 }
 
-// Numbers stay in the order of the cache.
-inline void restore_order(float*) {}
-
-#include "cpu/softmax-inl.h"
+inline float* numbers_of(float* o, int32_t h, float*) { return o + h * kLatentDim; }

@@ -2,8 +2,9 @@
 
 struct Simd {
   static constexpr int kLanes = 16;
-  static constexpr int kScoreHeads = 6, kScoreKeys = 4, kScoreGroup = 16;  // 24 accumulators, 4 rows, 1 query
-  static constexpr int kOutHeads = 6, kOutVectors = 4;                     // 24 accumulators, 4 rows, 1 weight
+  static constexpr int kTileKeys = 128;
+  static constexpr int kScoreKeys = 12;                 // 24 accumulators, 2 vectors of heads, 1 number of a key
+  static constexpr int kOutHeads = 6, kOutVectors = 4;  // 24 accumulators, 4 rows, 1 weight
   using V = __m512;
 
   static V load(const float* p) { return _mm512_load_ps(p); }
@@ -30,18 +31,63 @@ struct Simd {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 
+  static void transpose(V (&r)[16]) {
+    V t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+      r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+      r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
   static V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static V finish_exp2(V y, V n, V x) {
     const __mmask16 tiny = _mm512_cmp_ps_mask(x, set1(-126), _CMP_LT_OQ);
     return _mm512_mask_mov_ps(_mm512_scalef_ps(y, n), tiny, set1(0));
   }
 
-  // e4m3 numbers, 32 or 64, with one scale. An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
+  // e4m3 numbers, 32 or 64, with one scale.
   template <int kNumbers>
   static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
     const __m512i bytes = kNumbers == 64
                               ? _mm512_loadu_si512(src)
                               : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+    // Usual ones are normal numbers, before and after: without its sign a byte is from 8 to 126, and twice it, less 16,
+    // at most 236. Of an e4m3 byte's bits, moved into a float, only the exponent is to be made right.
+    const __m512i doubled = _mm512_sub_epi8(_mm512_add_epi8(bytes, bytes), _mm512_set1_epi8(16));
+    const bool usual = _mm512_cmpgt_epu8_mask(doubled, _mm512_set1_epi8(static_cast<char>(236))) == 0;
+    if (usual && scale >= 7 && scale <= 246) {
+      const __m512i exponent = _mm512_set1_epi32((scale - 7) << 23),
+                    kept = _mm512_set1_epi32(static_cast<int>(0x87f00000));
+      for (int i = 0; i < kNumbers; i += 16) {
+        const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
+        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepi8_epi32(part), 20);
+        store(dst + i, _mm512_castsi512_ps(_mm512_add_epi32(_mm512_and_si512(wide, kept), exponent)));
+      }
+      return;
+    }
+    // An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
     const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
     if (scale > 246 || _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f)) != 0) {
       for (int i = 0; i < kNumbers; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
@@ -72,11 +118,9 @@ struct Simd {
     return _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
   }
 
-  static void bf16_to_float(const uint8_t* src, float* dst, int n) {
-    for (int i = 0; i < n; i += kLanes) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 2 * i));
-      store(dst + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
-    }
+  static V load_bf16(const uint8_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
 
   static void float_to_bf16(const float* src, uint8_t* dst, int n) {

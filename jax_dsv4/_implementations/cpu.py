@@ -27,14 +27,13 @@ class _CPU:
     counters_per_token = 10
     max_segments = 10
     partial_numbers = 2
-    # One lane a thread; threads beyond the lanes stay idle. No more than this machine has cores: fresh pages cost more than the kernel's
-    # work on a small call.
-    lanes = min(64, os.cpu_count() or 1)
-    # Of all lanes: the allocator gives larger blocks back, and fresh pages cost time in every call. Tasks have fewer heads for it.
-    workspace_bytes = 32 * 2**20
+    # One lane a thread; threads beyond the lanes stay idle. No more than this process may run at once.
+    lanes = min(64, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    # Of all workspaces together, which XLA asks for in one piece: the allocator gives larger ones back (glibc: from 32 MB), and fresh pages
+    # cost time in every call. So tasks have fewer heads where there are many lanes, and partials have what the lanes leave.
+    workspace_bytes = 30 * 2**20
+    lanes_bytes = 24 * 2**20
     head_groups = 8  # at most
-    # Of all partials, if one token's take no more, for the same reason.
-    partial_bytes = 16 * 2**20
 
     def availability(self) -> Availability:
         library, detail = _ffi.load("libdsv4_cpu", "cpu")
@@ -52,13 +51,15 @@ class _CPU:
         return None
 
     def geometry(self, tokens: int, heads: int = head_block) -> Geometry:
-        # Enough items for all threads to end at about the same time. Results do not depend on it: a token's keys are summed in segments of
-        # its own, wherever the plan cuts it. But partials cost time. More threads than items share an item's heads; where these are not
-        # enough by far, tokens are cut as finely as can be.
-        few = min(16, max(4 * self.lanes, -(-16 // max(tokens, 1))))
+        # Enough tasks for all threads to end at about the same time. Results do not depend on it: a token's keys are summed in segments of
+        # its own, wherever the plan cuts it. Partials cost more than dequantising a token's keys for each of its groups of heads: where
+        # these are enough, tokens are cut only if their lengths are very uneven. Where they are not enough by far, tokens are cut as finely
+        # as can be.
         groups = max(1, min(self.head_groups, heads // self.head_block))
+        if tokens * groups >= 2 * self.lanes:
+            return Geometry(self.lanes, granularity=64, overhead=2, cut_cost=8)
         many = MAX_WORKERS if 4 * tokens * groups <= self.lanes else -(-self.lanes // groups)
-        return Geometry(workers=max(few, many), granularity=64, overhead=2)
+        return Geometry(max(min(16, 2 * self.lanes), many), granularity=64, overhead=2)
 
     def lane_bytes(self, heads: int) -> int:
         blocks, groups = -(-heads // self.head_block), 1
@@ -66,7 +67,7 @@ class _CPU:
         def with_groups(groups: int) -> int:
             return self.lane_bytes_fixed + self.lane_bytes_per_head * self.head_block * -(-blocks // groups)
 
-        while groups < self.head_groups and self.lanes * with_groups(groups) > self.workspace_bytes:
+        while groups < self.head_groups and self.lanes * with_groups(groups) > self.lanes_bytes:
             groups *= 2
         return with_groups(groups)
 
@@ -80,7 +81,8 @@ class _CPU:
         geometry = self.geometry(tokens, heads)
         cut = min(tokens, geometry.workers - 1)
         segments = min(self.max_segments, -(-sum(call.topks) // geometry.granularity))
-        partials = max(1, min(cut * segments, max(segments, self.partial_bytes // (4 * LATENT_DIM * heads))))
+        left = self.workspace_bytes - self.lanes * self.lane_bytes(heads)
+        partials = max(1, min(cut * segments, max(segments, left // (4 * LATENT_DIM * heads))))
         workspaces = (
             jax.ShapeDtypeStruct((partials, heads, LATENT_DIM), jnp.float32),  # partial outputs
             jax.ShapeDtypeStruct((partials, heads * self.partial_numbers), jnp.float32),  # partial maxima and sums

@@ -44,21 +44,25 @@ class _XLA:
         return out.astype(call.out_dtype), lse
 
 
-def attend_by_token(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
+def attend_by_token(
+    q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float, products: jax.typing.DTypeLike = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
     """`attend_batched`, one token at a time."""
 
     def one(operands: tuple[jax.Array, list[kv.Scope]]) -> tuple[jax.Array, jax.Array]:
         # The barrier keeps XLA from hoisting the dequantisation of all tokens out of the loop.
         q, rows = jax.lax.optimization_barrier(jax.tree.map(lambda x: x[None], operands))
         token_scopes = [s._replace(indices=i, lengths=n) for s, (i, n) in zip(scopes, rows)]
-        out, lse = attend_batched(q, token_scopes, attn_sink, scale)
+        out, lse = attend_batched(q, token_scopes, attn_sink, scale, products)
         return out[0], lse[0]
 
     return jax.lax.map(one, (q, [(s.indices, s.lengths) for s in scopes]))
 
 
-def attend_batched(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float) -> tuple[jax.Array, jax.Array]:
-    """q: t h d. rows: t k d, both scopes' keys side by side. One softmax over the union, in float32."""
+def attend_batched(
+    q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Array | None, scale: float, products: jax.typing.DTypeLike = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """q: t h d. rows: t k d, both scopes' keys side by side. One softmax over the union, in float32, as sums of products are."""
     rows, masks = [], []
     for scope in scopes:
         assert scope.lengths is not None  # decode.py fills it in
@@ -66,11 +70,11 @@ def attend_batched(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Arra
         mask = inside & kv.valid_slots(scope.cache, scope.indices)
         # Unattended rows may hold NaN, and 0 * NaN is NaN: they must not reach a product.
         row = kv.read_rows(scope.cache, jnp.where(mask, scope.indices, 0))
-        rows.append(jnp.where(mask[..., None], row, 0))
+        rows.append(jnp.where(mask[..., None], row, 0).astype(products))
         masks.append(mask)
     keys, mask = jnp.concatenate(rows, axis=1), jnp.concatenate(masks, axis=1)[:, None]
-    highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("thd,tkd->thk", q.astype(jnp.float32), keys, precision=highest) * scale
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    scores = product("thd,tkd->thk", q.astype(products), keys) * scale
     scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
@@ -79,7 +83,7 @@ def attend_batched(q: jax.Array, scopes: Sequence[kv.Scope], attn_sink: jax.Arra
     empty = ~jnp.any(mask, axis=-1)
     lse = jnp.where(empty, -jnp.inf, top[..., 0] + jnp.log(jnp.where(empty, 1, total)))
     denominator = total if attn_sink is None else total + jnp.exp(attn_sink[None] - top[..., 0])
-    out = jnp.einsum("thk,tkd->thd", weights, keys, precision=highest)
+    out = product("thk,tkd->thd", weights.astype(products), keys)
     out = jnp.where(empty[..., None], 0, out / jnp.where(empty, 1, denominator)[..., None])
     return out, lse
 
