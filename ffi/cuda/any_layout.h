@@ -154,6 +154,7 @@ template <int kAlign, typename Memory>
 class AnyLayoutCopies {
  public:
   static constexpr int kAhead = 4;
+  static constexpr int kRegisters = 48;  // of a thread, where they are few
   static_assert(kAhead <= Memory::kPiecesAhead && kAhead <= kPiecesOf<Layout::kNvfp4>);
 
   __device__ AnyLayoutCopies(const DecodeArgs& args, Memory& shared, int key, int quarter)
@@ -166,6 +167,7 @@ class AnyLayoutCopies {
   }
 
   __device__ __forceinline__ void turn(const DecodeArgs&, int, KeySlot slot) {
+    find_lane();
     const KeyRow next = locate(args_, slot);
     const bool real = next.row != nullptr;
     if (quarter_ == 0) {
@@ -197,6 +199,7 @@ class AnyLayoutCopies {
   }
 
   __device__ __forceinline__ void expand(uint8_t* rows) {
+    find_lane();
     switch (static_cast<Layout>(layouts_ >> 8 & 0xff)) {
       case Layout::kFp8DsMla:
         return expand_pieces<Layout::kFp8DsMla>(rows);
@@ -250,6 +253,14 @@ class AnyLayoutCopies {
     }
   }
 
+  // Addresses of all layouts, computed ahead of the loop, would take more registers than there are: what would be kept
+  // in memory instead is computed when it is needed.
+  __device__ __forceinline__ void find_lane() {
+    const int thread = opaque(static_cast<int>(threadIdx.x)) % 32;
+    key_ = thread / kLanesPerKey;
+    quarter_ = thread % kLanesPerKey;
+  }
+
   __device__ void wait() { copy_async_wait<kAhead - 1>(); }  // for the piece that was asked for first
   __device__ int lane() const { return quarter_ + kLanesPerKey * key_; }
   __device__ uint32_t place(int i) const { return (begin_ + i) % kAhead; }
@@ -289,7 +300,7 @@ class AnyLayoutCopies {
 
   const DecodeArgs& args_;
   uint4 (*const ring_)[32];
-  const int key_, quarter_;
+  int key_, quarter_;
   const uint8_t* (*const next_)[kKeysPerWarp];  // rows of group n + 1, and scales
   const uint8_t* row_ = nullptr;                // that copies are at
   uint32_t flags_ = 0;                          // kReal, ... of group n + 1, and above them of group n

@@ -16,11 +16,7 @@ namespace {
 // setmaxnreg takes multiples of 8; together what the block was launched with.
 constexpr int kThreads = (ManyHeadsShared::kProducers + 1 + 2) * kWarpgroup;
 constexpr int kLaunchRegisters = launch_registers(kThreads);
-constexpr int kProducerRegisters = 40;
-constexpr int kScoresRegisters = 80;
 constexpr int kValuesRegisters = 160;  // 128 of them accumulators
-static_assert(ManyHeadsShared::kProducers * kProducerRegisters + kScoresRegisters + 2 * kValuesRegisters ==
-              kLaunchRegisters * (kThreads / kWarpgroup));
 
 template <template <int, typename> typename Copies, int kAlign>
 __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_constant__ DecodeArgs args) {
@@ -45,6 +41,9 @@ __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_co
   // reads.
   cudaTriggerProgrammaticLaunchCompletion();
 
+  constexpr int kProducerRegisters = Copies<kAlign, ManyHeadsShared>::kRegisters;
+  constexpr int kScoresRegisters = kLaunchRegisters * (kThreads / kWarpgroup) - 2 * kValuesRegisters -
+                                   ManyHeadsShared::kProducers * kProducerRegisters;
   const int role = role_of_warp();
   if (role < ManyHeadsShared::kProducers) {
     registers_change<kLaunchRegisters, kProducerRegisters>();

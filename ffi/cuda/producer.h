@@ -169,6 +169,7 @@ __device__ __forceinline__ void store_piece(uint4 packed, uint2 scales, int j, i
 template <int kAlign, typename Memory>
 class Fp8DsMlaCopies {
  public:
+  static constexpr int kRegisters = 40;  // of a thread, where they are few
   static constexpr int kAhead = Memory::kPiecesAhead, kAtOnce = Memory::kPiecesAtOnce;
   static constexpr int kBatches = (kPieces + kAtOnce - 1) / kAtOnce;
   static constexpr bool kWholeGroup = kAhead == kPieces;

@@ -129,6 +129,12 @@ __device__ __forceinline__ void registers_change() {
 
 // --- arithmetic
 
+// x, of which the compiler knows nothing: what depends on it is computed here, not ahead of a loop and kept.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   uint32_t d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
