@@ -930,10 +930,17 @@ Addresses buffer_addresses(Wave& w, I i, int vaddr) {
   return a;
 }
 
-// A lane's own memory: vaddr or off, then saddr or off.
-Addresses scratch_addresses(Wave& w, I i, int vaddr, int saddr, u32 bytes) {
+// Where a lane's own memory is.
+u64 scratch_address(Wave& w, I i, int lane, u64 at, u32 bytes) {
   const u32 each = w.group->launch->kernel->scratch_bytes;
-  const u64 base = reinterpret_cast<u64>(w.group->launch->scratch.data()) + u64{each} * kLanes * w.id;
+  if (at + bytes > each)
+    fault(w, i,
+          "scratch address " + std::to_string(at) + " is outside the " + std::to_string(each) + " bytes of a lane");
+  return reinterpret_cast<u64>(w.group->launch->scratch.data()) + u64{each} * (kLanes * w.id + lane) + at;
+}
+
+// vaddr or off, then saddr or off.
+Addresses scratch_addresses(Wave& w, I i, int vaddr, int saddr, u32 bytes) {
   const u32 scalar_offset = i.operands[saddr].kind == Operand::kOff ? 0 : scalar32(w, i, i.operands[saddr]);
   Lanes zero{};
   const u32* offset = zero.data();
@@ -944,10 +951,21 @@ Addresses scratch_addresses(Wave& w, I i, int vaddr, int saddr, u32 bytes) {
   a.room.fill(~0u);
   for (int l = 0; l < kLanes; ++l) {
     const u64 at = u64{offset[l]} + scalar_offset + static_cast<i64>(i.offset);
-    if (w.active(l) && at + bytes > each)
-      fault(w, i,
-            "scratch address " + std::to_string(at) + " is outside the " + std::to_string(each) + " bytes of a lane");
-    a.at[l] = w.active(l) ? base + u64{each} * l + at : kNowhere;
+    a.at[l] = w.active(l) ? scratch_address(w, i, l, at, bytes) : kNowhere;
+  }
+  return a;
+}
+
+// A lane's own memory or global memory, as the address says.
+Addresses flat_addresses(Wave& w, I i, int vaddr, u32 bytes) {
+  const Reader<u64> address(w, i, vaddr, 0);
+  Addresses a;
+  a.room.fill(~0u);
+  for (int l = 0; l < kLanes; ++l) {
+    const u64 at = address(l) + i.offset;
+    if (w.active(l) && (at & ~u64{~0u}) == kSharedAperture) fault(w, i, "a flat address in LDS is not modelled");
+    const bool own = (at & ~u64{~0u}) == kPrivateAperture;
+    a.at[l] = !w.active(l) ? kNowhere : own ? scratch_address(w, i, l, at - kPrivateAperture, bytes) : at;
   }
   return a;
 }
@@ -1003,6 +1021,14 @@ void global_load_lds(Wave& w, I i) {
 template <int Bytes, int Shift = 0>
 void global_store(Wave& w, I i) {
   store(w, i, global_addresses(w, i, 0, 2), i.operands[1], Bytes, Shift);
+}
+template <int Bytes, Narrow N = Narrow::kNone>
+void flat_load(Wave& w, I i) {
+  load_into(w, i, flat_addresses(w, i, 1, Bytes), Bytes, N, false);
+}
+template <int Bytes>
+void flat_store(Wave& w, I i) {
+  store(w, i, flat_addresses(w, i, 0, Bytes), i.operands[1], Bytes, 0);
 }
 template <int Bytes, Narrow N = Narrow::kNone>
 void scratch_load(Wave& w, I i) {
@@ -1606,6 +1632,21 @@ void add_memory(Table& t) {
     for (int k = 0; k < 6; ++k)
       if (execute[k]) t[std::string(prefixes[k]) + name] = {execute[k], Class::kGlobal};
   }
+  const std::pair<const char*, void (*)(Wave&, I)> flat[] = {{"load_dword", &flat_load<4>},
+                                                             {"load_dwordx2", &flat_load<8>},
+                                                             {"load_dwordx3", &flat_load<12>},
+                                                             {"load_dwordx4", &flat_load<16>},
+                                                             {"load_ubyte", &flat_load<1, Narrow::kU8>},
+                                                             {"load_sbyte", &flat_load<1, Narrow::kI8>},
+                                                             {"load_ushort", &flat_load<2, Narrow::kU16>},
+                                                             {"load_sshort", &flat_load<2, Narrow::kI16>},
+                                                             {"store_dword", &flat_store<4>},
+                                                             {"store_dwordx2", &flat_store<8>},
+                                                             {"store_dwordx3", &flat_store<12>},
+                                                             {"store_dwordx4", &flat_store<16>},
+                                                             {"store_byte", &flat_store<1>},
+                                                             {"store_short", &flat_store<2>}};
+  for (auto [name, execute] : flat) t[std::string("flat_") + name] = {execute, Class::kGlobal};
   t["global_load_lds_dword"] = {&global_load_lds<4>, Class::kGlobal};
   t["global_load_lds_dwordx4"] = {&global_load_lds<16>, Class::kGlobal};
   t["buffer_wbl2"] = t["buffer_inv"] = {&nothing, Class::kControl};

@@ -26,6 +26,8 @@ constexpr int kAccum = 256;
 constexpr int kSgprs = 128;
 constexpr int kVcc = 106, kM0 = 124, kExec = 126;  // numbers in the scalar operand space
 constexpr int kLdsBytes = 163840;
+// Where LDS and a lane's own memory begin among flat addresses: above all that a pointer of the host's can be.
+constexpr uint64_t kSharedAperture = uint64_t{1} << 56, kPrivateAperture = uint64_t{1} << 57;
 constexpr uint64_t kAddressMask = (uint64_t{1} << 48) - 1;
 
 // What a wait counter can hold; issue stalls when it is full.

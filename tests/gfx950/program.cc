@@ -94,6 +94,11 @@ Operand parse_operand(std::string text, const std::string& line) {
   if (text == "scc" || text == "src_scc") return op.kind = Operand::kScc, op;
   if (text == "vccz" || text == "src_vccz") return op.kind = Operand::kVccz, op;
   if (text == "execz" || text == "src_execz") return op.kind = Operand::kExecz, op;
+  if (text == "src_shared_base" || text == "src_private_base") {
+    op.kind = Operand::kConstant, op.bits64 = text == "src_shared_base" ? kSharedAperture : kPrivateAperture;
+    op.bits32 = static_cast<uint32_t>(op.bits64);
+    return op;
+  }
   if (starts_with(text, "lit(")) text = text.substr(4, text.size() - 5);
   if (starts_with(text, "lit64(")) text = text.substr(6, text.size() - 7);
   if (!isdigit(text[0]) && text[0] != '-') cannot_read(line, "operand " + text);

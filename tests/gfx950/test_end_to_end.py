@@ -256,7 +256,7 @@ def test_handler_checks_in_the_words_of_python(rocm):
 
 @pytest.mark.parametrize(("units", "lengths"), [(256, [600]), (256, [600, 130, 64]), (8, [*range(100, 580, 20)])],
                          ids=["1 token", "3 tokens", "24 tokens"])  # fmt: skip
-def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
+def test_cost_of_a_call(bridge, gpu, table, monkeypatch, units, lengths):
     """Launches, instructions, imbalance and traffic of a decode: a cost model against which changes to plan and layout can be judged
     without hardware. The same on a plan of AITER's granularity, which cuts small batches into fractions of tiles. Printed."""
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
@@ -302,7 +302,7 @@ def test_cost_of_a_call(rocm, gpu, table, monkeypatch, units, lengths):
         assert combine.bytes_read < fine_combine.bytes_read
 
 
-def test_doctor(rocm, capsys):
+def test_doctor(bridge, capsys):
     assert doctor.main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     facts = "\n".join(report["rocm"])
