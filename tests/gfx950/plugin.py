@@ -1,7 +1,7 @@
 """JAX's own ROCm plugin, unmodified wheels of PyPI, over the software GPU.
 
     pip install --no-deps jax-rocm7-pjrt==0.10.2 jax-rocm7-plugin==0.10.2
-    python tests/gfx950/plugin.py examples/decode_loop.py    # or -m and a module
+    PYTHONPATH=tests python tests/gfx950/plugin.py examples/decode_step.py    # or -m and a module
 
 The plugin links HIP, for which hip.cc and hip_for_xla.cc stand in, and libraries that only come with ROCm (rocBLAS, MIOpen, RCCL...).
 Of these a library each is made here, whose functions all fail: XLA then compiles what it might have asked them for.
@@ -21,14 +21,12 @@ import subprocess
 import sys
 import tempfile
 
-sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parent)]
-
 import jaxlib
 import software_gpu
 from compiled import compiled
 from jax._src import hardware_utils
 
-# The rest of a GPU that is slow: few units, memory as it is needed, and no timing of kernels against each other.
+# For a GPU that is slow: few units, and no timing of kernels against each other.
 UNITS = 8
 XLA_FLAGS = "--xla_gpu_autotune_level=0"
 # XLA compiles nothing without a handle of MIOpen.

@@ -16,7 +16,10 @@ from compiled import compiled
 
 HERE = pathlib.Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
-SOURCES = (*(HERE / f"{name}.cc" for name in ("memory", "program", "machine", "instructions", "hip", "hip_for_xla")), FFI / "rocm/code_object.cc")
+SOURCES = (
+    *(HERE / f"{name}.cc" for name in ("memory", "program", "machine", "instructions", "hip", "hip_for_xla")),
+    FFI / "rocm/code_object.cc",
+)
 # -ffp-contract=off: a * b + c must round twice unless the instruction is an fma. -Wno-restrict: GCC bug 105651.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-restrict")
 

@@ -21,7 +21,7 @@ class TestAITER(NativeConformance):
 
     @pytest.fixture(autouse=True)
     def on_software(self, hsa, request):
-        """With garbage in a plan, over the bridge: there every buffer of a call is an allocation of its own, and XLA's workspaces are not."""
+        """With garbage in a plan, over the bridge: there every buffer is an allocation of its own, and XLA's workspaces are not."""
         request.getfixturevalue("bridge" if request.function.__name__ == "test_garbage_plan" else "rocm")
 
     def refusal(self, case):

@@ -172,7 +172,7 @@ def test_exported_on_a_machine_without_a_gpu(plugged, tmp_path):
 
 def run(*arguments):
     """What a program prints whose default device is the plugin's."""
-    environment = {**os.environ, "GFX950_DEVICES": "1"}
+    environment = {**os.environ, "GFX950_DEVICES": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.run(
         [sys.executable, plugin.__file__, *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     ).stdout
