@@ -174,7 +174,7 @@ def test_export_for_rocm(find, monkeypatch):
     assert "workers = 128 : i32" in text  # 256 units, shared by the two passes
 
 
-def test_an_exported_program_runs(rocm, monkeypatch):
+def test_an_exported_program_runs(bridge, monkeypatch):
     """Made for 256 units, run on a device of 8."""
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
     program = jax.jit(partial(step, implementation="aiter"))

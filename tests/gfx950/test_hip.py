@@ -147,7 +147,6 @@ def test_other_architectures_are_refused(gpu, assembler):
 
 def test_device(gpu, monkeypatch):
     value = ctypes.c_int()
-    monkeypatch.delenv("GFX950_UNITS", raising=False)
     gpu.call("hipDeviceGetAttribute", ctypes.byref(value), 63, 0)
     assert value.value == 256
     monkeypatch.setenv("GFX950_UNITS", "8")
