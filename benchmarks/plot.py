@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("figure", type=Path, nargs="?", default=FIGURE, help="the file to draw")
     arguments = parser.parse_args(argv)
     report = json.loads(arguments.report.read_text())
-    rows = [r for r in report["results"] if r["extra"] == EXTRA]
+    rows = [r for r in report["results"] if r["extra"] == EXTRA and not r.get("mix")]
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "svg.hashsalt": "", "xtick.direction": "in", "ytick.direction": "in"})
     heads = sorted({r["heads"] for r in rows})
     figure, axes = plt.subplots(1, len(heads), figsize=(9.2, 3.7), sharey=True, layout="constrained", squeeze=False)

@@ -22,24 +22,54 @@ RUNS = 4  # of a program, enqueued together
 CALLS = 16  # with slots of their own
 
 
+class Mix(NamedTuple):
+    """What a server's requests may be: contexts drawn log-uniformly, of which a layer keeps an entry for every so many positions."""
+
+    extra: int  # topk
+    positions: int  # an entry stands for
+    longest: int  # context
+    shortest: int = 1024
+
+
+MIXES = {"csa": Mix(512, 4, 2**17), "hca": Mix(1024, 128, 2**17), "hca1M": Mix(8192, 128, 2**20)}
+
+
 class Shape(NamedTuple):
     heads: int
     tokens: int
     extra: int
+    mix: str = ""  # of MIXES; "": all lengths are full
+    queries: int = 1  # tokens of a request, which follow one another
 
     def __str__(self) -> str:
+        if self.mix:
+            return f"{self.mix}-t{self.tokens}h{self.heads}" + f"q{self.queries}" * (self.queries > 1)
         return f"t{self.tokens}h{self.heads}k{SWA}+{self.extra}"
+
+    @property
+    def extra_lengths(self) -> np.ndarray:
+        if not self.mix:
+            return np.full(self.tokens, self.extra)
+        mix = MIXES[self.mix]
+        rng = np.random.default_rng(self.tokens)
+        contexts = np.exp(rng.uniform(np.log(mix.shortest), np.log(mix.longest), -(-self.tokens // self.queries)))
+        positions = np.repeat(contexts.astype(int), self.queries)[: self.tokens] + np.arange(self.tokens) % self.queries
+        return np.minimum(positions // mix.positions, self.extra)
+
+    @property
+    def keys(self) -> int:
+        return self.tokens * SWA + int(self.extra_lengths.sum())
 
     def floor_us(self, ceilings: dict[str, float]) -> float:
         return max(self.flop / ceilings["tflops"] / 1e6, self.nbytes / ceilings["gbps"] / 1e3)
 
     @property
     def flop(self) -> int:
-        return 2 * self.heads * self.tokens * (SWA + self.extra) * 1024
+        return 2 * self.heads * self.keys * 1024
 
     @property
     def nbytes(self) -> int:
-        return self.tokens * ((SWA + self.extra) * 584 + self.heads * 2048)
+        return self.keys * 584 + self.tokens * self.heads * 2048
 
 
 class Inputs(NamedTuple):
@@ -82,7 +112,7 @@ def make_inputs(rng: np.random.Generator, caches: dict[str, dsv4.KVCache], queri
         {name: caches[name] for name in topks},
         jnp.asarray(queries[: shape.tokens, : shape.heads], jnp.bfloat16),
         jnp.asarray(rng.standard_normal(shape.heads), jnp.float32),
-        {name: jnp.full(shape.tokens, topk, jnp.int32) for name, topk in topks.items()},
+        {"swa": jnp.full(shape.tokens, SWA, jnp.int32)} | ({"extra": jnp.asarray(shape.extra_lengths, jnp.int32)} if shape.extra else {}),
         [{name: draw(name) for name in topks} for _ in range(CALLS)],
     )
 
@@ -92,10 +122,10 @@ def make_plan(lengths: dict[str, jax.Array], indices: dict[str, jax.Array], head
     return dsv4.plan_decode(lengths["swa"], lengths.get("extra"), num_heads=heads, swa_topk=swa_topk, extra_topk=extra_topk, **options)
 
 
-@partial(jax.jit, static_argnames=("implementation", "fused"))  # traced once for all calls of a program
-def attend(q: Any, caches: Any, indices: Any, lengths: Any, sink: Any, plan: Any, implementation: str, fused: bool | None = None) -> Any:
+@partial(jax.jit, static_argnames=("implementation", "fused", "batch_invariant"))  # traced once for all calls of a program
+def attend(q: Any, caches: Any, indices: Any, lengths: Any, sink: Any, plan: Any, **options: Any) -> Any:
     scopes = [dsv4.Scope(caches[name], indices[name], lengths[name]) for name in BLOCKS if name in indices]
-    return dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, plan=plan, implementation=implementation, fused=fused)
+    return dsv4.sparse_mla_decode(q, *scopes, attn_sink=sink, plan=plan, **options)
 
 
 def calls_program(inputs: Inputs, steps: int, *, planned: bool, **options: Any) -> Program:

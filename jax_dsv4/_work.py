@@ -18,6 +18,8 @@ import jax.numpy as jnp
 MAX_WORKERS = 320
 # Of one call; ffi/common/bind.h.
 MAX_HEADS = 128
+# Where a batch-invariant plan cuts a token's keys: at multiples of it.
+SEGMENT_KEYS = 1280
 
 
 class WorkPlan(NamedTuple):
@@ -51,6 +53,7 @@ class PlanKey(NamedTuple):
     extra_topk: int
     implementation: str | tuple[str, ...] | None
     fused: bool | None
+    batch_invariant: bool
 
 
 @dataclass(frozen=True)
@@ -66,30 +69,38 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a platform wants its plans: workers that get work, keys per block, and in blocks the cost of an item and what cutting tokens
-    adds to it (0: they are cut where AITER cuts them)."""
+    """How a platform wants its plans: workers that get work, keys per block, and in blocks the cost of an item, what cutting tokens adds
+    to it (0: they are cut where AITER cuts them), and the segments that tokens are cut into (0: they are cut where workers are full)."""
 
     workers: int
     granularity: int
     overhead: int
     cut_cost: int = 0
+    segment: int = 0
 
 
-def plan_capacity(tokens: int, workers: int) -> tuple[int, int]:
-    """(items, partial rows) that a plan for `workers` has at most; plan_max_partials of ffi/common/plan.h."""
-    return tokens + workers - 1, max(1, min(tokens + workers - 1, 2 * (workers - 1)))
+def most_segments(topk: int, batch_invariant: bool) -> int:
+    """Of a token with `topk` keys in a batch-invariant plan; 0 in others."""
+    return max(1, -(-topk // SEGMENT_KEYS)) if batch_invariant else 0
 
 
-def plan_shapes(tokens: int, workers: int = MAX_WORKERS) -> tuple[jax.ShapeDtypeStruct, ...]:
+def plan_capacity(tokens: int, workers: int, segments: int = 1) -> tuple[int, int]:
+    """(items, partial rows) that a plan for `workers` has at most, with or without so many segments to a token; plan_max_items and
+    plan_max_partials of ffi/common/plan.h."""
+    partials = min(tokens + workers - 1, 2 * (workers - 1))
+    return tokens * segments + workers - 1, max(1, partials, tokens * segments if segments > 1 else 0)
+
+
+def plan_shapes(tokens: int, workers: int = MAX_WORKERS, segments: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Those of a WorkPlan's arrays, in order."""
-    items, partials = plan_capacity(tokens, workers)
+    items, partials = plan_capacity(tokens, workers, segments)
     shapes = ((tokens,), (workers + 1,), (items, 8), (tokens + 1,), (tokens, 2), (partials,))
     return tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
 
 
-def partial_rows(tokens: int, topk: int, geometry: Geometry) -> int:
+def partial_rows(tokens: int, topk: int, geometry: Geometry, segments: int = 1) -> int:
     """Partial rows that a plan can name at most for a call with `topk` keys a token."""
-    _, partials = plan_capacity(tokens, geometry.workers)
+    _, partials = plan_capacity(tokens, geometry.workers, segments)
     return max(1, min(partials, tokens * -(-topk // geometry.granularity)))
 
 

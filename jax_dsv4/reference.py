@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -213,6 +214,7 @@ def plan(
     overhead: int,
     active_workers: int | None = None,
     cut_cost: int = 0,
+    segment: int = 0,
 ) -> dict[str, Array]:
     """The plan of one kernel call, as AITER's get_mla_metadata_v1 makes it (fast, sparse mode), empty tokens left out.
 
@@ -229,7 +231,10 @@ def plan(
       granularity: keys per block.
       overhead: an item's cost in blocks.
       active_workers: how many workers share the work; default all.
-      cut_cost: what cutting tokens adds to an item's cost, in blocks; 0: nothing, as in AITER's plans.
+      cut_cost: what cutting tokens adds to an item's cost, in blocks; 0: nothing, as in AITER's plans. Otherwise no payload is so small
+        that six times its square is less than the largest token's cost.
+      segment: tokens are cut at multiples of so many blocks and nowhere else, and an item goes to the worker in whose even share of the
+        cost it begins; 0: as above.
 
     Returns:
       The arrays of `WorkPlan` without kv_lengths, cut to the rows in use; reduce_final_map has the split tokens' rows only.
@@ -238,6 +243,8 @@ def plan(
     costs = [b + overhead for b in blocks if b]
     sharing = active_workers or workers
     payload = max(1, -(-sum(costs) // sharing))
+    if cut_cost > 0:
+        payload = max(payload, math.isqrt(max(0, -(-max(costs, default=0) // 6) - 1)) + 1)
     tokens = -(-len(costs) // sharing)
     without_cuts = max(1, tokens * max(costs, default=0))
     whole = cut_cost > 0 and without_cuts - payload <= cut_cost * (tokens + 2)
@@ -247,9 +254,18 @@ def plan(
     reduce_indptr: list[int] = [0]
     final: list[list[int]] = []
     partial: list[int] = []
+    if segment > 0:
+        queues = [[] for _ in range(workers)]
+        payload = max(1, -(-sum(b + overhead * -(-b // segment) for b in blocks) // sharing))
+    cost = 0
     for token, (length, todo) in enumerate(zip(lengths, blocks)):
         pieces: list[tuple[int, int, int]] = []
         done = 0
+        while segment > 0 and done < todo:
+            take = min(segment, todo - done)
+            pieces.append((cost // payload, done * granularity, min((done + take) * granularity, length)))
+            done += take
+            cost += take + overhead
         while done < todo:
             room = left - overhead
             if room <= 0 or (whole and room < todo):

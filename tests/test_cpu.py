@@ -142,7 +142,7 @@ def test_threads_share_the_work(threads: int, tokens: int, heads: int, tile_keys
     implementation = type(cpu.CPU)()
     implementation.lanes = threads
     lengths = [jnp.full(tokens, n, jnp.int32) for n in (128, 512)]
-    work = implementation.plan(lengths, (128, 512), heads)
+    work = implementation.plan(lengths, (128, 512), heads, 0)
     items = np.asarray(work.work_info_set)[: int(work.work_indptr[-1])]
     begins, ends = (-(-(items[:, i] - items[:, 0] * 640) // tile_keys) for i in (4, 5))
     segments = (ends - begins)[ends > begins]  # of the items that have any

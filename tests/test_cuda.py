@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import PACKED, Case, make, tagged
-from compare import OUT_BF16, assert_close, assert_same_bits
+from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import NativeConformance, attend, named, plan_of, with_work
 from cuda_steps import LAYERS, calls, decode_step, step_arguments
 from hostile import KINDS, draw_rows, written
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _work
+from jax_dsv4 import _work, reference
 from jax_dsv4._implementations import native
 
 AVAILABLE, DETAIL = dsv4.implementations()["cuda"]
@@ -76,15 +77,17 @@ def draw_lengths(rng: np.random.Generator, kind: str, tokens: int, topk: int) ->
 def test_plan_is_the_cpus(tokens: int, workers: int) -> None:
     """The planner's pieces give the plan of ffi/common/plan.h's serial scan, whatever the lengths."""
     rng = np.random.default_rng([tokens, workers])
-    for overhead, granularity, cut_cost, topks in (
-        (2, 64, 2, (128, 1024)),
-        (2, 64, 0, (128, 1024)),
-        (0, 64, 1, (128, 0)),
-        (16, 16, 0, (0, 512)),
-        (5, 1, 300, (70, 300)),
+    for overhead, granularity, cut_cost, segment, topks in (
+        (2, 64, 2, 0, (128, 1024)),
+        (2, 64, 0, 0, (128, 1024)),
+        (0, 64, 1, 0, (128, 0)),
+        (16, 16, 0, 0, (0, 512)),
+        (5, 1, 300, 0, (70, 300)),
+        (2, 64, 0, 4, (128, 1024)),
     ):
-        geometry = _work.Geometry(workers, granularity, overhead, cut_cost)
-        plan = jax.jit(lambda a, b: native.plan_call((a, b), topks, geometry))  # noqa: B023
+        geometry = _work.Geometry(workers, granularity, overhead, cut_cost, segment)
+        segments = -(-sum(topks) // (segment * granularity)) if segment else 1
+        plan = jax.jit(lambda a, b: native.plan_call((a, b), topks, geometry, segments=segments))  # noqa: B023
         for kind in ("full", "full or empty", "zero", "any", "short", "sparse", "extreme"):
             lengths = [draw_lengths(rng, kind, tokens, topk) for topk in topks]
             cpu, cuda = (on(platform, plan, *lengths) for platform in ("cpu", "cuda"))
@@ -168,6 +171,74 @@ def test_plan_that_names_rows_outside_its_buffers() -> None:
     assert hit.any()
     np.testing.assert_array_equal(np.isnan(out).all((1, 2)), hit)
     assert_close("out", out[~hit], p.out[~hit], OUT_BF16)
+
+
+class Tokens(NamedTuple):
+    """Tokens of lengths from 1 to topk, evenly spread over the logarithm."""
+
+    q: jax.Array
+    scopes: list[dsv4.Scope]
+    sink: jax.Array
+
+    @classmethod
+    def drawn(cls, tokens: int, heads: int, topks: tuple[int, int], seed: int = 0) -> Tokens:
+        rng, slots = np.random.default_rng(seed), 4096
+        scopes = []
+        for topk in topks:
+            latents = jnp.asarray(rng.standard_normal((slots, 512), np.float32) / 8)
+            cache = dsv4.append(dsv4.KVCache.create(slots // 64, 64), latents, jnp.arange(slots, dtype=jnp.int32))
+            lengths = np.exp(rng.uniform(0, np.log(topk + 1), tokens)).astype(np.int32)
+            scopes.append(dsv4.Scope(cache, jnp.asarray(rng.integers(-1, slots, (tokens, topk)), jnp.int32), jnp.asarray(lengths)))
+        q = jnp.asarray(rng.standard_normal((tokens, heads, 512), np.float32), jnp.bfloat16)
+        return cls(q, scopes, jnp.asarray(rng.standard_normal(heads), jnp.float32))
+
+    def of(self, rows: jax.Array) -> Tokens:
+        return self._replace(q=self.q[rows], scopes=[s._replace(indices=s.indices[rows], lengths=s.lengths[rows]) for s in self.scopes])
+
+    def attend(self, *rows: jax.Array, **options):
+        """out and lse of each of several calls with some of the tokens."""
+        calls = [self.of(r) for r in rows]
+        return [dsv4.sparse_mla_decode(t.q, *t.scopes, attn_sink=t.sink, return_lse=True, implementation="cuda", **options) for t in calls]
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_batch_invariance(heads: int) -> None:
+    """500 tokens, each of one to three segments: alone, in batches of 2 to 300 and in one of all, at any place, with a plan of the call's
+    own or made before, captured into a graph or not."""
+    tokens, rng = Tokens.drawn(500, heads, (128, 2600)), np.random.default_rng(heads)
+    attend = jax.jit(lambda tokens, *rows: tokens.attend(*rows, batch_invariant=True))
+    alone = [attend(tokens, jnp.array([i]))[0] for i in range(500)]
+    want = [np.concatenate([np.asarray(x[field]) for x in alone]) for field in (0, 1)]
+    batches = [rng.integers(0, 500, n) for n in (2, 3, 7, 16, 33, 64, 131, 200, 300)] + [rng.permutation(500)]
+    for rows in batches:
+        for field, got in enumerate(attend(tokens, jnp.asarray(rows))[0]):
+            assert_same_bits(f"a batch of {len(rows)}", got, want[field][rows])
+    rows = batches[6]
+    some = tokens.of(jnp.asarray(rows))
+    topks = {"swa_topk": 128, "extra_topk": 2600, "implementation": "cuda", "batch_invariant": True}
+    plan = dsv4.plan_decode(*(s.lengths for s in some.scopes), num_heads=heads, **topks)
+    got = some.attend(jnp.arange(len(rows)), plan=plan, batch_invariant=True)[0]
+    assert_same_bits("with a plan", got[0], want[0][rows])
+    before = calls()[1]
+    for _ in range(3):
+        together = attend(tokens, *map(jnp.asarray, batches))
+    for rows, got in zip(batches, together):
+        assert_same_bits(f"captured, a batch of {len(rows)}", got[0], want[0][rows])
+    assert calls()[1] > before, "nothing was captured"
+
+
+def test_many_tokens() -> None:
+    """16,384 tokens, four to a request, in one call."""
+    tokens = Tokens.drawn(16384, 8, (64, 96))
+    q = tokens.q.reshape(4096, 4, 8, 512)
+    scopes = [s._replace(indices=s.indices.reshape(4096, 4, -1), lengths=s.lengths.reshape(4096, 4)) for s in tokens.scopes]
+    out, lse = dsv4.sparse_mla_decode(q, *scopes, attn_sink=tokens.sink, return_lse=True, implementation="cuda")
+    rows = np.random.default_rng(0).integers(0, 16384, 100)
+    some = tokens.of(jnp.asarray(rows))
+    keys = [reference.ReferenceScope(dsv4.dequantize(s.cache), np.asarray(s.indices), np.asarray(s.lengths)) for s in some.scopes]
+    want, want_lse = reference.decode(np.asarray(some.q, np.float64), keys, np.asarray(some.sink, np.float64))
+    assert_close("out", np.asarray(out, np.float64).reshape(16384, 8, 512)[rows], want, OUT_BF16)
+    assert_close("lse", np.asarray(lse).reshape(16384, 8)[rows], want_lse, LSE)
 
 
 def test_steps_are_captured() -> None:

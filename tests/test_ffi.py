@@ -31,7 +31,7 @@ TOKENS, HEADS, WORKERS = 3, 4, 8
 LANE = CPU.lane_bytes(HEADS)
 i32, f32, bf16, u8 = jnp.int32, jnp.float32, jnp.bfloat16, jnp.uint8
 
-PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4)
+PLAN_ATTRIBUTES = dict(swa_topk=6, extra_topk=5, active_workers=WORKERS, granularity=64, overhead=2, cut_cost=4, segment=0)
 
 # target -> operands, results, attributes of a call that is right. A buffer is (dtype, *shape).
 PLAN_ARRAYS = {
@@ -71,6 +71,7 @@ TARGETS: dict[str, tuple[dict, dict, dict]] = {
         {
             "scale": np.float32(0.05),
             "has_sink": True,
+            "batch_invariant": False,
             "swa_block_size": np.int32(4),
             "swa_layout": np.int32(0),
             "swa_inline": np.int32(0),
@@ -189,6 +190,7 @@ BAD_CALLS = [
     ("dsv4_plan", {"granularity": np.int32(0)}, "plan_decode: granularity must be positive, got 0"),
     ("dsv4_plan", {"overhead": np.int32(-1)}, "plan_decode: overhead must not be negative, got -1"),
     ("dsv4_plan", {"cut_cost": np.int32(-1)}, "plan_decode: cut_cost must not be negative, got -1"),
+    ("dsv4_plan", {"segment": np.int32(-1)}, "plan_decode: segment must not be negative, got -1"),
     (
         "dsv4_plan",
         {"overhead": np.int32(INT_MAX)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import aiter_plans
 import jax
@@ -26,7 +27,12 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 @functools.cache
 def planner(topks: tuple[int, ...], geometry: Geometry, workers: int):
-    return jax.jit(lambda lengths: native.plan_call(lengths, topks, geometry, workers))
+    return jax.jit(lambda lengths: native.plan_call(lengths, topks, geometry, workers, segments_of(topks, geometry)))
+
+
+def segments_of(topks: tuple[int, ...], geometry: Geometry) -> int:
+    """Most items of a token that a plan of segments has."""
+    return max(1, -(-sum(topks) // (geometry.segment * geometry.granularity))) if geometry.segment else 1
 
 
 def make_plan(lengths: list[np.ndarray], topks: tuple[int, ...], geometry: Geometry, workers: int) -> Plan:
@@ -34,7 +40,7 @@ def make_plan(lengths: list[np.ndarray], topks: tuple[int, ...], geometry: Geome
     work = planner(topks, geometry, workers)([jnp.asarray(n, jnp.int32) for n in lengths])
     plan = {name: np.asarray(array) for name, array in work._asdict().items()}
     tokens = len(lengths[0])
-    items, partials = _work.plan_capacity(tokens, workers)
+    items, partials = _work.plan_capacity(tokens, workers, segments_of(topks, geometry))
     assert plan["work_info_set"].shape == (items, 8)
     assert plan["reduce_partial_map"].shape == (partials,)
     used, used_partials = plan["work_indptr"][-1], plan["reduce_indptr"][-1]
@@ -84,6 +90,7 @@ def assert_sound(plan: Plan, lengths: np.ndarray, stride: int, geometry: Geometr
     share = -(-int((blocks + geometry.overhead)[lengths > 0].sum()) // geometry.workers) + geometry.overhead
     if geometry.cut_cost:
         share += geometry.cut_cost * (2 - (-int((lengths > 0).sum()) // geometry.workers))
+        share = max(share, math.isqrt((int(blocks.max()) + geometry.overhead) // 6) + 1 + geometry.overhead)
     cost = np.append(0, np.cumsum(-(-(items[:, 5] - items[:, 4]) // geometry.granularity) + geometry.overhead))
     assert (np.diff(cost[indptr]) <= share).all()
 
@@ -157,6 +164,34 @@ def test_any_lengths(
     assert_same_plan(plan, reference.plan(clamped.tolist(), stride, active + idle, granularity, overhead, active, cut_cost))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=12),
+    topks=st.sampled_from([(0,), (128,), (2048,), (128, 512), (64, 0)]),
+    active=st.integers(1, 12),
+    idle=st.integers(0, 3),
+    granularity=st.sampled_from([1, 16, 64, 1000]),
+    overhead=st.sampled_from([0, 1, 16]),
+    segment=st.sampled_from([1, 3, 20, 10**6]),
+)
+@example([(INT_MAX, INT_MAX)] * 12, (128, 512), 12, 3, 1, 0, 1)
+def test_segments(
+    lengths: list[tuple[int, int]], topks: tuple[int, ...], active: int, idle: int, granularity: int, overhead: int, segment: int
+) -> None:
+    """A plan of segments: the oracle's, and a token's items are those that it has alone."""
+    columns = [np.array(column, np.int32) for column in zip(*lengths)][: len(topks)]
+    geometry, stride = Geometry(active, granularity, overhead, segment=segment), sum(topks)
+    clamped = sum(np.clip(column, 0, topk) for column, topk in zip(columns, topks))
+    plan = make_plan(columns, topks, geometry, active + idle)
+    want = reference.plan(clamped.tolist(), stride, active + idle, granularity, overhead, active, segment=segment)
+    assert_same_plan(plan, want)
+    for token, length in enumerate(clamped):
+        mine = plan["work_info_set"][plan["work_info_set"][:, 0] == token][:, 4:6] - token * stride
+        begins = np.arange(0, length, segment * granularity)
+        np.testing.assert_array_equal(mine, np.stack([begins, np.minimum(begins + segment * granularity, length)], axis=1))
+    assert plan["work_indptr"][active] == len(plan["work_info_set"])
+
+
 @pytest.mark.parametrize(
     ("tokens", "cut_cost", "cut"),
     [(100, 0, 50), (100, 1, 50), (100, 2, 0), (130, 2, 0), (132, 2, 0), (64, 1, 60), (64, 2, 0), (1000, 2, 0), (40, 2, 40)],
@@ -221,3 +256,27 @@ def test_fewer_items_than_aiter_on_small_batches(tokens: int, length: int) -> No
     assert len(mine["work_info_set"]) < len(aiter["work_info_set"])
     tiles = lambda plan: int((-(-(plan["work_info_set"][:, 5] - plan["work_info_set"][:, 4]) // 64)).sum())  # noqa: E731
     assert tiles(mine) == tokens * -(-length // 64) <= tiles(aiter)
+
+
+def test_batch_invariance_is_promised_or_refused() -> None:
+    """The CPU's bits never depend on the batch, so nothing changes; plain JAX cannot promise it. A plan is for one or the other."""
+    cache, lengths = dsv4.KVCache.create(2, 64), jnp.array([3, 100], jnp.int32)
+    scope = dsv4.Scope(cache, jnp.zeros((2, 128), jnp.int32), lengths)
+    q = jnp.ones((2, 4, 512), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="xla: its bits may change with the batch, and batch_invariant=True was asked for"):
+        dsv4.sparse_mla_decode(q, scope, implementation="xla", batch_invariant=True)
+    plan = dsv4.plan_decode(lengths, num_heads=4, swa_topk=128, implementation="cpu", batch_invariant=True)
+    with pytest.raises(ValueError, match=r"plan must be made for this call's batch_invariant = False, got True"):
+        dsv4.sparse_mla_decode(q, scope, implementation="cpu", plan=plan)
+    out = dsv4.sparse_mla_decode(q, scope, implementation="cpu", plan=plan, batch_invariant=True)
+    np.testing.assert_array_equal(out, dsv4.sparse_mla_decode(q, scope, implementation="cpu"))
+
+
+def test_segments_have_room() -> None:
+    """A batch-invariant plan's arrays have room for all segments of all tokens, whichever implementation fills them."""
+    lengths = jnp.full(5, 10**6, jnp.int32)
+    (work,) = dsv4.plan_decode(
+        lengths, lengths, num_heads=64, swa_topk=128, extra_topk=3000, implementation="cpu", batch_invariant=True
+    ).work
+    assert [tuple(a.shape) for a in work] == [tuple(a.shape) for a in _work.plan_shapes(5, segments=3)]
+    assert work.work_info_set.shape == (15 + _work.MAX_WORKERS - 1, 8)

@@ -190,13 +190,13 @@ bool fill_rows(Checker& check, const Buffer& latents, const Buffer& slots, const
 struct PlanOperands {
   Buffer swa_lengths, extra_lengths;
   PlanArrays plan;
-  int32_t swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost;
+  int32_t swa_topk, extra_topk, active_workers, granularity, overhead, cut_cost, segment;
 };
 
 template <typename Binding>
 auto plan_binding(Binding&& context) {
   return with_attributes<int32_t>(with_results<6>(with_operands<2>(std::move(context))), "swa_topk", "extra_topk",
-                                  "active_workers", "granularity", "overhead", "cut_cost");
+                                  "active_workers", "granularity", "overhead", "cut_cost", "segment");
 }
 
 inline ffi::Error fill_plan_params(const PlanOperands& o, PlanParams* p) {
@@ -210,20 +210,23 @@ inline ffi::Error fill_plan_params(const PlanOperands& o, PlanParams* p) {
   check.require(o.granularity > 0, "granularity", "be positive", std::to_string(o.granularity));
   check.require(o.overhead >= 0, "overhead", "not be negative", std::to_string(o.overhead));
   check.require(o.cut_cost >= 0, "cut_cost", "not be negative", std::to_string(o.cut_cost));
+  check.require(o.segment >= 0, "segment", "not be negative", std::to_string(o.segment));
   Plan plan;
   if (!check.ok() || !fill_plan(check, tokens, o.plan, &plan)) return check.error();
   p->tokens = check.to_int32(tokens, "tokens");
   const int64_t topk = static_cast<int64_t>(o.swa_topk) + o.extra_topk;
   check.to_int32(tokens * topk, "tokens * topk");
   const int64_t blocks = (topk + o.granularity - 1) / o.granularity;
-  check.to_int32(tokens * (blocks + o.overhead) + o.overhead, "the cost of all items in blocks");
+  const int64_t segments = o.segment > 0 ? (blocks + o.segment - 1) / o.segment : 1;  // of a token, at most
+  check.to_int32(tokens * (blocks + segments * o.overhead) + o.overhead, "the cost of all items in blocks");
   check.require(o.active_workers >= 1 && o.active_workers <= plan.workers, "active_workers",
                 "be from 1 to workers = " + std::to_string(plan.workers), std::to_string(o.active_workers));
-  check.require(
-      plan.max_items >= tokens + o.active_workers - 1, "work_info_set",
-      "have at least tokens + active_workers - 1 = " + std::to_string(tokens + o.active_workers - 1) + " rows",
-      std::to_string(plan.max_items));
-  const int64_t partials = plan_max_partials(tokens, o.active_workers);
+  const int64_t items = plan_max_items(tokens, o.active_workers, segments);
+  check.require(plan.max_items >= items, "work_info_set",
+                segments > 1 ? "have at least tokens * segments = " + std::to_string(items) + " rows"
+                             : "have at least tokens + active_workers - 1 = " + std::to_string(items) + " rows",
+                std::to_string(plan.max_items));
+  const int64_t partials = plan_max_partials(tokens, o.active_workers, segments);
   check.require(plan.max_partials >= partials, "reduce_partial_map",
                 "have at least " + std::to_string(partials) + " entries", std::to_string(plan.max_partials));
   p->lengths[0] = data_of<const int32_t>(o.swa_lengths);
@@ -235,6 +238,7 @@ inline ffi::Error fill_plan_params(const PlanOperands& o, PlanParams* p) {
   p->granularity = o.granularity;
   p->overhead = o.overhead;
   p->cut_cost = o.cut_cost;
+  p->segment = o.segment;
   p->max_items = plan.max_items;
   p->max_partials = plan.max_partials;
   p->kv_lengths = data_of<int32_t>(o.plan.kv_lengths);
@@ -254,7 +258,7 @@ struct DecodeOperands {
   PlanArrays plan;
   Buffer out, lse, partial_out, partial_lse, counters;
   float scale;
-  bool has_sink;
+  bool has_sink, batch_invariant;
   int32_t swa_block_size, swa_layout, swa_inline, extra_block_size, extra_layout, extra_inline;
 };
 
@@ -262,7 +266,8 @@ template <typename Binding>
 auto decode_binding(Binding&& context) {
   return with_attributes<int32_t>(with_results<5>(with_operands<14>(std::move(context)))
                                       .template Attr<float>("scale")
-                                      .template Attr<bool>("has_sink"),
+                                      .template Attr<bool>("has_sink")
+                                      .template Attr<bool>("batch_invariant"),
                                   "swa_block_size", "swa_layout", "swa_inline", "extra_block_size", "extra_layout",
                                   "extra_inline");
 }
@@ -303,6 +308,7 @@ inline ffi::Error fill_decode_params(const DecodeOperands& o, int64_t counters_p
   p->tokens = check.to_int32(tokens, "tokens");
   p->heads = static_cast<int32_t>(heads);
   p->scale = o.scale;
+  p->batch_invariant = o.batch_invariant;
   return check.error();
 }
 

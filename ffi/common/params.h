@@ -142,7 +142,8 @@ struct DecodeParams {
   int32_t heads;
   float scale;  // times the natural-log scores
   Dtype q_dtype;
-  Dtype out_dtype;  // q's, or fp32 for a scope that will be merged with another
+  Dtype out_dtype;       // q's, or fp32 for a scope that will be merged with another
+  bool batch_invariant;  // nothing that a token's bits depend on may follow from other tokens, or from their number
 };
 
 // Quantises latents and writes them to their slots. Invalid slots are skipped; of equal slots the last row wins.

@@ -15,6 +15,9 @@
 // and the room after it is max(0, left - overhead), in [0, plan_rooms()). So a stretch of tokens is a map from room to
 // room, a GPU computes the maps of many stretches at once, and chaining them tells where each stretch starts
 // (plan_step).
+//
+// In a plan of segments a token's items follow from its own length alone, so that its answer has the same bits in any
+// batch. An item is of the worker in whose even share of the cost it begins (plan_segment).
 #ifndef JAX_DSV4_COMMON_PLAN_H_
 #define JAX_DSV4_COMMON_PLAN_H_
 
@@ -36,7 +39,8 @@ struct PlanParams {
   int32_t granularity;          // keys per block: cuts happen at its multiples
   int32_t overhead;             // blocks' worth of cost per item
   int32_t cut_cost;             // what cutting tokens adds to an item's cost, in blocks; 0: cut where AITER cuts
-  int32_t max_items;            // rows of work_info_set, >= tokens + active_workers - 1
+  int32_t segment;              // blocks: tokens are cut at its multiples and nowhere else; 0: where workers are full
+  int32_t max_items;            // rows of work_info_set, >= plan_max_items(...)
   int32_t max_partials;         // rows of reduce_partial_map, >= plan_max_partials(...)
   int32_t* kv_lengths;          // [tokens]
   int32_t* work_indptr;         // [workers + 1]
@@ -68,10 +72,14 @@ JAX_DSV4_HD int32_t plan_ceil_div(int32_t a, int32_t b) {
   return static_cast<int32_t>((static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b));
 }
 
-// A token is cut only where a worker closes, so `workers` closings give at most this many partials.
-JAX_DSV4_HD int64_t plan_max_partials(int64_t tokens, int64_t workers) {
-  int64_t by_items = tokens + workers - 1, by_cuts = 2 * (workers - 1);
-  return by_items < by_cuts ? by_items : by_cuts;
+// A token is cut only where a worker closes, so `workers` closings give at most this many items and partials. In a plan
+// of segments: of so many to a token.
+JAX_DSV4_HD int64_t plan_max_items(int64_t tokens, int64_t workers, int64_t segments) {
+  return segments > 1 ? tokens * segments : tokens + workers - 1;
+}
+JAX_DSV4_HD int64_t plan_max_partials(int64_t tokens, int64_t workers, int64_t segments) {
+  const int64_t by_items = plan_max_items(tokens, workers, segments), by_cuts = 2 * (workers - 1);
+  return segments > 1 || by_items < by_cuts ? by_items : by_cuts;
 }
 
 JAX_DSV4_HD int32_t plan_length(const PlanParams& p, int32_t token) {
@@ -103,13 +111,21 @@ JAX_DSV4_HD PlanTotals plan_totals(int32_t cost) { return {cost, cost, cost > 0}
 // less than as many of the largest tokens as a worker has to take for all to be taken, it has room for those, and no
 // token is cut. For where tokens are cut, a worker has about two items more, the first and the last of its items have
 // partial results to be written and read again, and the more tokens there are, the longer it takes to combine them.
+//
+// And where there is little to do, a worker takes no fewer blocks than take as long as it takes to combine the partials
+// of the largest token then.
+constexpr int32_t kPlanPartialsPerBlock = 6;  // that are combined while a block is attended to
+
 struct PlanShare {
   int32_t payload;
   int32_t cuts;  // 1; 0: no token begins where it does not fit
 };
 
 JAX_DSV4_HD PlanShare plan_share(const PlanParams& p, PlanTotals totals) {
-  const int32_t even = plan_ceil_div(totals.cost, p.active_workers);
+  int32_t even = plan_ceil_div(totals.cost, p.active_workers);
+  if (p.cut_cost > 0) {
+    while (int64_t{kPlanPartialsPerBlock} * even * even < totals.largest) ++even;
+  }
   const int32_t each = plan_ceil_div(totals.tokens, p.active_workers), whole = each * totals.largest;
   const bool cuts = p.cut_cost == 0 || whole - even > int64_t{p.cut_cost} * (each + 2);
   return {max_int(1, cuts ? even : whole), cuts};
@@ -159,13 +175,27 @@ JAX_DSV4_HD PlanCut plan_token_place(const PlanParams& p, PlanShare share, int32
 // Whether the cursor's worker is closed without an item of this token.
 JAX_DSV4_HD bool plan_closes(int32_t length, PlanCut cut) { return length > 0 && cut.first == 0; }
 
-// Writes what there is once per token; `at` is the cursor before it was placed.
-JAX_DSV4_HD void plan_token(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut) {
-  const bool split = cut.items > 1;
+// Writes what there is once per token of so many items, where there are so many partials before.
+JAX_DSV4_HD void plan_token_row(const PlanParams& p, int32_t token, int32_t length, int32_t partials, int32_t items) {
+  const bool split = items > 1;
   p.kv_lengths[token] = length;
-  p.reduce_indptr[token + 1] = at.partials + (split ? cut.items : 0);
+  p.reduce_indptr[token + 1] = partials + (split ? items : 0);
   p.reduce_final_map[2 * token] = split ? token : 0;
   p.reduce_final_map[2 * token + 1] = split ? token + 1 : 0;
+}
+
+// Writes an item: keys begin <= k < end of a token, as a partial or (-1) as all of it.
+JAX_DSV4_HD void plan_item_row(const PlanParams& p, int32_t token, int32_t length, int32_t item, int32_t partial,
+                               int32_t begin, int32_t end) {
+  const int32_t base = token * (p.topk[0] + p.topk[1]);
+  reinterpret_cast<WorkInfo*>(p.work_info_set)[item] = {token,        partial,    token,        token + 1,
+                                                        base + begin, base + end, length - end, 0};
+  if (partial >= 0) p.reduce_partial_map[partial] = partial;
+}
+
+// `at` is the cursor before the token was placed.
+JAX_DSV4_HD void plan_token(const PlanParams& p, int32_t token, int32_t length, PlanCursor at, PlanCut cut) {
+  plan_token_row(p, token, length, at.partials, cut.items);
   if (plan_closes(length, cut) && at.worker < p.workers) p.work_indptr[at.worker + 1] = at.items;
 }
 
@@ -177,10 +207,7 @@ JAX_DSV4_HD void plan_item(const PlanParams& p, int32_t token, int32_t length, P
   const int32_t first = closes ? cut.each : cut.first;
   const int32_t begin = i == 0 ? 0 : min_int((first + (i - 1) * cut.each) * p.granularity, length);
   const int32_t end = last ? length : min_int((first + i * cut.each) * p.granularity, length);
-  const int32_t base = token * (p.topk[0] + p.topk[1]);
-  reinterpret_cast<WorkInfo*>(p.work_info_set)[item] = {token,        partial,    token,        token + 1,
-                                                        base + begin, base + end, length - end, 0};
-  if (partial >= 0) p.reduce_partial_map[partial] = partial;
+  plan_item_row(p, token, length, item, partial, begin, end);
   const int32_t worker = at.worker + i + closes;
   if (!last && worker < p.workers) p.work_indptr[worker + 1] = item + 1;
 }
@@ -192,8 +219,54 @@ JAX_DSV4_HD void plan_token_write(const PlanParams& p, int32_t token, int32_t le
   for (int32_t i = 0; i < cut.items; ++i) plan_item(p, token, length, at, cut, i);
 }
 
+// Sums over tokens. `load`: their cost, in a plan of segments; elsewhere, the workers that they open.
+struct PlanSums {
+  int32_t load, items, partials;
+};
+
+JAX_DSV4_HD PlanSums plan_add(PlanSums a, PlanSums b) {
+  return {a.load + b.load, a.items + b.items, a.partials + b.partials};
+}
+
+JAX_DSV4_HD PlanSums plan_sums(const PlanParams& p, int32_t blocks) {
+  const int32_t items = plan_ceil_div(blocks, p.segment);
+  return {blocks + items * p.overhead, items, items > 1 ? items : 0};
+}
+
+// Writes a token's item i of those that `own` counts, and the ends of the workers whose shares of the cost, `payload`
+// each, end in it.
+JAX_DSV4_HD void plan_segment(const PlanParams& p, int32_t payload, int32_t token, int32_t length, PlanSums before,
+                              PlanSums own, int32_t i) {
+  const int32_t item = before.items + i, partial = own.items > 1 ? before.partials + i : -1;
+  if (item >= p.max_items || partial >= p.max_partials) return;  // the caller's buffers are too small
+  const int32_t keys = p.segment * p.granularity, begin = i * keys;
+  const bool last = i == own.items - 1;
+  plan_item_row(p, token, length, item, partial, begin, last ? length : begin + keys);
+  const int32_t from = before.load + i * (p.segment + p.overhead);
+  const int32_t to = last ? before.load + own.load : from + p.segment + p.overhead;
+  for (int32_t w = from / payload + 1; w <= to / payload && w <= p.workers; ++w) p.work_indptr[w] = item + 1;
+}
+
+// The plan of segments on one thread.
+inline void plan_segments_serial(const PlanParams& p) {
+  PlanSums all{};
+  for (int32_t t = 0; t < p.tokens; ++t) all = plan_add(all, plan_sums(p, plan_blocks(p, plan_length(p, t))));
+  const int32_t payload = max_int(1, plan_ceil_div(all.load, p.active_workers));
+  p.reduce_indptr[0] = p.work_indptr[0] = 0;
+  PlanSums before{};
+  for (int32_t t = 0; t < p.tokens; ++t) {
+    const int32_t length = plan_length(p, t);
+    const PlanSums own = plan_sums(p, plan_blocks(p, length));
+    plan_token_row(p, t, length, before.partials, own.items);
+    for (int32_t i = 0; i < own.items; ++i) plan_segment(p, payload, t, length, before, own, i);
+    before = plan_add(before, own);
+  }
+  for (int32_t w = all.load / payload + 1; w <= p.workers; ++w) p.work_indptr[w] = all.items;
+}
+
 // The whole plan on one thread.
 inline void plan_serial(const PlanParams& p) {
+  if (p.segment > 0) return plan_segments_serial(p);
   PlanTotals totals{};
   for (int32_t t = 0; t < p.tokens; ++t) {
     totals = plan_add(totals, plan_totals(plan_cost(p, plan_blocks(p, plan_length(p, t)))));

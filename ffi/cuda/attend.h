@@ -50,33 +50,25 @@ __device__ __forceinline__ void column_maxima(Memory& shared, int attending, int
   }
 }
 
-// S^T to P^T, in place, with each column's running maximum and sum. -> whether any factor, of what was summed up
-// before, is not 1. Scores are in base 2 from here on.
+// S^T to P^T, in place, with each column's base and sum, and the factor of what was summed up before. Scores are in
+// base 2 from here on.
 template <int kHeads>
-__device__ __forceinline__ bool softmax(float scale_log2, float (&top)[kHeads / 4], float (&s)[kHeads / 2],
-                                        float (&maximum)[kHeads / 4], float (&sum)[kHeads / 4],
+__device__ __forceinline__ void softmax(float scale_log2, const float (&top)[kHeads / 4], float (&s)[kHeads / 2],
+                                        Base (&bases)[kHeads / 4], float (&sum)[kHeads / 4],
                                         float (&factor)[kHeads / 4]) {
-  constexpr int kColumns = kHeads / 4;
-  // All threads of a column decide alike.
-  bool rescale = false;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    top[i] *= scale_log2;
-    const float old = maximum[i];
-    if (top[i] > old + kRescaleThresholdLog2 || old == -INFINITY) maximum[i] = top[i];
-    factor[i] = old == maximum[i] ? 1.f : exp2_approx(old - maximum[i]);
-    rescale |= factor[i] != 1.f;
-    const float base = maximum[i] == -INFINITY ? 0.f : maximum[i];
+  for (int i = 0; i < kHeads / 4; ++i) {
+    factor[i] = bases[i].turn(top[i] * scale_log2);
+    const float origin = bases[i].origin();
     float added = 0.f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float& x = s[i / 2 * 4 + i % 2 + 2 * r];
-      x = exp2_approx(fmaf(x, scale_log2, -base));
+      x = exp2_approx(fmaf(x, scale_log2, -origin));
       added += x;
     }
     sum[i] = fmaf(sum[i], factor[i], added);
   }
-  return rescale;
 }
 
 // S^T of a tile, and which of this thread's two keys a token attends to.
@@ -117,15 +109,12 @@ __device__ __forceinline__ void put_weights(uint8_t* to, int warp, int lane, con
 template <int kHeads>
 struct Attended {
   static constexpr int kColumns = kHeads / 4;  // a thread's: 8 * (i / 2) + 2 * (lane % 4) + i % 2
-  // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's rows.
-  float maximum[kColumns], sum[kColumns], o[kPlanes][kHeads / 2];
+  Base bases[kColumns];
+  float sum[kColumns], o[kPlanes][kHeads / 2];  // the former of P over this thread's rows
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      maximum[i] = -INFINITY;
-      sum[i] = 0.f;
-    }
+    for (int i = 0; i < kColumns; ++i) sum[i] = 0.f;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll
@@ -150,7 +139,7 @@ struct Attended {
     for (int i = 0; i < kColumns; i += 2) {
       const int column = 4 * i + 2 * lane;
       *reinterpret_cast<float2*>(&shared.sums[attending][warp][column]) = {sum[i], sum[i + 1]};
-      if (warp == 0) *reinterpret_cast<float2*>(&shared.maxima[attending][column]) = {maximum[i], maximum[i + 1]};
+      if (warp == 0) *reinterpret_cast<float2*>(&shared.bases[attending][column]) = {bases[i].base, bases[i + 1].base};
     }
   }
 };
@@ -166,10 +155,10 @@ __device__ __forceinline__ void attend_tile(float scale_log2, AttendShared<Work,
   bool valid[2];
   score_tile(shared, buffer, warp, lane, s, valid);
   column_maxima(shared, attending, warp, lane, valid, s, top);
-  const bool rescale = softmax<kHeads>(scale_log2, top, s[0], a.maximum, a.sum, factor);
+  softmax<kHeads>(scale_log2, top, s[0], a.bases, a.sum, factor);
   put_weights(shared.p[attending], warp, lane, s[0]);
   if (Work::kCluster && last) a.put_softmax(shared, attending, warp, lane);  // that is sent while the products run
-  if (!first && __any_sync(~0u, rescale)) a.rescale(factor);
+  if (!first) a.rescale(factor);
   named_barrier_sync(1 + attending, kWarpgroup);
   accumulate_values(shared, attending, buffer, a.o);
   if constexpr (Work::kCluster) {
@@ -178,7 +167,7 @@ __device__ __forceinline__ void attend_tile(float scale_log2, AttendShared<Work,
   wgmma_wait<0>();
 }
 
-// Warpgroup number `attending` of two that take an item's tiles in turn, each with a running maximum, sum and O^T of
+// Warpgroup number `attending` of two that take an item's tiles in turn, each with bases, sums and O^T of
 // its own, and add up at its end.
 template <typename Work, int kHeads>
 __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work, kHeads>& shared, int attending) {
@@ -236,7 +225,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
     }
 
     if constexpr (Work::kCluster) {
-      share_token(params, shared, work, now, attending, tiles, attended.maximum, attended.o);
+      share_token(params, shared, work, now, attending, tiles, attended.bases, attended.o);
       return;
     } else {
       if (held >= 0) {

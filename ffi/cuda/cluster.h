@@ -1,4 +1,4 @@
-// Tokens whose keys the blocks of a cluster share: they tell each other the maxima and sums of their softmax, and send
+// Tokens whose keys the blocks of a cluster share: they tell each other the bases and sums of their softmax, and send
 // what they have of O, scaled, to the block that adds it up. No partial result leaves the multiprocessors, and no
 // kernel follows.
 #ifndef JAX_DSV4_CUDA_CLUSTER_H_
@@ -60,8 +60,8 @@ template <int kHeads>
 struct __align__(1024) ClusterShared : FewHeadsShared<kHeads> {
   static_assert(kSlices<kHeads> <= kMostClusterBlocks);
 
-  // From each block: the slices that this block adds up, relative to the block's maxima; and per warpgroup of the block
-  // and head its softmax's maximum and sum.
+  // From each block: the slices that this block adds up, relative to the larger base of the block; and per warpgroup of the block
+  // and head its softmax's base and sum.
   float4 slices[kMostClusterBlocks][kWarpgroup];
   float2 softmax[kMostClusterBlocks][FewHeadsShared<kHeads>::kAttending][kHeads];
   uint64_t slices_sent, softmax_sent, added;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void expect_share(ClusterShared<kHeads>& shared) {
   barrier_expect(&shared.slices_sent, (blocks << has.slices_log2) * sizeof(shared.slices[0]));
 }
 
-// By a warpgroup: its maxima and sums, which lie in shared memory if it has had any keys, to all that have slices.
+// By a warpgroup: its bases and sums, which lie in shared memory if it has had any keys, to all that have slices.
 template <int kHeads>
 __device__ __forceinline__ void send_softmax(ClusterShared<kHeads>& shared, int attending, bool any) {
   cluster_wait();  // the other blocks' barriers are there
@@ -96,7 +96,7 @@ __device__ __forceinline__ void send_softmax(ClusterShared<kHeads>& shared, int 
             owners = SliceOwners<kHeads>(cluster_size()).owners;
   float2 x = {-INFINITY, 0.f};
   if (any) {
-    x.x = shared.maxima[attending][head];
+    x.x = shared.bases[attending][head];
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) x.y += shared.sums[attending][w][head];
   }
@@ -186,7 +186,7 @@ __device__ __forceinline__ void store_share(const DecodeParams& params, ClusterS
 template <int kHeads>
 __device__ __forceinline__ void share_token(const DecodeParams& params, ClusterShared<kHeads>& shared,
                                             const ClusterWork& work, const Item& item, int attending, int tiles,
-                                            const float (&maximum)[kHeads / 4], const float (&o)[kPlanes][kHeads / 2]) {
+                                            const Base (&bases)[kHeads / 4], const float (&o)[kPlanes][kHeads / 2]) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % 32;
   const bool both = tiles > 1, adds = (tiles > 0 ? tiles - 1 : 0) % 2 == attending;
   float4* const other = reinterpret_cast<float4*>(shared.k[tiles % 2]);  // where the last tile but one was
@@ -209,9 +209,9 @@ __device__ __forceinline__ void share_token(const DecodeParams& params, ClusterS
     float mine[kHeads / 4], theirs[kHeads / 4];
 #pragma unroll
     for (int i = 0; i < kHeads / 4; ++i) {
-      const float others = both ? shared.maxima[1 - attending][i / 2 * 8 + 2 * (lane % 4) + i % 2] : -INFINITY;
-      const float top = fmaxf(maximum[i], others), base = top == -INFINITY ? 0.f : top;
-      mine[i] = exp2_approx(maximum[i] - base);
+      const float others = both ? shared.bases[1 - attending][i / 2 * 8 + 2 * (lane % 4) + i % 2] : -INFINITY;
+      const float top = fmaxf(bases[i].base, others), base = top == -INFINITY ? 0.f : top;
+      mine[i] = exp2_approx(bases[i].base - base);
       theirs[i] = exp2_approx(others - base);
     }
     const SliceOwners<kHeads> has(cluster_size());

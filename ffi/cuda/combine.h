@@ -4,13 +4,16 @@
 
 #include <cuda_runtime_api.h>
 
-#include "common/params.h"
+#include "cuda/work.h"
 
 namespace jax_dsv4::cuda {
 
+// A launch that may begin before the kernel before it has ended: it calls cudaGridDependencySynchronize().
+cudaLaunchAttribute overlapping();
+
 cudaError_t prepare_combine();
 // Follows a decoding kernel on the stream, which had so many workers.
-cudaError_t launch_combine(const DecodeParams& params, int workers, cudaStream_t stream);
+cudaError_t launch_combine(const DecodeArgs& args, int workers, cudaStream_t stream);
 
 }  // namespace jax_dsv4::cuda
 

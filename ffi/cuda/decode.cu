@@ -5,11 +5,10 @@
 //
 // and then, in many_heads_kernel, for 33 heads and more:
 //
-//   score        S[64 heads, 64 keys] = Q . K^T, softmax against a running maximum, P                  -> p_full
+//   score        S[64 heads, 64 keys] = Q . K^T, softmax, P                  -> p_full
 //   value (2)    O[64 heads, 256 of 512] += P . V, V being the very tile that was K; output            -> p_free, free
 //
-// or, in few_heads_kernel, for up to 8, 16 or 32 heads, which would pay for 64 in the other, and where there is so
-// little to do that more heads than that fill the device only if spread over more blocks:
+// or, in few_heads_kernel, for up to 8, 16 or 32 heads, which would pay for 64 in the other:
 //
 //   attend (2)   S^T[64 keys, heads] = K . Q^T, softmax, P, O^T[512, heads] += V^T . P^T, each of every other tile;
 //                at an item's end the sum of both, output                                              -> free
@@ -18,13 +17,15 @@
 // blocks that walk the same items at the same time and find the rows in L2. A token cut into several items leaves
 // partials that a second, small kernel combines in key order; that kernel also answers tokens that have no item.
 //
-// Where all blocks run at once even if each token (and each 8 or 16 of its heads) has several, few_heads_kernel does
+// Where all blocks run at once even if each token (and each 8 or 16 of its heads) has several, few_heads_kernel can do
 // without the plan, the partials and the second kernel: the blocks of a token are a cluster, share its keys evenly, and
 // add up what they have of O through each other's shared memory (cluster.h). There every instruction counts: most run
-// once, and cost what fetching them costs.
+// once, and cost what fetching them costs. Which way is faster depends on the lengths, which the host does not know: if
+// either may be, kernels of both are launched, and look (clusters_chosen).
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/combine.h"
@@ -68,35 +69,41 @@ Clusters& clusters_of(int device) {
 // A cluster per token and group of heads, or no blocks at all: then the plan is followed.
 struct ClusterShape {
   int heads, blocks;
+  float start, tile;  // see Times
 };
 
-// What takes least, in microseconds on an H100, measured: with clusters a start and an end, the tiles that a block has
-// to attend to in turn, and the pairs of slices that it adds up; with a plan the tiles that there are per
-// multiprocessor.
-ClusterShape best_cluster_shape(int64_t tokens, int heads, int64_t keys, int device, int processors) {
-  const double planned_tiles =
-      static_cast<double>(tokens) * ceil_div(keys, kKeyTile) * ceil_div(heads, kHeadsPerBlock) / processors;
-  double least = heads <= 16          ? 8.9 + 2.2 * planned_tiles
-                 : heads <= kFewHeads ? 11.5 + 2.4 * planned_tiles
-                                      : 12.3 + 4.2 * planned_tiles;
-  ClusterShape best = {0, 0};
+constexpr float kLeaving = 5.f;  // what kernels that leave at once take, if all goes well
+constexpr int kUsualTiles = 10;  // of a token: a window of 128 and 512 compressed entries
+
+// The shape that takes least for tokens of usual lengths, in microseconds on an H100, measured: a start and an end, the
+// tiles that a block has to attend to in turn, and the pairs of slices that it adds up. Not for topk, of which most
+// tokens may have a small part.
+ClusterShape best_cluster_shape(int64_t tokens, int heads, int device, int processors) {
+  ClusterShape best = {0, 0, INFINITY, 0.f};
   for (int n : {8, 16}) {
     const int slices = kLatentDim / 64 * n / 8;
     const int64_t clusters = tokens * ceil_div(heads, n);
     for (int blocks = 2; blocks <= kMostClusterBlocks && clusters * blocks <= processors; ++blocks) {
-      const int tiles = ceil_div(ceil_div(keys, blocks), kKeyTile);
       int own = slices;  // of a block that has any; `blocks` halved until one is left
       for (int b = blocks; b > 1 && own > 1; b /= 2) own /= 2;
-      if (own * blocks > kMostClusterBlocks) continue;
-      const double time =
-          (n == 8 ? 5.6 + 1.8 * (tiles - 1) : 6.5 + 2.1 * (tiles - 1)) + 0.5 * (ceil_div(own, 2) - 1) + 0.04 * blocks;
-      if (time < least && clusters <= clusters_of(device).at_once[n / 16][blocks]) {
-        least = time;
-        best = {n, blocks};
+      if (own * blocks > kMostClusterBlocks || clusters > clusters_of(device).at_once[n / 16][blocks]) continue;
+      const float start = (n == 8 ? 5.6f : 6.5f) + 0.5f * (ceil_div(own, 2) - 1) + 0.04f * blocks;
+      const float tile = n == 8 ? 1.8f : 2.1f;
+      auto usual = [](float start, float tile, int blocks) {
+        return start + tile * (ceil_div(kUsualTiles, blocks) - 1);
+      };
+      if (best.blocks == 0 || usual(start, tile, blocks) < usual(best.start, best.tile, best.blocks)) {
+        best = {n, blocks, start, tile};
       }
     }
   }
   return best;
+}
+
+Times times_of(const ClusterShape& shape, int heads, int processors) {
+  const float start = heads <= 16 ? 8.9f : heads <= kFewHeads ? 11.5f : 12.3f;
+  const float tile = heads <= 16 ? 2.2f : heads <= kFewHeads ? 2.4f : 4.2f;
+  return {shape.start, shape.tile, start, tile * ceil_div(heads, kHeadsPerBlock) / processors, shape.blocks};
 }
 
 // A cluster has block x of the grid's x, all of y, and token z.
@@ -116,11 +123,9 @@ cudaLaunchConfig_t cluster_config(const DecodeKernel& decode, dim3 grid, cudaStr
   return config;
 }
 
-// The fewest heads that a block may have for all blocks with work to run at once, each with one item or few: the fewer,
-// the sooner it has written them. `workers`: the most that get work.
-int heads_per_block(int heads, int workers, int processors) {
-  for (int n : {8, 16, 32}) {
-    if (heads <= n || ceil_div(heads, n) * workers <= processors) return n;
+int heads_per_block(int heads) {
+  for (int n : {8, 16, kFewHeads}) {
+    if (heads <= n) return n;
   }
   return kHeadsPerBlock;
 }
@@ -178,29 +183,40 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const int64_t keys = params.scopes[0].topk + int64_t{params.scopes[1].topk};
-  const ClusterShape shape = best_cluster_shape(params.tokens, params.heads, keys, device, processors);
+  // Who does the work follows from tokens, heads and lengths, never from topk. But where even a single token that is as
+  // long as can be leaves clusters the better choice, nothing else need be launched.
+  const ClusterShape shape = best_cluster_shape(params.tokens, params.heads, device, processors);
+  const bool clusters = shape.blocks > 0 && !params.batch_invariant;
+  const Times times = times_of(shape, params.heads, processors);
+  const int most_tiles = ceil_div(params.scopes[0].topk + int64_t{params.scopes[1].topk}, kKeyTile);
+  Times worst = times;
+  worst.planned_start += kLeaving;
+  const bool open = clusters && !prefers_clusters(worst, most_tiles, most_tiles);
   auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
   const DecodeArgs args = {
-      params, {divisor(params.scopes[0]), divisor(params.scopes[1])}, Divisor(std::max(1, shape.blocks))};
-  if (shape.blocks > 0) {
+      params, {divisor(params.scopes[0]), divisor(params.scopes[1])}, Divisor(std::max(1, shape.blocks)), times, open};
+  if (clusters) {
     const DecodeKernel decode = kernel_for(shape.heads, true);
     cudaLaunchAttribute cluster;
     const dim3 grid(ceil_div(params.heads, shape.heads), shape.blocks, params.tokens);
     const cudaLaunchConfig_t config = cluster_config(decode, grid, stream, &cluster);
-    return cudaLaunchKernelEx(&config, function(decode), args);
+    status = cudaLaunchKernelEx(&config, function(decode), args);
+    if (status != cudaSuccess || !open) return status;
   }
 
-  // Items are no shorter than a tile, but for a token's last.
-  const int64_t tiles = params.tokens * int64_t{ceil_div(keys, kKeyTile)};
-  int workers = static_cast<int>(std::min<int64_t>(params.plan.workers, std::max<int64_t>(1, tiles)));
-  const int heads = heads_per_block(params.heads, workers, processors), blocks = ceil_div(params.heads, heads);
-  workers = std::max(1, std::min(workers, processors / blocks));
+  const int heads = heads_per_block(params.heads), blocks = ceil_div(params.heads, heads);
+  const int workers = std::max(1, std::min(params.plan.workers, processors / blocks));
   const DecodeKernel decode = kernel_for(heads, false);
-  const auto kernel = function(decode);
-  kernel<<<dim3(blocks, workers), decode.threads, decode.shared_bytes, stream>>>(args);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? launch_combine(params, workers, stream) : status;
+  cudaLaunchAttribute overlap = overlapping();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks, workers);
+  config.blockDim = dim3(decode.threads);
+  config.dynamicSmemBytes = decode.shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = open;  // beside the clusters, should these leave at once
+  status = cudaLaunchKernelEx(&config, function(decode), args);
+  return status == cudaSuccess ? launch_combine(args, workers, stream) : status;
 }
 
 }  // namespace jax_dsv4::cuda

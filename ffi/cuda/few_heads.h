@@ -39,7 +39,7 @@ struct __align__(1024) FewHeadsShared {
   uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // bit i of word j: key 8 j + i of the tile is attended to
   float tops[kAttending][kWarps][kHeads];           // the largest scores of a tile, per warp of keys
   float sums[kAttending][kWarps][kHeads];           // of P over an item
-  float maxima[kAttending][kHeads];                 // that P and O^T are relative to
+  float bases[kAttending][kHeads];                  // that P and O^T are relative to
   float sink[kHeads];                               // see load_sink()
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
   uint64_t together;  // all attending threads
@@ -156,7 +156,7 @@ __device__ __forceinline__ void store_item(const DecodeParams& params, const Few
   for (int i = 0; i < kAttending; ++i) {
     const int last = i + (tiles - 1 - i) / kAttending * kAttending;
     from[i] = reinterpret_cast<const float*>(shared.k[(first_tile + last) % Memory::kTiles]);
-    factor[i] = i < tiles ? shared.maxima[i][block_head] : -INFINITY;
+    factor[i] = i < tiles ? shared.bases[i][block_head] : -INFINITY;
     maximum = fmaxf(maximum, factor[i]);
   }
 #pragma unroll

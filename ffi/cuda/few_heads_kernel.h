@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(FewHeadsRoles<Work, kHeads>::kThreads, 1)
   using Roles = FewHeadsRoles<Work, kHeads>;
   using Memory = typename Roles::Memory;
   static_assert(sizeof(Memory) <= kMostSharedBytes);
+  if (leaves(args, Work::kCluster)) return;
   extern __shared__ __align__(1024) uint8_t memory[];
   Memory& shared = *reinterpret_cast<Memory*>(memory);
   if (threadIdx.x == 0) {

@@ -20,6 +20,7 @@ constexpr int kValuesRegisters = 160;  // 128 of them accumulators
 
 template <template <int, typename> typename Copies, int kAlign>
 __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_constant__ DecodeArgs args) {
+  if (leaves(args, false)) return;
   extern __shared__ __align__(1024) uint8_t memory[];
   ManyHeadsShared& shared = *reinterpret_cast<ManyHeadsShared*>(memory);
   if (threadIdx.x == 0) {

@@ -15,24 +15,32 @@ constexpr int kMinPiece = 8;    // tokens: shorter ones cost more to chain than 
 constexpr int kPieceParts = 4;  // of a piece
 constexpr int kPadding = kMaxPieces * kPieceParts;  // parts, of equal length, may reach past the tokens so far
 
-// What the tokens of a cursor's past have opened and filled.
-struct Counts {
-  int32_t worker, items, partials;
-};
-
-__device__ Counts add(Counts a, Counts b) { return {a.worker + b.worker, a.items + b.items, a.partials + b.partials}; }
-
-__device__ Counts shuffle_up(Counts x, int distance) {
-  return {__shfl_up_sync(~0u, x.worker, distance), __shfl_up_sync(~0u, x.items, distance),
-          __shfl_up_sync(~0u, x.partials, distance)};
-}
-
-__device__ Counts sums_of_warp(Counts x) {
+// Over this lane's and all lanes below.
+__device__ PlanSums sums_of_warp(PlanSums x) {
+#pragma unroll 1
   for (int step = 1; step < 32; step *= 2) {
-    const Counts below = shuffle_up(x, step);
-    if (threadIdx.x % 32 >= step) x = add(x, below);
+    const PlanSums below{__shfl_up_sync(~0u, x.load, step), __shfl_up_sync(~0u, x.items, step),
+                         __shfl_up_sync(~0u, x.partials, step)};
+    if (threadIdx.x % 32 >= step) x = plan_add(x, below);
   }
   return x;
+}
+
+// Over all threads below; moves `all` past all threads.
+template <int kWarps>
+__device__ __forceinline__ PlanSums sums_before(PlanSums mine, PlanSums (&of_warps)[kWarps], PlanSums* all) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const PlanSums sums = sums_of_warp(mine);
+  if (lane == 31) of_warps[warp] = sums;
+  __syncthreads();
+  PlanSums at = *all;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i == warp) at = *all;
+    *all = plan_add(*all, of_warps[i]);
+  }
+  return {at.load + sums.load - mine.load, at.items + sums.items - mine.items,
+          at.partials + sums.partials - mine.partials};
 }
 
 __device__ PlanTotals totals_of_warp(PlanTotals x) {
@@ -80,9 +88,9 @@ __device__ __forceinline__ void scan_rooms(PlanShare share, int32_t num_rooms, i
   }
 }
 
-// What lies past the plan, which ends at the cursor.
+// What lies past the plan, which ends with so many items and partials and with worker `end.load`.
 template <int kThreads>
-__device__ __forceinline__ void write_rest(const PlanParams& p, PlanCursor end) {
+__device__ __forceinline__ void write_rest(const PlanParams& p, PlanSums end) {
   const int thread = threadIdx.x;
   // Rows past those in use are zeros; workers that no token came to end where the last one does.
 #pragma unroll 1
@@ -92,7 +100,7 @@ __device__ __forceinline__ void write_rest(const PlanParams& p, PlanCursor end) 
 #pragma unroll 1
   for (int i = end.partials + thread; i < p.max_partials; i += kThreads) p.reduce_partial_map[i] = 0;
 #pragma unroll 1
-  for (int w = end.worker + 1 + thread; w <= p.workers; w += kThreads) p.work_indptr[w] = end.items;
+  for (int w = end.load + 1 + thread; w <= p.workers; w += kThreads) p.work_indptr[w] = end.items;
   if (thread == 0) p.reduce_indptr[0] = 0;
 }
 
@@ -102,7 +110,7 @@ struct PlanShared {
   static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0);
   PlanTotals warp_totals[kWarps];
   int32_t warp_tokens[kWarps];
-  Counts warp_counts[kWarps];
+  PlanSums warp_sums[kWarps];
   PlanStep steps[kThreads + kPadding];
   int32_t ends[kPieceParts][kThreads];  // [part][piece, room at the piece's begin] the room at the part's end
   int32_t rooms[kThreads + kPadding + 1];
@@ -161,25 +169,6 @@ __device__ __forceinline__ int32_t room_by_rank(PlanShared<kThreads>& shared, in
   return of_worker == 0 ? 0 : payload - of_worker * cost;
 }
 
-// Where this thread's token goes, by the counts of all before; moves the cursor past all tokens at hand, but for its
-// room.
-template <int kThreads>
-__device__ __forceinline__ PlanCursor place_of(PlanShared<kThreads>& shared, PlanCut cut, PlanCursor* cursor) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Counts mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0}, sums = sums_of_warp(mine);
-  if (lane == 31) shared.warp_counts[warp] = sums;
-  __syncthreads();
-  Counts at{cursor->worker, cursor->items, cursor->partials}, all = at;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) {
-    if (i == warp) at = all;
-    all = add(all, shared.warp_counts[i]);
-  }
-  *cursor = {all.worker, 0, all.items, all.partials};
-  return {at.worker + sums.worker - mine.worker, 0, at.items + sums.items - mine.items,
-          at.partials + sums.partials - mine.partials};
-}
-
 // The items of the tokens at hand, by as many threads to a token as there are.
 template <int kThreads>
 __device__ __forceinline__ void write_items(const PlanParams& p, const PlanShared<kThreads>& shared, int first,
@@ -206,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   // Whole tokens of one cost: as many to every worker, and nothing to scan.
   const bool alike = !share.cuts && totals.tokens > 0 && totals.cost == totals.tokens * totals.largest;
 
-  PlanCursor start = kPlanStart;
-  int32_t tokens_before = 0;  // that are not empty
+  PlanSums before{kPlanStart.worker, 0, 0};
+  int32_t first_room = kPlanStart.room, tokens_before = 0;  // that are not empty
 #pragma unroll 1
   for (int first = 0; first < p.tokens; first += kThreads) {
     const int count = min(kThreads, p.tokens - first);
@@ -222,20 +211,52 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     } else {
       shared.steps[thread] = plan_step(p, share, length.blocks);
       __syncthreads();
-      scan_rooms<kThreads>(share, num_rooms, start.room, count, shared.steps, shared.ends, shared.rooms);
+      scan_rooms<kThreads>(share, num_rooms, first_room, count, shared.steps, shared.ends, shared.rooms);
       __syncthreads();
       room = thread < count ? shared.rooms[thread] : 0;
     }
     const PlanCut cut = plan_cut(share, length.blocks, room);
-    const PlanCursor place = place_of(shared, cut, &start);
+    const PlanSums mine{plan_fresh(cut), cut.items, cut.items > 1 ? cut.items : 0};
+    const PlanSums at = sums_before(mine, shared.warp_sums, &before);
+    const PlanCursor place{at.load, 0, at.items, at.partials};
     shared.places[thread] = place;
     shared.cuts[thread] = cut;
     if (thread < count) plan_token(p, first + thread, length.keys, place, cut);
-    start.room = alike ? 0 : shared.rooms[count];
+    first_room = alike ? 0 : shared.rooms[count];
     __syncthreads();
     write_items(p, shared, first, count);
   }
-  write_rest<kThreads>(p, start);
+  write_rest<kThreads>(p, before);
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constant__ PlanParams p) {
+  __shared__ PlanSums of_warps[kThreads / 32];
+  __shared__ int32_t costs[kThreads / 32];
+  const int thread = threadIdx.x;
+  int32_t cost = 0;
+  for (int token = thread; token < p.tokens; token += kThreads) {
+    cost += plan_sums(p, plan_blocks(p, plan_length(p, token))).load;
+  }
+  cost = __reduce_add_sync(~0u, cost);
+  if (thread % 32 == 0) costs[thread / 32] = cost;
+  __syncthreads();
+  cost = __reduce_add_sync(~0u, thread % 32 < kThreads / 32 ? costs[thread % 32] : 0);
+  const int32_t payload = max(1, plan_ceil_div(cost, p.active_workers));
+  PlanSums all{};
+#pragma unroll 1
+  for (int first = 0; first < p.tokens; first += kThreads) {
+    const int token = first + thread;
+    const int32_t length = token < p.tokens ? plan_length(p, token) : 0;
+    const PlanSums own = plan_sums(p, plan_blocks(p, length));
+    const PlanSums before = sums_before(own, of_warps, &all);
+    if (token < p.tokens) plan_token_row(p, token, length, before.partials, own.items);
+#pragma unroll 1
+    for (int i = 0; i < own.items; ++i) plan_segment(p, payload, token, length, before, own, i);
+    __syncthreads();
+  }
+  if (thread == 0) p.work_indptr[0] = 0;
+  write_rest<kThreads>(p, {cost / payload, all.items, all.partials});
 }
 
 constexpr int kFewThreads = 256, kManyThreads = 512;
@@ -244,13 +265,18 @@ constexpr int kFewTokens = 128;
 }  // namespace
 
 cudaError_t prepare_plan() {
-  cudaFuncAttributes attributes;  // asking loads the kernel
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, plan_kernel<kFewThreads>);
-  return status == cudaSuccess ? cudaFuncGetAttributes(&attributes, plan_kernel<kManyThreads>) : status;
+  for (auto kernel : {plan_kernel<kFewThreads>, plan_kernel<kManyThreads>, segments_kernel<kManyThreads>}) {
+    cudaFuncAttributes attributes;  // asking loads the kernel
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t launch_plan(const PlanParams& params, cudaStream_t stream) {
-  if (params.tokens <= kFewTokens) {
+  if (params.segment > 0) {
+    segments_kernel<kManyThreads><<<1, kManyThreads, 0, stream>>>(params);
+  } else if (params.tokens <= kFewTokens) {
     plan_kernel<kFewThreads><<<1, kFewThreads, 0, stream>>>(params);
   } else {
     plan_kernel<kManyThreads><<<1, kManyThreads, 0, stream>>>(params);

@@ -1,4 +1,4 @@
-// The scoring role: S = Q . K^T, softmax against a running maximum, P.
+// The scoring role: S = Q . K^T, softmax, P.
 #ifndef JAX_DSV4_CUDA_SCORES_H_
 #define JAX_DSV4_CUDA_SCORES_H_
 
@@ -51,24 +51,21 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// S to P, in place, with each row's running maximum and sum, and the factor of what was summed up before.
-__device__ __forceinline__ void softmax(float scale_log2, float (&s)[32], float (&maximum)[2], float (&sum)[2],
+// S to P, in place, with each row's base and sum, and the factor of what was summed up before.
+__device__ __forceinline__ void softmax(float scale_log2, float (&s)[32], Base (&bases)[2], float (&sum)[2],
                                         float (&factor)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float top = s[2 * r];
 #pragma unroll
     for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-    top = quad_max(top) * scale_log2;
-    const float before = maximum[r];
-    if (top > before + kRescaleThresholdLog2 || before == -INFINITY) maximum[r] = top;
-    factor[r] = before == maximum[r] ? 1.f : exp2_approx(before - maximum[r]);
-    const float base = maximum[r] == -INFINITY ? 0.f : maximum[r];
+    factor[r] = bases[r].turn(quad_max(top) * scale_log2);
+    const float origin = bases[r].origin();
     float added = 0.f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       if (i / 2 % 2 != r) continue;
-      s[i] = exp2_approx(fmaf(s[i], scale_log2, -base));
+      s[i] = exp2_approx(fmaf(s[i], scale_log2, -origin));
       added += s[i];
     }
     sum[r] = fmaf(sum[r], factor[r], added);
@@ -89,8 +86,9 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
   RingCursor<2> handoff;
   while (work.next(&item)) {
     load_q(params, shared, item.token, first_head);
-    // Base-2 scores: the maximum that P is relative to, and the sum of P over this thread's columns.
-    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+    // Scores are in base 2 from here on. The sum is that of P over this thread's columns.
+    Base bases[2];
+    float sum[2] = {0.f, 0.f};
     for (int begin = item.begin; begin < item.end; begin += kKeyTile) {
       const int buffer = tile.place();
       for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], tile.filled());
@@ -112,7 +110,7 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
       }
 
       float factor[2];
-      softmax(scale_log2, s, maximum, sum, factor);
+      softmax(scale_log2, s, bases, sum, factor);
 
       const int to = handoff.place();
       barrier_wait(&shared.p_free[to], handoff.freed());
@@ -129,8 +127,6 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
         shared.factor[to][rows[0]] = factor[0];
         shared.factor[to][rows[1]] = factor[1];
       }
-      const bool rescale = __any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f);
-      if (lane == 0) shared.rescale[to][warp] = rescale;
       fence_proxy_async();
       __syncwarp();
       barrier_arrive(&shared.p_full[to]);
@@ -145,7 +141,8 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
       const float total = quad_sum(sum[r]);
       if (lane % 4 == 0) {
         const int head = first_head + rows[r];
-        shared.factor[to][rows[r]] = finish_head(params, item, head, sink[r], maximum[r], total, head < params.heads);
+        shared.factor[to][rows[r]] =
+            finish_head(params, item, head, sink[r], bases[r].base, total, head < params.heads);
       }
     }
     __syncwarp();

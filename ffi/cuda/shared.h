@@ -44,7 +44,6 @@ struct __align__(1024) ManyHeadsShared {
   uint2 scales[kProducers * kWarps][2][kKeysPerWarp];  // of two groups, copied by one lane for the four of a key
   uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];     // bit i of word j: key 8 j + i of the tile is attended to
   float factor[2][kHeadsPerBlock];  // rescales the accumulators before P is added; an item's last one normalises
-  int32_t rescale[2][kWarps];       // per warp of rows: whether `factor` holds anything but ones
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
   uint64_t p_full[2], p_free[2];
 };

@@ -43,7 +43,7 @@ __device__ __forceinline__ void value(const DecodeArgs& args, ManyHeadsShared& s
       barrier_wait(&shared.p_full[from], handoff.filled());
       tile.next();
       handoff.next();
-      if (!first && shared.rescale[from][warp]) {
+      if (!first) {
         const float factor[2] = {shared.factor[from][rows[0]], shared.factor[from][rows[1]]};
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= factor[i / 2 % 2];

@@ -3,6 +3,8 @@
 #ifndef JAX_DSV4_CUDA_WORK_H_
 #define JAX_DSV4_CUDA_WORK_H_
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "common/params.h"
@@ -23,12 +25,49 @@ struct Divisor {
   __device__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
 };
 
+// Microseconds that a call takes with clusters and with a plan: where both could run, the lengths decide which does.
+struct Times {
+  float cluster_start, cluster_tile;  // the latter for each further tile of the block that has most
+  float planned_start, planned_tile;  // the latter for each tile that there is
+  int cluster_blocks;
+};
+
+JAX_DSV4_HD bool prefers_clusters(const Times& times, int tiles, int longest) {
+  const int most = max_int(1, (longest + times.cluster_blocks - 1) / times.cluster_blocks);
+  return times.cluster_start + times.cluster_tile * (most - 1) <= times.planned_start + times.planned_tile * tiles;
+}
+
 // What a decoding kernel is launched with.
 struct DecodeArgs {
   DecodeParams params;
   Divisor block_size[2];
   Divisor cluster_blocks;
+  Times times;
+  bool open;  // kernels of both kinds are launched, and those that the lengths do not choose leave at once
 };
+
+// By whole warps.
+__device__ __forceinline__ bool clusters_chosen(const DecodeArgs& args) {
+  const DecodeParams& params = args.params;
+  const int topk = params.scopes[0].topk + params.scopes[1].topk;
+  int sum = 0, longest = 0;
+#pragma unroll 1
+  for (int token = threadIdx.x % 32; token < params.tokens; token += 32) {
+    const int tiles = (clamp_length(params.plan.kv_lengths[token], topk) + kKeyTile - 1) / kKeyTile;
+    sum += tiles;
+    longest = max(longest, tiles);
+  }
+  return prefers_clusters(args.times, __reduce_add_sync(~0u, sum), __reduce_max_sync(~0u, longest));
+}
+
+// Whether this kernel, of one kind or the other, has nothing to do. The one that follows the plan may begin while the
+// clusters are still there: one thread waits for these, so that whoever waits for it has waited for both.
+__device__ __forceinline__ bool leaves(const DecodeArgs& args, bool cluster) {
+  if (!args.open) return false;
+  cudaTriggerProgrammaticLaunchCompletion();
+  if (!cluster && blockIdx.x == 0 && blockIdx.y == 0) cudaGridDependencySynchronize();
+  return clusters_chosen(args) != cluster;
+}
 
 // A work item: keys begin <= k < end of the token's, of which the first swa_length are the first scope's.
 struct Item {

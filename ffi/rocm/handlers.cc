@@ -35,6 +35,7 @@ ffi::Error plan(const PlanOperands& o, hip::Stream stream, int32_t device) {
   if (!error.success()) return error;
   Checker check("plan_decode");
   check.require(o.cut_cost == 0, "cut_cost", "be 0: tokens are cut where AITER cuts them", std::to_string(o.cut_cost));
+  check.require(o.segment == 0, "segment", "be 0: tokens are cut where AITER cuts them", std::to_string(o.segment));
   return check.ok() ? status("plan_decode", enqueue_plan(device, stream, p)) : check.error();
 }
 
@@ -64,7 +65,8 @@ ffi::Error metadata(const MetadataOperands& o, hip::Stream stream, int32_t devic
   MetadataParams p{};
   // AITER's builder counts an item as 16 blocks; it needs no more room than ours.
   const ffi::Error error = fill_plan_params(
-      {o.lengths, o.lengths, o.plan, o.topk, 0, o.units, o.granularity, /*overhead=*/16, /*cut_cost=*/0}, &p.plan);
+      {o.lengths, o.lengths, o.plan, o.topk, 0, o.units, o.granularity, /*overhead=*/16, /*cut_cost=*/0, /*segment=*/0},
+      &p.plan);
   if (!error.success()) return error;
   const int64_t tokens = p.plan.tokens;
   Checker check("plan_decode");

@@ -105,6 +105,11 @@ def cannot_fuse(implementation: Implementation, fused: bool | None) -> str | Non
     return "it calls its kernel per scope, and fused=True was asked for" if fused and not implementation.fuses else None
 
 
+def varies(implementation: Implementation, batch_invariant: bool) -> str | None:
+    varying = batch_invariant and not implementation.batch_invariant
+    return "its bits may change with the batch, and batch_invariant=True was asked for" if varying else None
+
+
 def cannot_size(implementation: Implementation, tokens: int) -> str | None:
     """Native calls plan for a known number of tokens."""
     native = implementation.platforms != ()

@@ -69,6 +69,7 @@ class _AITER:
     name = "aiter"
     platforms: tuple[str, ...] = ("rocm",)
     fuses = False
+    batch_invariant = False  # AITER's plans cut tokens where workers are full
 
     def availability(self) -> Availability:
         choice = choose_kernel(16, 0)
@@ -91,7 +92,7 @@ class _AITER:
         choice = choose_kernel(num_heads, max((cache.nbytes for cache in caches), default=0))
         return None if choice.found else choice.text.decode()
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan:
         geometry = _geometry(num_heads)
         if _ffi.aiter_plan_builder() is None:
             return plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")

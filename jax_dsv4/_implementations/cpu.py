@@ -19,6 +19,7 @@ class _CPU:
     name = "cpu"
     platforms: tuple[str, ...] = ("cpu",)
     fuses = True
+    batch_invariant = True  # always: a token's keys are summed in segments of its own, wherever the plan cuts it
     # ffi/cpu/launch.h: kLaneBytesFixed, kLaneBytesPerHead + kMergeBytesPerHead, kHeadBlock, kTokenCounters, kMaxSegments,
     # kPartialNumbers, kMaxHeadGroups; 64 bytes more to align.
     lane_bytes_fixed = 272 * 1024 + 64
@@ -71,8 +72,8 @@ class _CPU:
             groups *= 2
         return with_groups(groups)
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
-        return plan_call(lengths, topks, self.geometry(lengths[0].shape[0], num_heads))
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan:
+        return plan_call(lengths, topks, self.geometry(lengths[0].shape[0], num_heads), segments=max(1, segments))
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         tokens, heads, _ = call.q.shape

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_dsv4 import _ffi
 from jax_dsv4._implementations.interface import Availability, KernelCall
 from jax_dsv4._implementations.native import append_call, decode_call, plan_call
-from jax_dsv4._work import Geometry, WorkPlan, partial_rows
+from jax_dsv4._work import SEGMENT_KEYS, Geometry, WorkPlan, most_segments, partial_rows
 from jax_dsv4.cache import LATENT_DIM, KVCache
 
 
@@ -18,6 +18,7 @@ class _CUDA:
     name = "cuda"
     platforms: tuple[str, ...] = ("cuda",)
     fuses = True
+    batch_invariant = True
     # ffi/cuda/launch.h: kHeadsPerBlock, kFewHeads, kPartialHeads, kMostProcessors.
     heads_per_block = 64
     few_heads = 32
@@ -54,19 +55,21 @@ class _CUDA:
                 return f"its kernels do not read layout {cache.layout!r}"
         return None
 
-    def geometry(self, num_heads: int) -> Geometry:
+    def geometry(self, num_heads: int, batch_invariant: bool = False) -> Geometry:
         # Items end at multiples of the kernel's tile of 64 keys; starting one costs about as much as two tiles. Partial results, which all
         # multiprocessors write at once, cost more of the tiles of many heads than of few.
         workers = max(1, self.multiprocessors // -(-num_heads // self.heads_per_block))
-        return Geometry(workers, granularity=64, overhead=2, cut_cost=2 if num_heads > self.few_heads else 1)
+        cut_cost, segment = 2 if num_heads > self.few_heads else 1, SEGMENT_KEYS // 64 if batch_invariant else 0
+        return Geometry(workers, granularity=64, overhead=2, cut_cost=cut_cost, segment=segment)
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan:
-        return plan_call(lengths, topks, self.geometry(num_heads))
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan:
+        return plan_call(lengths, topks, self.geometry(num_heads, segments > 0), segments=max(1, segments))
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         tokens, heads, _ = call.q.shape
         stored_heads = -(-heads // self.partial_heads) * self.partial_heads
-        partials = -(-partial_rows(tokens, sum(call.topks), self.geometry(heads)) * stored_heads // heads)
+        segments = max(1, most_segments(sum(call.topks), call.batch_invariant))
+        partials = -(-partial_rows(tokens, sum(call.topks), self.geometry(heads), segments) * stored_heads // heads)
         workspaces = (
             jax.ShapeDtypeStruct((partials, heads, LATENT_DIM), jnp.float32),  # partial outputs
             jax.ShapeDtypeStruct((partials, heads), jnp.float32),  # partial lse

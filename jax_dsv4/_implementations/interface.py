@@ -29,6 +29,7 @@ class KernelCall:
     work       what `plan` made from these lengths; None where it makes nothing
     scale      of the scores
     out_dtype  q's, or float32 for what will be merged
+    batch_invariant  whether a token's bits must not depend on the other tokens
     """
 
     q: jax.Array
@@ -37,6 +38,7 @@ class KernelCall:
     work: WorkPlan | None
     scale: float
     out_dtype: jax.typing.DTypeLike
+    batch_invariant: bool
 
     @property
     def planned(self) -> WorkPlan:
@@ -57,6 +59,7 @@ class Implementation(Protocol):
     name: str
     platforms: tuple[str, ...]  # JAX's names; () for any
     fuses: bool  # whether one call may take both scopes and the sink
+    batch_invariant: bool  # whether it can give a token the same bits in any batch
 
     def availability(self) -> Availability: ...
 
@@ -66,8 +69,9 @@ class Implementation(Protocol):
     def unsupported(self, num_heads: int, caches: Sequence[KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         """Why it cannot take such a call; None if it can."""
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> WorkPlan | None:
-        """Plans one kernel call over scopes of such lengths [tokens]; None if it needs no plan."""
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan | None:
+        """Plans one kernel call over scopes of such lengths [tokens]; None if it needs no plan. Batch-invariant unless `segments` is 0; its
+        arrays have room for so many items of each token then."""
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         """out [tokens, heads, 512] of `call.out_dtype` and lse float32 [tokens, heads]."""

@@ -18,10 +18,11 @@ def plan_call(
     topks: Sequence[int],
     geometry: Geometry,
     workers: int = MAX_WORKERS,
+    segments: int = 1,
     target: str = "dsv4_plan",
 ) -> WorkPlan:
-    """A planner's target; `workers` is the size of work_indptr less one."""
-    call = jax.ffi.ffi_call(target, plan_shapes(lengths[0].shape[0], workers))
+    """A planner's target; `workers` is the size of work_indptr less one, `segments` what there is room for of a token."""
+    call = jax.ffi.ffi_call(target, plan_shapes(lengths[0].shape[0], workers, segments))
     swa_topk, extra_topk = (*topks, 0)[:2]
     return WorkPlan(
         *call(
@@ -33,6 +34,7 @@ def plan_call(
             granularity=np.int32(geometry.granularity),
             overhead=np.int32(geometry.overhead),
             cut_cost=np.int32(geometry.cut_cost),
+            segment=np.int32(geometry.segment),
         )
     )
 
@@ -50,6 +52,7 @@ def decode_call(call: KernelCall, workspaces: Sequence[jax.ShapeDtypeStruct]) ->
         *call.planned,
         scale=np.float32(call.scale),
         has_sink=sink is not None,
+        batch_invariant=call.batch_invariant,
         swa_block_size=np.int32(swa.cache.block_size),
         swa_layout=np.int32(kv.LAYOUTS[swa.cache.layout].code),
         swa_inline=np.int32(swa.cache.arrangement == "inline"),

@@ -16,6 +16,7 @@ class _XLA:
     name = "xla"
     platforms: tuple[str, ...] = ()
     fuses = True
+    batch_invariant = False  # XLA chooses how to multiply by all shapes
 
     def availability(self) -> Availability:
         return Availability(True, "plain JAX, any platform")
@@ -26,7 +27,7 @@ class _XLA:
     def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         return None
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> None:
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> None:
         return None
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dsv4 import _checks
-from jax_dsv4._implementations import Chosen, cannot_fuse, cannot_size, choose, fuses, names
+from jax_dsv4._implementations import Chosen, cannot_fuse, cannot_size, choose, fuses, names, varies
 from jax_dsv4._implementations.interface import Implementation, KernelCall
 from jax_dsv4._sharding import Dims, require_whole
 from jax_dsv4._transforms import apply, dispatch, side_by_side, spread
-from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan
+from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan, most_segments
 from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 
@@ -34,6 +34,7 @@ def sparse_mla_decode(
     plan: DecodePlan | None = ...,
     implementation: str | Sequence[str] | None = ...,
     fused: bool | None = ...,
+    batch_invariant: bool = ...,
     out_dtype: jax.typing.DTypeLike | None = ...,
     return_lse: Literal[False] = False,
 ) -> jax.Array: ...
@@ -50,6 +51,7 @@ def sparse_mla_decode(
     plan: DecodePlan | None = ...,
     implementation: str | Sequence[str] | None = ...,
     fused: bool | None = ...,
+    batch_invariant: bool = ...,
     out_dtype: jax.typing.DTypeLike | None = ...,
     return_lse: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -65,6 +67,7 @@ def sparse_mla_decode(
     plan: DecodePlan | None = None,
     implementation: str | Sequence[str] | None = None,
     fused: bool | None = None,
+    batch_invariant: bool = False,
     out_dtype: jax.typing.DTypeLike | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -88,12 +91,16 @@ def sparse_mla_decode(
       extra: the compressed entries' Scope, if any. The two caches' layouts, block sizes and strides have nothing to do with each other.
       attn_sink: float32 [heads], natural log and not scaled; -inf is no sink, +inf gives zeros.
       scale: a positive Python float.
-      plan: what `plan_decode` made from these very lengths, with the same `implementation` and `fused`. A token whose length is
-        another is answered with NaN. Default: the call plans for itself, and so does each device that has a part of it.
+      plan: what `plan_decode` made from these very lengths, with the same `implementation`, `fused` and `batch_invariant`. A token whose
+        length is another is answered with NaN. Default: the call plans for itself, and so does each device that has a part of it.
       implementation: `"cpu"`, `"xla"`, ... (see `implementations()`), a sequence of such in order of preference, or None: the best for
         the platform that the program is lowered for.
       fused: whether one kernel call takes both scopes and the sink. False: a call per scope, merged by `merge_scopes` and
         `apply_attn_sink`. Default: as the implementation does best.
+      batch_invariant: whether a token must get the same bits in any batch: alone or among others, at any place, with any plan, on any
+        number of processors. Heads, scopes and lengths being the same, nothing else counts; where a mesh splits heads, those of a device
+        do. `"cpu"` is so always. `"cuda"` is so if asked, and cuts long contexts at fixed places for it, which costs time and, beyond
+        1280 keys, memory. `"xla"` and `"aiter"` cannot promise it.
       out_dtype: q's dtype, the default, or float32: unrounded, for what will be merged with the attention to other keys.
       return_lse: whether to return lse as well.
 
@@ -128,19 +135,20 @@ def sparse_mla_decode(
     topks = tuple(s.indices.shape[-1] for s in scopes)
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
-        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(implementation), fused))
+        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(implementation), fused, batch_invariant))
     _checks.require_same_devices(_OP, q=q, swa=swa, extra=extra, attn_sink=attn_sink, plan=plan)
 
     caches = [s.cache for s in scopes]
 
     def unsupported(candidate: Implementation) -> str | None:
-        return cannot_fuse(candidate, fused) or cannot_size(candidate, tokens) or candidate.unsupported(heads, caches, q.dtype)
+        reason = cannot_fuse(candidate, fused) or varies(candidate, batch_invariant) or cannot_size(candidate, tokens)
+        return reason or candidate.unsupported(heads, caches, q.dtype)
 
     chosen = choose(_OP, implementation, unsupported)
     if tokens == 0:
         out, lse = jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:-1], jnp.float32)
     else:
-        op = _Decode(chosen, float(scale), fused, dtype, plan.made_for if plan else None)
+        op = _Decode(chosen, float(scale), fused, batch_invariant, dtype, plan.made_for if plan else None)
         out, lse = apply(op, _Operands(q, tuple(scopes), attn_sink, plan.work if plan else ()))
     return (out, lse) if return_lse else out
 
@@ -186,6 +194,7 @@ class _Decode:
     chosen: Chosen
     scale: float
     fused: bool | None
+    batch_invariant: bool
     out_dtype: np.dtype[np.generic]
     made_for: PlanKey | None
     name: str = _OP
@@ -205,11 +214,12 @@ class _Decode:
         """One kernel call for all scopes, or one for each, merged."""
         q, scopes, attn_sink, work = operands
         fused = fuses(implementation, self.fused) or len(scopes) == 1
-        calls = [
-            KernelCall(q, each, attn_sink if fused else None, None, self.scale, self.out_dtype if fused else jnp.dtype(jnp.float32))
-            for each in ([scopes] if fused else [(scope,) for scope in scopes])
-        ]
-        planned = work or [implementation.plan(call.lengths, call.topks, q.shape[1]) for call in calls]
+        call = KernelCall(q, scopes, attn_sink, None, self.scale, self.out_dtype, self.batch_invariant)
+        calls = [call]
+        if not fused:
+            calls = [replace(call, scopes=(scope,), attn_sink=None, out_dtype=jnp.dtype(jnp.float32)) for scope in scopes]
+        segments = most_segments(sum(call.topks), self.batch_invariant)
+        planned = work or [implementation.plan(each.lengths, each.topks, q.shape[1], segments) for each in calls]
         results = [implementation.decode(replace(call, work=each)) for call, each in zip(calls, planned)]
         if fused:
             return results[0]

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_dsv4 import _checks
-from jax_dsv4._implementations import Chosen, cannot_fuse, choose, fuses, names
+from jax_dsv4._implementations import Chosen, cannot_fuse, choose, fuses, names, varies
 from jax_dsv4._implementations.interface import Implementation
 from jax_dsv4._sharding import Dims
 from jax_dsv4._transforms import apply, dispatch
-from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan, plan_shapes
+from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan, most_segments, plan_shapes
 
 _OP = "plan_decode"
 
@@ -31,6 +31,7 @@ def plan_decode(
     extra_topk: int = 0,
     implementation: str | Sequence[str] | None = None,
     fused: bool | None = None,
+    batch_invariant: bool = False,
 ) -> DecodePlan:
     """Plans a step on the device, from its current lengths.
 
@@ -43,7 +44,7 @@ def plan_decode(
       num_heads: query heads, 1 to 128.
       swa_topk: last dimension of the swa scope's indices.
       extra_topk: last dimension of the extra scope's indices; 0 without extra scope.
-      implementation, fused: as they will be given to `sparse_mla_decode`.
+      implementation, fused, batch_invariant: as they will be given to `sparse_mla_decode`.
 
     Returns:
       A DecodePlan.
@@ -68,8 +69,8 @@ def plan_decode(
     tokens = math.prod(batch)
     _checks.require_fits_int32(tokens * (swa_topk + extra_topk), _OP, "tokens * (swa_topk + extra_topk)")
     _checks.require_same_devices(_OP, swa_lengths=swa_lengths, extra_lengths=extra_lengths)
-    key = PlanKey(tokens, num_heads, swa_topk, extra_topk, names(implementation), fused)
-    chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or i.unsupported(num_heads, ()))
+    key = PlanKey(tokens, num_heads, swa_topk, extra_topk, names(implementation), fused, batch_invariant)
+    chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or varies(i, batch_invariant) or i.unsupported(num_heads, ()))
     op = _Plan(chosen, (swa_topk, extra_topk)[: len(lengths)], key)
     arrays = op.blank() * op.count if tokens == 0 else apply(op, tuple(lengths))
     fields = len(WorkPlan._fields)
@@ -90,8 +91,16 @@ class _Plan:
         """All platforms' plans have one structure: as many WorkPlans as the one that calls most often needs, blank ones for the others."""
         return 1 if all(fuses(i, self.key.fused) for i in self.chosen.implementations) else len(self.topks)
 
+    @property
+    def segments(self) -> int:
+        """Of a token, over both scopes: one WorkPlan has the same shape whether it is of one scope or of both."""
+        return most_segments(self.key.swa_topk + self.key.extra_topk, self.key.batch_invariant)
+
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return plan_shapes(self.key.tokens, segments=max(1, self.segments))
+
     def blank(self) -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(x.shape, x.dtype) for x in plan_shapes(self.key.tokens))
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in self.shapes())
 
     def on_device(self, lengths: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return dispatch(self.chosen, self._plan, tuple(n.reshape(-1) for n in lengths))
@@ -99,12 +108,12 @@ class _Plan:
     def _plan(self, implementation: Implementation, lengths: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         fused = fuses(implementation, self.key.fused)
         calls = [(lengths, self.topks)] if fused else [((n,), (k,)) for n, k in zip(lengths, self.topks)]
-        made = [implementation.plan(*call, self.key.num_heads) or self.blank() for call in calls]
+        made = [implementation.plan(*call, self.key.num_heads, self.segments) or self.blank() for call in calls]
         return sum(made, ()) + self.blank() * (self.count - len(made))
 
     def dims(self, lengths: tuple[jax.Array, ...]) -> tuple[Sequence[Dims], Sequence[Dims]]:
         """A plan is of a whole call, so of all its lengths; a device that has a part of the call plans that for itself (decode.py)."""
-        return [Dims.unsplit(n) for n in lengths], [Dims.unsplit(x) for x in plan_shapes(self.key.tokens)] * self.count
+        return [Dims.unsplit(n) for n in lengths], [Dims.unsplit(x) for x in self.shapes()] * self.count
 
     def batch(
         self, size: int, lengths: tuple[jax.Array, ...], batched: tuple[jax.Array, ...]

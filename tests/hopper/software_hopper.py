@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_dsv4._work import plan_capacity
 from jax_dsv4.cache import LAYOUTS
 
 HERE = Path(__file__).parent
@@ -122,13 +123,14 @@ _Scope = _struct(("cache", _Cache), ("indices", POINTER), ("lengths", POINTER), 
 _Plan = _struct(*((name, POINTER) for name in PLAN_ARRAYS), *((name, I32) for name in PLAN_SIZES))
 _PlanParams = _struct(
     *(("lengths", POINTER * 2), ("topk", I32 * 2), ("tokens", I32), ("workers", I32), ("active_workers", I32)),
-    *(("granularity", I32), ("overhead", I32), ("cut_cost", I32), ("max_items", I32), ("max_partials", I32)),
+    *(("granularity", I32), ("overhead", I32), ("cut_cost", I32), ("segment", I32), ("max_items", I32), ("max_partials", I32)),
     *((name, POINTER) for name in PLAN_ARRAYS),
 )
 _DecodeParams = _struct(
     *(("q", POINTER), ("sink", POINTER), ("scopes", _Scope * 2), ("plan", _Plan), ("out", POINTER), ("lse", POINTER)),
     *(("partial_out", POINTER), ("partial_lse", POINTER), ("counters", POINTER)),
     *(("tokens", I32), ("heads", I32), ("scale", F32), ("q_dtype", I32), ("out_dtype", I32)),
+    ("batch_invariant", ctypes.c_bool),
 )
 _AppendParams = _struct(
     *(("latents", POINTER), ("slots", POINTER), ("cache", _Cache), ("data_out", POINTER), ("count", I64), ("dtype", I32))
@@ -183,16 +185,19 @@ class SoftwareHopper:
         if code:
             raise KernelError(f"{name}: {code}, {self.lib.hopper_error().decode()}")
 
-    def plan(self, scopes: Sequence[Scope], heads: int, granularity: int = 64, overhead: int = 2, cut_cost: int = 0) -> Plan:
+    def plan(
+        self, scopes: Sequence[Scope], heads: int, granularity: int = 64, overhead: int = 2, cut_cost: int = 0, segment: int = 0
+    ) -> Plan:
         """With tokens cut wherever they can be, for what that takes is to be seen; native.py cuts fewer."""
         tokens, workers = len(scopes[0].lengths), self.processors
-        items, partials = tokens + workers - 1, max(1, min(tokens + workers - 1, 2 * (workers - 1)))
+        segments = -(-sum(s.indices.shape[1] for s in scopes) // (segment * granularity)) if segment else 1
+        items, partials = plan_capacity(tokens, workers, segments)
         shapes = ((tokens,), (workers + 1,), (items, 8), (tokens + 1,), (tokens, 2), (partials,))
         arrays = tuple(np.full(shape, -7, np.int32) for shape in shapes)
         params = _PlanParams(
             (POINTER * 2)(*(_at(s.lengths) for s in scopes)),
             (I32 * 2)(*(s.indices.shape[1] for s in scopes)),
-            *(tokens, workers, max(1, workers // -(-heads // 64)), granularity, overhead, cut_cost, items, partials),
+            *(tokens, workers, max(1, workers // -(-heads // 64)), granularity, overhead, cut_cost, segment, items, partials),
             *map(_at, arrays),
         )
         self._call("plan", params)
@@ -206,6 +211,7 @@ class SoftwareHopper:
         scale: float,
         plan: Plan,
         float32_out: bool = False,
+        batch_invariant: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """-> out (bf16 as uint16, or float32), lse."""
         tokens, heads, _ = q.shape
@@ -220,7 +226,7 @@ class SoftwareHopper:
             (_Scope * 2)(*[*(_Scope(_cache(s.cache), _at(s.indices), _at(s.lengths), s.indices.shape[1]) for s in scopes), absent][:2]),
             _Plan(*map(_at, plan.arrays), plan.workers, len(plan.arrays[2]), partials),
             *(_at(out), _at(lse), _at(partial_out), _at(partial_lse), None),
-            *(tokens, heads, scale, 0, int(float32_out)),
+            *(tokens, heads, scale, 0, int(float32_out), batch_invariant),
         )
         self._call("decode", params)
         return out, lse

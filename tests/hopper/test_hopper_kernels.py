@@ -12,8 +12,8 @@ from cases import PACKED, Case, Pair, ScopeCase, in_layouts
 from compare import LSE, OUT_BF16, assert_close, assert_same_bits
 from conformance import in_pairs
 from hostile import KINDS, draw_tile, written
-from operands import CASES, case_named, operands, supported
-from software_hopper import Cache, KernelError, Plan, Scope, SoftwareHopper
+from operands import CASES, Operands, case_named, operands, supported
+from software_hopper import MOST_WORKERS, Cache, KernelError, Plan, Scope, SoftwareHopper
 
 from jax_dsv4 import reference
 
@@ -80,7 +80,7 @@ def test_bits_do_not_depend_on_the_schedule(name: str, processors: int) -> None:
             assert_same_bits(f"schedule {schedule}", got, want)
 
 
-@pytest.mark.parametrize(("heads", "blocks"), [*((8, n) for n in range(2, 17)), *((16, n) for n in (2, 4, 8, 16))])
+@pytest.mark.parametrize(("heads", "blocks"), [*((8, n) for n in range(2, 11)), *((16, n) for n in (2, 4, 8, 16))])
 @pytest.mark.parametrize("lengths", ["full", "hostile"])
 def test_every_cluster(heads: int, blocks: int, lengths: str) -> None:
     """A token of as many tiles as the device has multiprocessors has them all, and asks the plan for nothing but its lengths."""
@@ -136,19 +136,62 @@ def test_garbage_plan(seed: int, name: str) -> None:
         assert_close("lse", lse[~nan], want_lse[~nan], LSE)
 
 
+def repeated(p: Operands, rows: np.ndarray) -> Operands:
+    """The tokens `rows`, in this order, some maybe more than once."""
+    scopes = [Scope(s.cache, s.indices[rows], s.lengths[rows]) for s in p.scopes]
+    return p._replace(q=p.q[rows], scopes=scopes, out=p.out[rows], lse=p.lse[rows])
+
+
+@pytest.mark.parametrize("name", ["many_tokens", "heads96", "heads17", "one_token_split"])
+def test_batch_invariance(name: str) -> None:
+    """A token's bits alone, in any batch, at any place, on any number of multiprocessors: tokens of up to five segments."""
+
+    def attend(p: Operands, processors: int) -> tuple[np.ndarray, np.ndarray]:
+        gpu = SoftwareHopper(processors)
+        plan = gpu.plan(p.scopes, p.q.shape[1], segment=2)
+        return gpu.decode(p.q, p.scopes, p.sink, p.scale, plan, batch_invariant=True)
+
+    p, rng = operands(case_named(name)), np.random.default_rng(0)
+    want = attend(p, PROCESSORS)
+    assert_close("lse", want[1], p.lse, LSE)
+    assert_close("out", software_hopper.from_bf16(want[0]), p.out, OUT_BF16)
+    tokens = len(p.q)
+    for processors, rows in ((3, [0]), (16, [tokens - 1]), (5, rng.integers(0, tokens, 7)), (132, rng.permutation(tokens)[:9])):
+        got = attend(repeated(p, np.asarray(rows)), processors)
+        for field in (0, 1):
+            assert_same_bits(f"tokens {rows} on {processors}", got[field], want[field][rows])
+
+
+@pytest.mark.parametrize("processors", [FEW_PROCESSORS, PROCESSORS, MOST_WORKERS])
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_bits_do_not_depend_on_topk(heads: int, processors: int) -> None:
+    """Nor do the kernel and the blocks that a token gets: entries past the lengths may be 0 or 8000."""
+    case = Case("lengths", heads, 3, ScopeCase(128, slots=512), ScopeCase(600, slots=1024, lengths="random"))
+    p = operands(case)
+    answers = []
+    for past in (0, 8000):
+        scopes = [p.scopes[0], p.scopes[1]._replace(indices=np.pad(p.scopes[1].indices, ((0, 0), (0, past)), constant_values=7))]
+        gpu = SoftwareHopper(processors)
+        answers.append(gpu.decode(p.q, scopes, p.sink, p.scale, gpu.plan(scopes, heads)))
+    assert_close("out", software_hopper.from_bf16(answers[1][0]), p.out, OUT_BF16)
+    for got, want in zip(*answers):
+        assert_same_bits("topk", got, want)
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 9, 132, 300, 513, 1025])
 def test_plan(tokens: int) -> None:
     rng, topks, overhead, granularity = np.random.default_rng(tokens), (128, 1024), 2, 64
     cache = Cache(np.zeros((1, 584), np.uint8), 1)
-    for cut_cost, high in ((2, 1), (0, 70), (2, 70), (0, 1100), (100, 1100), (0, 0), (2, 0), (1000, 0)):
+    cuts = ((2, 1, 0), (0, 70, 0), (2, 70, 0), (0, 1100, 0), (100, 1100, 0), (0, 0, 0), (2, 0, 0), (1000, 0, 0), (0, 1100, 3), (0, 70, 20))
+    for cut_cost, high, segment in cuts:
         # high = 0: all full, or with the last one some empty
         some = (rng.random(tokens) < 0.9) | (cut_cost < 1000)
         lengths = [(rng.integers(-3, high, tokens) if high else topk * some).astype(np.int32) for topk in topks]
         scopes = [Scope(cache, np.zeros((tokens, topk), np.int32), n) for topk, n in zip(topks, lengths)]
-        arrays = SoftwareHopper(PROCESSORS).plan(scopes, 64, granularity, overhead, cut_cost).arrays
+        arrays = SoftwareHopper(PROCESSORS).plan(scopes, 64, granularity, overhead, cut_cost, segment).arrays
         got = dict(zip(software_hopper.PLAN_ARRAYS, arrays))
         clamped = sum(np.clip(n, 0, topk) for n, topk in zip(lengths, topks))
-        want = reference.plan(clamped.tolist(), sum(topks), PROCESSORS, granularity, overhead, cut_cost=cut_cost)
+        want = reference.plan(clamped.tolist(), sum(topks), PROCESSORS, granularity, overhead, cut_cost=cut_cost, segment=segment)
         np.testing.assert_array_equal(got["kv_lengths"], clamped)
         for name in ("work_indptr", "reduce_indptr"):
             np.testing.assert_array_equal(got[name], want[name], err_msg=name)
