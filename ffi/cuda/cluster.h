@@ -60,8 +60,8 @@ template <int kHeads>
 struct __align__(1024) ClusterShared : FewHeadsShared<kHeads> {
   static_assert(kSlices<kHeads> <= kMostClusterBlocks);
 
-  // From each block: the slices that this block adds up, relative to the larger base of the block; and per warpgroup of the block
-  // and head its softmax's base and sum.
+  // From each block: the slices that this block adds up, relative to the larger base of the block; and per warpgroup of
+  // the block and head its softmax's base and sum.
   float4 slices[kMostClusterBlocks][kWarpgroup];
   float2 softmax[kMostClusterBlocks][FewHeadsShared<kHeads>::kAttending][kHeads];
   uint64_t slices_sent, softmax_sent, added;

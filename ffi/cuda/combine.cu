@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_warps(Sums& sums) {
 template <int kPartialsAtOnce>
 __device__ __forceinline__ void combine_token(const DecodeParams& params, const Token& token, int begin, int end,
                                               int first_rows, bool together) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int units = (params.heads + kPartHeads - 1) / kPartHeads * kParts, each = together ? 1 : kCombineWarps;
   for (int unit = blockIdx.y * each + (together ? 0 : warp); unit < units; unit += gridDim.y * each) {
     const int part = unit % kParts, first_head = unit / kParts * kPartHeads;
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kPartialsAtOnce > 4 ? 2 : 
       const Token token = {base + from, __shfl_sync(~0u, mine.begin, from), __shfl_sync(~0u, mine.end, from),
                            __shfl_sync(~0u, static_cast<int>(mine.plan_fits), from) != 0};
       const int count = token.end - token.begin, each = (count + kCombineWarps - 1) / kCombineWarps;
-      const bool together = kPartialsAtOnce == kManyPartials && token.plan_fits && count >= kSharedPartials;
+      const bool room = kPartialsAtOnce == kManyPartials && 2 * gridDim.y >= params.heads / kPartHeads * kParts;
+      const bool together = room && token.plan_fits && count >= kSharedPartials;
       const int begin = together ? min(token.begin + warp * each, token.end) : token.begin;
       const int end = together ? min(begin + each, token.end) : token.end;
       const int first_rows = found && token.plan_fits ? look_up(plan, begin, end) : 0;

@@ -72,8 +72,9 @@ struct ClusterShape {
   float start, tile;  // see Times
 };
 
-constexpr float kLeaving = 5.f;  // what kernels that leave at once take, if all goes well
-constexpr int kUsualTiles = 10;  // of a token: a window of 128 and 512 compressed entries
+// What a choice must be worth, at most: kernels that leave at once take some microseconds too.
+constexpr float kChoice = 10.f;
+constexpr float kUsualTiles = 18.f;  // of a token: a window of 128 and 1024 compressed entries
 
 // The shape that takes least for tokens of usual lengths, in microseconds on an H100, measured: a start and an end, the
 // tiles that a block has to attend to in turn, and the pairs of slices that it adds up. Not for topk, of which most
@@ -90,7 +91,7 @@ ClusterShape best_cluster_shape(int64_t tokens, int heads, int device, int proce
       const float start = (n == 8 ? 5.6f : 6.5f) + 0.5f * (ceil_div(own, 2) - 1) + 0.04f * blocks;
       const float tile = n == 8 ? 1.8f : 2.1f;
       auto usual = [](float start, float tile, int blocks) {
-        return start + tile * (ceil_div(kUsualTiles, blocks) - 1);
+        return start + tile * std::max(0.f, kUsualTiles / blocks - 1);
       };
       if (best.blocks == 0 || usual(start, tile, blocks) < usual(best.start, best.tile, best.blocks)) {
         best = {n, blocks, start, tile};
@@ -183,15 +184,16 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  // Who does the work follows from tokens, heads and lengths, never from topk. But where even a single token that is as
-  // long as can be leaves clusters the better choice, nothing else need be launched.
+  // Who does the work follows from tokens, heads and lengths, never from topk. But nothing else need be launched where
+  // clusters are the better choice if all tokens are as long as can be, and not much worse if one is.
   const ClusterShape shape = best_cluster_shape(params.tokens, params.heads, device, processors);
   const bool clusters = shape.blocks > 0 && !params.batch_invariant;
   const Times times = times_of(shape, params.heads, processors);
-  const int most_tiles = ceil_div(params.scopes[0].topk + int64_t{params.scopes[1].topk}, kKeyTile);
-  Times worst = times;
-  worst.planned_start += kLeaving;
-  const bool open = clusters && !prefers_clusters(worst, most_tiles, most_tiles);
+  Times lenient = times;
+  lenient.planned_start += kChoice;
+  const int most = ceil_div(params.scopes[0].topk + int64_t{params.scopes[1].topk}, kKeyTile);
+  const bool open =
+      clusters && !(prefers_clusters(times, params.tokens * most, most) && prefers_clusters(lenient, most, most));
   auto divisor = [](const Scope& scope) { return Divisor(scope.topk > 0 ? scope.cache.block_size : 1); };
   const DecodeArgs args = {
       params, {divisor(params.scopes[0]), divisor(params.scopes[1])}, Divisor(std::max(1, shape.blocks)), times, open};

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_co
     }
     // Whole warps arrive here, for every lane has ordinary data to hand on.
     for (int i = 0; i < 2; ++i) {
+      barrier_init(&shared.factor_full[i], kWarpgroup);
       barrier_init(&shared.p_full[i], kWarpgroup);
       barrier_init(&shared.p_free[i], 2 * kWarpgroup);
     }

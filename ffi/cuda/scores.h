@@ -51,15 +51,23 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// S to P, in place, with each row's base and sum, and the factor of what was summed up before.
-__device__ __forceinline__ void softmax(float scale_log2, float (&s)[32], Base (&bases)[2], float (&sum)[2],
-                                        float (&factor)[2]) {
+// Turns each row's base to S of a tile. -> the factors of what was summed up before.
+__device__ __forceinline__ void turn_bases(float scale_log2, const float (&s)[32], Base (&bases)[2],
+                                           float (&factor)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float top = s[2 * r];
 #pragma unroll
     for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
     factor[r] = bases[r].turn(quad_max(top) * scale_log2);
+  }
+}
+
+// S to P, in place, and each row's sum.
+__device__ __forceinline__ void weigh(float scale_log2, float (&s)[32], const Base (&bases)[2],
+                                      const float (&factor)[2], float (&sum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
     const float origin = bases[r].origin();
     float added = 0.f;
 #pragma unroll
@@ -70,6 +78,17 @@ __device__ __forceinline__ void softmax(float scale_log2, float (&s)[32], Base (
     }
     sum[r] = fmaf(sum[r], factor[r], added);
   }
+}
+
+// The factors of this thread's rows, for those who accumulate.
+__device__ __forceinline__ void put_factors(ManyHeadsShared& shared, int to, const int (&rows)[2],
+                                            const float (&factor)[2]) {
+  if (threadIdx.x % 4 == 0) {
+    shared.factor[to][rows[0]] = factor[0];
+    shared.factor[to][rows[1]] = factor[1];
+  }
+  __syncwarp();
+  barrier_arrive(&shared.factor_full[to]);
 }
 
 __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& shared) {
@@ -109,12 +128,13 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
         }
       }
 
-      float factor[2];
-      softmax(scale_log2, s, bases, sum, factor);
-
       const int to = handoff.place();
       barrier_wait(&shared.p_free[to], handoff.freed());
       handoff.next();
+      float factor[2];
+      turn_bases(scale_log2, s, bases, factor);
+      put_factors(shared, to, rows, factor);  // what is there is rescaled while P is on its way
+      weigh(scale_log2, s, bases, factor, sum);
       const uint32_t p = smem_address(shared.p[to]);
       const int store_row = 16 * warp + lane % 16;
 #pragma unroll
@@ -122,10 +142,6 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
         const float* f = s + 4 * j;
         store_matrices(p + store_row * kRowBytes + 16 * ((j + lane / 16) ^ store_row % 8), pack_bf16x2(f[0], f[1]),
                        pack_bf16x2(f[2], f[3]), pack_bf16x2(f[4], f[5]), pack_bf16x2(f[6], f[7]));
-      }
-      if (lane % 4 == 0) {
-        shared.factor[to][rows[0]] = factor[0];
-        shared.factor[to][rows[1]] = factor[1];
       }
       fence_proxy_async();
       __syncwarp();
@@ -136,16 +152,14 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
     const int to = handoff.place();
     barrier_wait(&shared.p_free[to], handoff.freed());
     handoff.next();
+    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float total = quad_sum(sum[r]);
-      if (lane % 4 == 0) {
-        const int head = first_head + rows[r];
-        shared.factor[to][rows[r]] =
-            finish_head(params, item, head, sink[r], bases[r].base, total, head < params.heads);
-      }
+      const int head = first_head + rows[r];
+      const bool stores = lane % 4 == 0 && head < params.heads;
+      factor[r] = finish_head(params, item, head, sink[r], bases[r].base, quad_sum(sum[r]), stores);
     }
-    __syncwarp();
+    put_factors(shared, to, rows, factor);
     barrier_arrive(&shared.p_full[to]);
   }
 }

@@ -45,7 +45,7 @@ struct __align__(1024) ManyHeadsShared {
   uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];     // bit i of word j: key 8 j + i of the tile is attended to
   float factor[2][kHeadsPerBlock];  // rescales the accumulators before P is added; an item's last one normalises
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
-  uint64_t p_full[2], p_free[2];
+  uint64_t factor_full[2], p_full[2], p_free[2];
 };
 constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block on Hopper
 static_assert(sizeof(ManyHeadsShared) <= kMostSharedBytes);

@@ -40,14 +40,15 @@ __device__ __forceinline__ void value(const DecodeArgs& args, ManyHeadsShared& s
     for (int begin = item.begin; begin < item.end; begin += kKeyTile) {
       const int buffer = tile.place(), from = handoff.place();
       const bool first = begin == item.begin;
-      barrier_wait(&shared.p_full[from], handoff.filled());
-      tile.next();
-      handoff.next();
+      barrier_wait(&shared.factor_full[from], handoff.filled());
       if (!first) {
         const float factor[2] = {shared.factor[from][rows[0]], shared.factor[from][rows[1]]};
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= factor[i / 2 % 2];
       }
+      barrier_wait(&shared.p_full[from], handoff.filled());
+      tile.next();
+      handoff.next();
 
       // O[h, d] += sum_k P[h, k] V[k, d]
       accumulate_values(shared, from, buffer, 0, half, !first, o);
@@ -60,6 +61,7 @@ __device__ __forceinline__ void value(const DecodeArgs& args, ManyHeadsShared& s
     }
 
     const int from = handoff.place();
+    barrier_wait(&shared.factor_full[from], handoff.filled());
     barrier_wait(&shared.p_full[from], handoff.filled());
     handoff.next();
     const float factor[2] = {shared.factor[from][rows[0]], shared.factor[from][rows[1]]};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ class _CUDA:
     partial_heads = 8
     # Of the largest Hopper, so that a program does not depend on the device; ffi/cuda/handlers.cc plans for the one it runs on.
     multiprocessors = 132
+    # So many to a worker are left whole: where they are placed follows from sums alone, and no worker has much more than another.
+    whole_tokens = 32
 
     def availability(self) -> Availability:
         try:
@@ -63,7 +66,10 @@ class _CUDA:
         return Geometry(workers, granularity=64, overhead=2, cut_cost=cut_cost, segment=segment)
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan:
-        return plan_call(lengths, topks, self.geometry(num_heads, segments > 0), segments=max(1, segments))
+        geometry = self.geometry(num_heads, segments > 0)
+        if segments == 0 and lengths[0].shape[0] >= self.whole_tokens * geometry.workers:
+            geometry = replace(geometry, segment=max(1, -(-sum(topks) // geometry.granularity)))
+        return plan_call(lengths, topks, geometry, segments=max(1, segments))
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         tokens, heads, _ = call.q.shape

@@ -80,7 +80,7 @@ def test_bits_do_not_depend_on_the_schedule(name: str, processors: int) -> None:
             assert_same_bits(f"schedule {schedule}", got, want)
 
 
-@pytest.mark.parametrize(("heads", "blocks"), [*((8, n) for n in range(2, 11)), *((16, n) for n in (2, 4, 8, 16))])
+@pytest.mark.parametrize(("heads", "blocks"), [*((8, n) for n in range(2, 17)), *((16, n) for n in (2, 4, 8, 16))])
 @pytest.mark.parametrize("lengths", ["full", "hostile"])
 def test_every_cluster(heads: int, blocks: int, lengths: str) -> None:
     """A token of as many tiles as the device has multiprocessors has them all, and asks the plan for nothing but its lengths."""
