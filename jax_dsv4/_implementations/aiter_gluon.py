@@ -49,6 +49,7 @@ class _AITERGluon:
     name = "aiter_gluon"
     platforms: tuple[str, ...] = ("rocm",)
     fuses = True
+    batch_invariant = False  # into how many parts it cuts a token follows from the batch
 
     def availability(self) -> Availability:
         device = describe_device()
@@ -77,7 +78,7 @@ class _AITERGluon:
                 return f"it needs an even block stride, and the cache's is {cache.data.shape[1]} bytes"
         return None
 
-    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int) -> None:
+    def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> None:
         return None  # it cuts all tokens alike
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:

@@ -32,7 +32,7 @@ def missing() -> str:
 def variant(q, scopes, scale: float = 512**-0.5, fused=True) -> list[_gluon.Variant]:
     """What a call needs; what its calls need, where each scope has its own."""
     calls = [scopes] if fused else [[scope] for scope in scopes]
-    return [aiter_gluon.variant_for(KernelCall(q, tuple(each), None, None, scale, q.dtype)) for each in calls]
+    return [aiter_gluon.variant_for(KernelCall(q, tuple(each), None, None, scale, q.dtype, batch_invariant=False)) for each in calls]
 
 
 def compile_for(q, scopes, scale: float = 512**-0.5, fused=True) -> None:
