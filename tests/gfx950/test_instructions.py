@@ -269,13 +269,15 @@ def test_hazard_mode_sees_lds_races(gpu, assembler):
         assert (found in hazards[0]) if found else not hazards
 
 
-def test_any_function_of_three_halves(assembler):
-    """With 16 bits, op_sel picks halves, and the other half of the destination stays."""
+def test_any_function_of_three_bits(assembler):
+    """By a table whose index has the first source's bit on top. With 16 bits, op_sel picks halves; the destination's other half stays."""
     a, b, c = np.random.default_rng(7).integers(0, 2**32, (3, 64), dtype=np.uint32)
     body = """v_mov_b32 v40, 0x11223344
       v_bitop3_b16 v40, v10, v11, v12 bitop3:0x34 op_sel:[1,0,0,1]
-      v_bitop3_b16 v41, v10, v11, v12 bitop3:0xca"""
-    high, low = assembler(body, [a, b, c], 2)
+      v_bitop3_b16 v41, v10, v11, v12 bitop3:0xca
+      v_bitop3_b32 v42, v10, v11, v12 bitop3:0xca"""
+    high, low, whole = assembler(body, [a, b, c], 3)
+    np.testing.assert_array_equal(whole, (a & b) | (~a & c))
     np.testing.assert_array_equal(high, (((a >> 16) & ~b | ~(a >> 16) & b & ~c) & 0xFFFF) << 16 | 0x3344)
     np.testing.assert_array_equal(low & 0xFFFF, ((a & b) | (~a & c)) & 0xFFFF)
 
