@@ -22,7 +22,7 @@ KERNEL = "mla_a8w8_qh16_qseqlen1_gqaratio16_ps.co"
 
 
 @pytest.fixture
-def hsa(tmp_path):
+def one_kernel(tmp_path):
     """A directory as AITER's hsa that holds the wheel's 16-head kernel alone."""
     wheel = aiter_kernel.wheel_directory()
     if wheel is None:
@@ -34,11 +34,11 @@ def hsa(tmp_path):
 
 
 @pytest.fixture
-def find(gpu, hsa, rocm_library, tmp_path, monkeypatch):
+def find(gpu, one_kernel, rocm_library, tmp_path, monkeypatch):
     """find(...) loads the handlers over the software GPU, this AITER and our own kernels, or others, and says whether "aiter" can run."""
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
 
-    def load(hip=None, aiter_hsa=hsa, own=rocm_library.parent):
+    def load(hip=None, aiter_hsa=one_kernel, own=rocm_library.parent):
         monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(hip or software_gpu.library()))
         handlers = bridge.load_handlers(rocm_library, tmp_path / "handlers.so", aiter_hsa, own)
         monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(rocm_library)))
@@ -67,10 +67,10 @@ def assert_refused(availability, reason):
         dsv4.append(dsv4.KVCache.create(2, 16, "aiter_fp8"), jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32), implementation="aiter")
 
 
-def test_all_is_here(find, hsa):
+def test_all_is_here(find, one_kernel):
     found = find()
     assert found.available, found.detail
-    assert str(hsa) in found.detail
+    assert str(one_kernel) in found.detail
     assert "gfx950, 256 units" in found.detail
     assert "plan" in found.detail
 
@@ -104,8 +104,8 @@ def test_refused(find, tmp_path, monkeypatch, there, environment, reason):
     # msgpack: 288 bytes of arguments made 304
     (lambda data: data.replace(b"segment_size\xcd\x01\x20", b"segment_size\xcd\x01\x30"), r"not one that is known \(304 bytes\)"),
 ])  # fmt: skip
-def test_a_file_that_is_not_known(find, hsa, damage, reason):
-    path = hsa / "gfx950/mla" / KERNEL
+def test_a_file_that_is_not_known(find, one_kernel, damage, reason):
+    path = one_kernel / "gfx950/mla" / KERNEL
     path.write_bytes(damage(path.read_bytes()))
     assert_refused(find(), reason)
 
@@ -121,8 +121,8 @@ SYMBOL = "_ZN5aiter36mla_a8w8_qh16_qseqlen1_gqaratio16_psE"
     (f"fp8,fp8,16,0,1,0,0,0,0,{SYMBOL},{KERNEL}", "registry does not list it"),
     (f"fp8,fp8,16,1,1,0,0,0,0,another,{KERNEL}", "registry names another symbol"),
 ])  # fmt: skip
-def test_registry(find, hsa, row, reason):
-    (hsa / "gfx950/mla/mla_asm.csv").write_text(HEADER + row + "\n")
+def test_registry(find, one_kernel, row, reason):
+    (one_kernel / "gfx950/mla/mla_asm.csv").write_text(HEADER + row + "\n")
     found = find()
     if reason is None:
         assert found.available, found.detail
