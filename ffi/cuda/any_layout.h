@@ -170,6 +170,7 @@ class AnyLayoutCopies {
     find_lane();
     const KeyRow next = locate(args_, slot);
     const bool real = next.row != nullptr;
+    __syncwarp();  // no lane still reads what was there
     if (quarter_ == 0) {
       next_[0][key_] = next.row;
       next_[1][key_] = next.scales;
