@@ -21,7 +21,8 @@ BLOCK, TOKENS, TOPK = 2, 3, 5
 
 def cache_of(layout: str) -> dsv4.KVCache:
     scale = 2.0**-5 if layout == "aiter_fp8" else 1.0
-    empty = dsv4.KVCache.create(3, BLOCK, layout, scale=scale)
+    arrangement = "inline" if dsv4.cache.LAYOUTS[layout].arrangements else None
+    empty = dsv4.KVCache.create(3, BLOCK, layout, scale=scale, arrangement=arrangement)
     noise = np.random.default_rng(0).integers(0, 100, empty.nbytes, dtype=np.uint8)
     return empty.replace(jnp.asarray(noise.view(empty.data.dtype).reshape(empty.data.shape)))
 

@@ -224,8 +224,9 @@ def test_plan_decode_is_the_planner_at_full_size() -> None:
     assert work.work_indptr.shape == (_work.MAX_WORKERS + 1,)
     lengths = np.array([640, 192, 0, 7, 640, 0])
     np.testing.assert_array_equal(work.kv_lengths, lengths)
-    geometry = cpu.CPU.geometry(6)
-    want = reference.plan(lengths.tolist(), 640, _work.MAX_WORKERS, geometry.granularity, geometry.overhead, geometry.workers)
+    geometry = cpu.CPU.geometry(6, 64)
+    costs = geometry.granularity, geometry.overhead, geometry.workers, geometry.cut_cost
+    want = reference.plan(lengths.tolist(), 640, _work.MAX_WORKERS, *costs)
     used = len(want["work_info_set"])
     np.testing.assert_array_equal(work.work_info_set[:used], want["work_info_set"])
     np.testing.assert_array_equal(work.work_indptr, want["work_indptr"])

@@ -142,7 +142,8 @@ Candidates find_kernels(const std::string& architecture) {
     std::string reason;
     bool ok = read_notes(bytes.data(), bytes.size(), &notes, &reason);
     if (ok && notes.architecture != architecture) ok = false, reason = "it is for another architecture";
-    if (ok && notes.kernels.size() != 1) ok = false, reason = "it holds " + std::to_string(notes.kernels.size()) + " kernels";
+    if (ok && notes.kernels.size() != 1)
+      ok = false, reason = "it holds " + std::to_string(notes.kernels.size()) + " kernels";
     if (ok && !knows_abi(notes.kernels[0], known.reports_lse, &reason)) ok = false;
     if (ok && has_registry) {
       const auto listed = registry.find(name);
