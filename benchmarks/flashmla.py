@@ -23,7 +23,7 @@ FAILED: list[Any] = []
 def calls_program(inputs: Inputs, steps: int, *, planned: bool) -> Program:
     """A graph of all calls, replayed `steps` times. With `planned` its schedule is made before, without by every call."""
     torch.ops.load_library(LIBRARY)
-    op, view, heads = torch.ops._flashmla_C.sparse_decode_fwd, torch.from_dlpack, inputs.q.shape[1]
+    op, view, heads = torch.ops._flashmla_C.sparse_decode_fwd, torch.utils.dlpack.from_dlpack, inputs.q.shape[1]
     pad = max(0, 64 - heads)  # it takes 64 or 128 heads
     sink = torch.nn.functional.pad(view(inputs.sink), (0, pad))
     q = torch.nn.functional.pad(view(inputs.q), (0, 0, 0, pad)).unsqueeze(1)
