@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from deepseek_v4 import memory, processes
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
         with printing():
             print(memory.table())
         return
+    if args.cache_layout is None:  # what the platform's best kernels read
+        args.cache_layout = "aiter_bf16" if jax.export.default_export_platform() == "rocm" else "fp8_ds_mla"
     if args.dtype is None:
         args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if args.dtype == "float32" and jax.default_backend() != "cpu":
@@ -99,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
     padded = np.zeros((len(prompts), bucket(-(-lengths.max() // chunk)) * chunk), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    options = dict(layout=args.cache_layout, chunk=max(chunk, TOKENS_PER_STEP if config.mtp else 1), dtype=args.dtype)
+    measures = args.cache_layout == "aiter_fp8" and args.cache_scale is None
+    options = dict(layout=args.cache_layout, scale=1.0 if measures else args.cache_scale, dtype=args.dtype)
+    options["chunk"] = max(chunk, TOKENS_PER_STEP if config.mtp else 1)
     try:
         check_memory(config, mesh, len(prompts), context, options)
-        cache = programs.create_cache(len(prompts), context, **options)
-        ahead = programs.create_ahead(len(prompts), context, **options)
     except ValueError as error:
         raise UsageError(error) from None
     with progress(transient=True) as show:
@@ -112,8 +115,13 @@ def run(args: argparse.Namespace) -> None:
         load_seconds = time.perf_counter() - began
 
     with progress() as show:
-        cache_bytes = memory.nbytes((cache, ahead))
         limits = np.full(len(prompts), args.max_new_tokens, np.int32)
+        if measures:
+            with show.spinner("measuring the cache's scale"):
+                options["scale"] = measured_scale(programs, weights, padded[:, :chunk], np.minimum(lengths, chunk), args.seed, options)
+        cache = programs.create_cache(len(prompts), context, **options)
+        ahead = programs.create_ahead(len(prompts), context, **options)
+        cache_bytes = memory.nbytes((cache, ahead))
         inputs = (weights, cache, *(place(x, REQUESTS) for x in (padded, lengths, limits)), place(np.uint32(args.seed), P()))
         inputs = (*inputs, ahead) if ahead else inputs
 
@@ -162,6 +170,7 @@ def run(args: argparse.Namespace) -> None:
         "cache_tokens_per_request": context,
         "weights_bytes": memory.nbytes(weights),
         "cache_layout": args.cache_layout,
+        "cache_scale": options["scale"],
         "device": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape) if mesh else None,
         "processes": jax.process_count(),
@@ -169,6 +178,20 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.process_id == 0:
         deliver(report, args.json, stream.failed)
+
+
+def measured_scale(programs: Programs, weights: Any, padded: np.ndarray, lengths: np.ndarray, seed: int, options: dict[str, Any]) -> float:
+    """The scale for a cache of fp8 numbers, from the latents of the prompts' first chunk, `padded`, in bf16."""
+    requests, chunk = padded.shape
+    room = requests, chunk + TOKENS_PER_STEP
+    options = options | {"layout": "aiter_bf16", "scale": None}
+    cache, ahead = programs.create_cache(*room, **options), programs.create_ahead(*room, **options)
+    inputs = (*(programs.place(x, REQUESTS) for x in (padded, lengths, np.ones_like(lengths))), programs.place(np.uint32(seed), P()))
+    state: State = programs.prefill(chunk)(weights, cache, *inputs, *([ahead] if ahead else []))
+    numbers_only(programs.fetch(state.token)[:, None])
+    layers = state.cache.layers, state.draft.cache.layers if state.draft else ()
+    leaves = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, dsv4.KVCache))
+    return dsv4.fp8_scale(jnp.stack([jnp.max(jnp.abs(leaf.data)) for leaf in leaves if isinstance(leaf, dsv4.KVCache)]))
 
 
 def numbers_only(tokens: np.ndarray) -> np.ndarray:
@@ -226,7 +249,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=positive, default=128, metavar="N")
     add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
     add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
-    add("--cache-layout", default="fp8_ds_mla", metavar="NAME", help="of jax_dsv4.KVCache (default: %(default)s)")
+    add("--cache-layout", metavar="NAME", help="of jax_dsv4.KVCache (default: aiter_bf16 on AMD, fp8_ds_mla elsewhere)")
+    add("--cache-scale", type=float, metavar="S", help="of layout aiter_fp8 (default: measured from the prompts' first latents)")
     add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
     add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")

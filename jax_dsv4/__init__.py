@@ -10,6 +10,7 @@ from jax_dsv4._work import DecodePlan as DecodePlan
 from jax_dsv4.cache import KVCache as KVCache
 from jax_dsv4.cache import Scope as Scope
 from jax_dsv4.cache import dequantize as dequantize
+from jax_dsv4.cache import fp8_scale as fp8_scale
 from jax_dsv4.context import local_scope as local_scope
 from jax_dsv4.context import local_slots as local_slots
 from jax_dsv4.context import merge_over_axis as merge_over_axis

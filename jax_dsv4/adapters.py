@@ -185,7 +185,7 @@ def to_residuals(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array, 
     return acc, jnp.where(empty, 0.0, 1.0), jnp.where(empty, jnp.finfo(jnp.float32).min, lse)
 
 
-def cache_from_latents(latents: jax.Array, layout: str = "fp8_ds_mla", *, scale: float = 1.0) -> kv.KVCache:
+def cache_from_latents(latents: jax.Array, layout: str = "fp8_ds_mla", *, scale: float | None = None) -> kv.KVCache:
     """A cache of latents that are paged already, such as an engine's bfloat16 cache: block b, row r becomes slot b * block_size + r.
 
     Args:
@@ -206,7 +206,9 @@ def cache_from_latents(latents: jax.Array, layout: str = "fp8_ds_mla", *, scale:
     return cache.replace(kv.write_rows(cache, rows, jnp.arange(len(rows), dtype=jnp.int32)))
 
 
-def cache_from_tokamax(cache_kv_nope: jax.Array, cache_kv_rope: jax.Array, layout: str = "fp8_ds_mla", *, scale: float = 1.0) -> kv.KVCache:
+def cache_from_tokamax(
+    cache_kv_nope: jax.Array, cache_kv_rope: jax.Array, layout: str = "fp8_ds_mla", *, scale: float | None = None
+) -> kv.KVCache:
     """A cache of the pages of tokamax's `sparse_mla`: a page becomes a block.
 
     tokamax has a scale for every 64th number, `"fp8_ds_mla"` one for every 64 neighbours. So the numbers are rounded to e4m3 once more,

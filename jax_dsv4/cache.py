@@ -10,9 +10,11 @@ Slot s is row `s % block_size` of block `s // block_size`. Layouts, for a latent
                 numbers. FlashMLA's V41_FP4; for the extra scope only.
 `"bf16"`        512 bfloat16 a slot.
 `"float32"`     512 float32 a slot, for exactness tests (CPU and XLA).
-`"aiter_fp8"`   576 bytes a slot: 512 e4m3fn, nope and rope alike, in units of the cache's one scale, then 64 zeros. It is what AITER's
-                persistent kernels read. They also read row 0 for lanes that have no key, so the first block is zeros and belongs to no
-                slot: slot s is row `block_size + s`.
+`"aiter_fp8"`   576 bytes a slot: 512 e4m3fn, nope and rope alike, in units of the cache's one scale, then 64 zeros.
+`"aiter_bf16"`  1152 bytes a slot: 512 bfloat16, then 64 zeros.
+
+`"aiter_fp8"` and `"aiter_bf16"` are what AITER's persistent kernels read. They also read row 0 for lanes that have no key, so the first
+block is zeros and belongs to no slot: slot s is row `block_size + s`.
 
 DeepSeek-V4.1's two, `"mxfp8_528"` and `"nvfp4_288"`, come in two arrangements, which no byte tells apart. `"inline"`: each slot's scales
 directly follow its numbers, without padding between slots. `"footer"`: the scales of all slots of a block follow the numbers of all, as in
@@ -41,7 +43,7 @@ SCALE_TILES = NOPE_DIM // SCALE_TILE
 PACKED_ROW_BYTES = NOPE_DIM + 2 * ROPE_DIM
 PACKED_SCALE_BYTES = 8
 PACKED_TOKEN_BYTES = PACKED_ROW_BYTES + PACKED_SCALE_BYTES
-AITER_ROW_BYTES = 576
+AITER_ROW = 576  # numbers
 MXFP8_TILE, NVFP4_TILE = 32, 16
 ARRANGEMENTS = ("inline", "footer")
 
@@ -77,7 +79,8 @@ LAYOUTS = {
         Layout("fp8_ds_mla", 0, jnp.uint8, PACKED_TOKEN_BYTES, scale_bytes=PACKED_SCALE_BYTES, stride_multiple=576),
         Layout("bf16", 1, jnp.bfloat16, 2 * LATENT_DIM),
         Layout("float32", 2, jnp.float32, 4 * LATENT_DIM),
-        Layout("aiter_fp8", 3, jnp.uint8, AITER_ROW_BYTES, zero_blocks=1),
+        Layout("aiter_fp8", 3, jnp.uint8, AITER_ROW, zero_blocks=1),
+        Layout("aiter_bf16", 4, jnp.bfloat16, 2 * AITER_ROW, zero_blocks=1),
         Layout("mxfp8_528", 5, jnp.uint8, 528, scale_bytes=16, stride_multiple=512, arrangements=ARRANGEMENTS),
         Layout("nvfp4_288", 6, jnp.uint8, 288, scale_bytes=32, stride_multiple=512, arrangements=ARRANGEMENTS, extra_only=True),
     )
@@ -94,19 +97,20 @@ class KVCache:
         wrote can be wrapped as they are, also as vLLM sees them: [num_blocks, block_size, 584].
         `"mxfp8_528"`, `"nvfp4_288"`: likewise with 528 and 288. An inline block's stride is a multiple of these.
         `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype.
-        `"aiter_fp8"`: uint8 [1 + num_blocks, block_size, 576], the first block zeros.
+        `"aiter_bf16"`, `"aiter_fp8"`: bfloat16 or uint8 [1 + num_blocks, block_size, 576], the first block zeros.
       block_size: slots in a block.
-      layout: `"fp8_ds_mla"`, `"mxfp8_528"`, `"nvfp4_288"`, `"bf16"`, `"float32"` or `"aiter_fp8"`.
+      layout: `"fp8_ds_mla"`, `"mxfp8_528"`, `"nvfp4_288"`, `"bf16"`, `"float32"`, `"aiter_bf16"` or `"aiter_fp8"`.
       arrangement: `"mxfp8_528"` and `"nvfp4_288"`: where the scales are, `"inline"` or `"footer"`. Bytes read in the wrong one give wrong
         numbers and no error. Other layouts: None.
       scale: `"aiter_fp8"`: what a stored number is multiplied by, a positive Python float. The largest magnitude that can be kept is
-        448 * scale, the smallest that is not rounded to zero scale / 1024. Other layouts: 1.
+        448 * scale, the smallest that is not rounded to zero scale / 1024. There is no default: `fp8_scale` measures one. Other layouts
+        have none.
 
     Bytes that no valid slot of a call names may be anything, NaN included.
 
     Raises:
-      ValueError: a wrong dtype or shape, a stride that is too small or no multiple of an inline slot, an arrangement that is missing,
-        unknown or out of place, more slots than int32 can number.
+      ValueError: a wrong dtype or shape, a stride that is too small or no multiple of an inline slot, an arrangement or a scale that is
+        missing, unknown or out of place, more slots than int32 can number.
     """
 
     data: jax.Array
@@ -118,7 +122,9 @@ class KVCache:
     _OP: ClassVar[str] = "KVCache"
     _AUX: ClassVar[tuple[str, ...]] = ("block_size", "layout", "scale", "arrangement")
 
-    def __init__(self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla", scale: float = 1.0, arrangement: str | None = None):
+    def __init__(
+        self, data: jax.Array, *, block_size: int, layout: str = "fp8_ds_mla", scale: float | None = None, arrangement: str | None = None
+    ):
         spec = _layout(layout, self._OP)
         block_size = _checks.require_int(block_size, self._OP, "block_size", 1)
         _checks.require_dtype(data, self._OP, "data", spec.dtype)
@@ -137,11 +143,11 @@ class KVCache:
             _checks.require_shape(data, self._OP, "data", names, shape)
         _checks.require(data.shape[0] >= spec.zero_blocks, self._OP, "data", "begin with a block of zeros", data.shape)
         _checks.require_fits_int32(data.shape[0] * block_size, self._OP, "num_blocks * block_size")
-        _require_scale(scale, spec, self._OP)
+        scale = _checked_scale(scale, spec, self._OP)
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "block_size", block_size)
         object.__setattr__(self, "layout", layout)
-        object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "arrangement", arrangement)
 
     @classmethod
@@ -152,16 +158,17 @@ class KVCache:
         layout: str = "fp8_ds_mla",
         *,
         block_stride_bytes: int | None = None,
-        scale: float = 1.0,
+        scale: float | None = None,
         arrangement: str | None = None,
     ) -> KVCache:
-        """A cache of zeros.
+        """A cache of zeros. `scale` is for `"aiter_fp8"` alone, and has to be given there.
 
         `block_stride_bytes` is for layouts with scales; default: as FlashMLA and vLLM pad a block, to a multiple of 576 bytes
         (`"fp8_ds_mla"`) or 512 (footers), and inline blocks not at all.
         """
         op = "KVCache.create"
         spec = _layout(layout, op)
+        scale = _checked_scale(scale, spec, op)
         num_blocks = _checks.require_int(num_blocks, op, "num_blocks", 0)
         block_size = _checks.require_int(block_size, op, "block_size", 1)
         _checks.require_fits_int32(num_blocks * block_size, op, "num_blocks * block_size")
@@ -253,6 +260,26 @@ jax.export.register_pytree_node_serialization(
 jax.export.register_namedtuple_serialization(Scope, serialized_name="jax_dsv4.Scope")
 
 
+def fp8_scale(latents: jax.Array) -> float:
+    """A scale for a cache in layout `"aiter_fp8"`, measured from the first latents: 448 times it is twice the largest magnitude among them.
+
+    Args:
+      latents: [*any] bfloat16 or float32, numbers at hand: a cache's scale is a constant of the programs that use it. Infinities and NaN
+        are passed over.
+
+    Raises:
+      ValueError: a traced array, a wrong dtype, or no number but zeros.
+    """
+    op = "fp8_scale"
+    rule = "be an array at hand, not traced by jit"
+    _checks.require(not isinstance(latents, jax.core.Tracer), op, "latents", rule, latents)
+    _checks.require_dtype(latents, op, "latents", jnp.bfloat16, jnp.float32)
+    magnitudes = jnp.abs(latents.astype(jnp.float32))
+    largest = float(jnp.max(magnitudes, initial=0, where=jnp.isfinite(magnitudes)))
+    _checks.require(largest > 0, op, "latents", "have a finite number other than 0", f"a largest magnitude of {largest}")
+    return 2 * largest / 448
+
+
 def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:
     """The latents as float32.
 
@@ -288,12 +315,10 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     if cache.num_slots == 0:
         return jnp.zeros((*slots.shape, LATENT_DIM), jnp.float32)
     block, offset = slots // cache.block_size, slots % cache.block_size
-    if cache.layout == "aiter_fp8":
-        codes = cache.data[LAYOUTS[cache.layout].zero_blocks + block, offset, :LATENT_DIM]
-        return _from_e4m3(codes) * jnp.float32(cache.scale)
     spec = LAYOUTS[cache.layout]
     if not spec.scale_bytes:
-        return cache.data[block, offset].astype(jnp.float32)
+        numbers = cache.data[spec.zero_blocks + block, offset, :LATENT_DIM]
+        return _from_e4m3(numbers) * jnp.float32(cache.scale) if cache.layout == "aiter_fp8" else numbers.astype(jnp.float32)
     row_at, scales_at = _places(cache, offset)
     rows, scales = _gather_bytes(cache.data, block, row_at, spec.row_bytes), _gather_bytes(cache.data, block, scales_at, spec.scale_bytes)
     return _UNPACK[cache.layout](rows, scales)
@@ -316,11 +341,12 @@ def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Arra
     keep = jnp.zeros(slots.shape, bool).at[order].set(last) & valid_slots(cache, slots)
     block = jnp.where(keep, slots // cache.block_size, cache.num_blocks)  # past the end: dropped
     offset = slots % cache.block_size
-    if cache.layout == "aiter_fp8":
-        codes = jnp.pad(_to_e4m3(latents.astype(jnp.float32) * _inverse(cache.scale)), ((0, 0), (0, AITER_ROW_BYTES - LATENT_DIM)))
-        return cache.data.at[LAYOUTS[cache.layout].zero_blocks + block, offset].set(codes, mode="drop")
-    if not LAYOUTS[cache.layout].scale_bytes:
-        return cache.data.at[block, offset].set(latents.astype(cache.data.dtype), mode="drop")
+    spec = LAYOUTS[cache.layout]
+    if not spec.scale_bytes:
+        scaled = cache.layout == "aiter_fp8"
+        numbers = _to_e4m3(latents.astype(jnp.float32) * _inverse(cache.scale)) if scaled else latents.astype(spec.dtype)
+        numbers = jnp.pad(numbers, ((0, 0), (0, spec.row - LATENT_DIM)))
+        return cache.data.at[spec.zero_blocks + block, offset].set(numbers, mode="drop")
     rows, scales = _PACK[cache.layout](latents.astype(jnp.float32))
     row_at, scales_at = _places(cache, offset)
     return _scatter_bytes(_scatter_bytes(cache.data, block, row_at, rows), block, scales_at, scales)
@@ -464,12 +490,17 @@ def _scatter_bytes(data: jax.Array, block: jax.Array, start: jax.Array, values: 
     return jax.lax.scatter(data, jnp.stack([block, start], axis=-1), values, dims, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
-def _require_scale(scale: float, spec: Layout, op: str) -> None:
+def _checked_scale(scale: float | None, spec: Layout, op: str) -> float:
+    if scale is None:
+        rule = f"be given for layout {spec.name!r} (fp8_scale measures one)"
+        _checks.require(spec.name != "aiter_fp8", op, "scale", rule, scale)
+        return 1.0
     is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
     _checks.require(is_number, op, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
     # Within these neither the scale nor its inverse is subnormal in float32.
     _checks.require(2.0**-100 <= scale <= 2.0**100, op, "scale", "be positive, from 2**-100 to 2**100", scale)
     _checks.require(spec.name == "aiter_fp8" or scale == 1, op, "scale", f"be 1 for layout {spec.name!r}", scale)
+    return float(scale)
 
 
 def _require_arrangement(arrangement: str | None, spec: Layout, op: str) -> None:

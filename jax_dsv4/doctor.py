@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -36,14 +37,15 @@ from jax_dsv4._implementations import REGISTRY, aiter
 from jax_dsv4._work import MAX_HEADS
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "amd-aiter")
-# A result is right if it is this close to float64 on the stored cache. AITER's kernels keep q and the softmax's weights in fp8.
-COSINE = {"aiter": 0.999}
+# A result is right if it is this close to float64 on the stored cache. In fp8, AITER's kernels keep q and the softmax's weights in it too.
+COSINE = {"aiter_fp8": 0.999}
 COSINE_OTHERS = 0.9999
 LSE_ERROR = 0.05
 # The case of a self-test: a token's two scopes have as many keys each.
 WINDOW, EXTRA = (0, 1, 100, 128), (512, 64, 17, 1)
 RUNS = 5  # must agree to the bit
 SECONDS = 1.0
+HEADS = 16, 64, 128  # that AITER has assembly kernels for
 BLOCK_SIZE = 64
 WIDTH, INDENT = 110, 20
 NAME_WIDTH = max(map(len, REGISTRY)) + 1
@@ -96,28 +98,28 @@ def rocm_facts() -> list[str]:
         f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}",
     ]
     facts += [f"AITER's Gluon kernel: {', '.join(_gluon.compiled()) or 'not compiled (python -m jax_dsv4.build_aiter --heads)'}"]
-    for heads in (16, 64, 128):
-        choice = aiter.choose_kernel(heads, 0)
+    for layout, heads in itertools.product(aiter.LAYOUTS, HEADS):
+        choice = aiter.choose_kernel(layout, heads)
         text = choice.text.decode()
         if choice.found:
             lse = "reports lse" if choice.reports_lse else "lse by splitting every token"
             passes = f"{choice.head_passes(heads)} x {choice.kernel_heads} heads"
             text = f"{passes}, tiles of {choice.tile} keys, {choice.kernarg_bytes} bytes of arguments, {lse}: {text}"
-        facts.append(f"{heads} heads: {text}")
+        facts.append(f"{layout}, {heads} heads: {text}")
     return facts
 
 
-def self_test(name: str, heads: int) -> dict[str, Any]:
+def self_test(name: str, layout: str, heads: int) -> dict[str, Any]:
     """Appends, and decodes two scopes for about a second: how long a call takes, and how far it is from NumPy."""
     rng = np.random.default_rng(0)
     slots = 1024
-    layout, scale = ("aiter_fp8", 0.02) if name == "aiter" else ("fp8_ds_mla", 1.0)
     tokens = len(WINDOW)
     latents = jnp.asarray(rng.normal(size=(slots, 512)), jnp.bfloat16)
     q = jnp.asarray(rng.normal(size=(tokens, heads, 512)), jnp.bfloat16)
     sink = jnp.asarray(rng.normal(size=heads), jnp.float32)
     indices = [jnp.asarray(rng.integers(0, slots, (tokens, max(n))), jnp.int32) for n in (WINDOW, EXTRA)]
     lengths = [jnp.asarray(n, jnp.int32) for n in (WINDOW, EXTRA)]
+    scale = dsv4.fp8_scale(latents) if layout == "aiter_fp8" else None
     append = jax.jit(partial(dsv4.append, implementation=name))
     cache = append(dsv4.KVCache.create(slots // BLOCK_SIZE, BLOCK_SIZE, layout, scale=scale), latents, jnp.arange(slots, dtype=jnp.int32))
     scopes = [dsv4.Scope(cache, *each) for each in zip(indices, lengths)]
@@ -139,8 +141,9 @@ def self_test(name: str, heads: int) -> dict[str, Any]:
     lse_error = np.abs(lse - want_lse).max()
     alike = all(np.array_equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
     return {
+        "layout": layout,
         "heads": heads,
-        "ok": bool(alike and cosine >= COSINE.get(name, COSINE_OTHERS) and lse_error < LSE_ERROR),
+        "ok": bool(alike and cosine >= COSINE.get(layout, COSINE_OTHERS) and lse_error < LSE_ERROR),
         "us": 1e6 * float(np.median(seconds)),
         "cosine": float(cosine),
         "out_error": float(np.abs(got - want).max()),
@@ -149,11 +152,15 @@ def self_test(name: str, heads: int) -> dict[str, Any]:
     }
 
 
-def heads_to_test(name: str) -> list[int]:
-    """AITER has assembly kernels for three head counts; its Gluon kernel is there for those that it was compiled for."""
+def cases_to_test(name: str) -> list[tuple[str, int]]:
+    """Layouts and heads. AITER has assembly kernels for these, in so far as there are any; its Gluon kernel is there for the heads that it
+    was compiled for."""
+    if name == "aiter":
+        return [case for case in itertools.product(aiter.LAYOUTS, HEADS) if aiter.choose_kernel(*case).found]
     if name == "aiter_gluon":
-        return [heads for heads in range(1, MAX_HEADS + 1) if _gluon.Variant(heads, 512**-0.5, (BLOCK_SIZE, BLOCK_SIZE)).file()]
-    return [16, 64, 128] if name == "aiter" else [64]
+        variants = {heads: _gluon.Variant(heads, 512**-0.5, (BLOCK_SIZE, BLOCK_SIZE)) for heads in range(1, MAX_HEADS + 1)}
+        return [("fp8_ds_mla", heads) for heads, variant in variants.items() if variant.file()]
+    return [("fp8_ds_mla", 64)]
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -164,11 +171,11 @@ def examine(name: str) -> dict[str, Any]:
     tests = []
     if available and found:
         with jax.default_device(found[0]):
-            for heads in heads_to_test(name):
+            for layout, heads in cases_to_test(name):
                 try:
-                    tests.append(self_test(name, heads))
+                    tests.append(self_test(name, layout, heads))
                 except Exception as error:
-                    tests.append({"heads": heads, "ok": False, "error": f"{type(error).__name__}: {error}"})
+                    tests.append({"layout": layout, "heads": heads, "ok": False, "error": f"{type(error).__name__}: {error}"})
     others = [i for i in REGISTRY.values() if not set(i.platforms).isdisjoint(platforms)]
     missing = bool(found) and not any(i.availability().available for i in others) and not available
     return {"available": available, "detail": detail, "missing": missing, "self_tests": tests}
@@ -176,10 +183,10 @@ def examine(name: str) -> dict[str, Any]:
 
 def verdict(test: dict[str, Any]) -> str:
     if "error" in test:
-        return f"FAILED: {test['heads']} heads: {test['error']}"
+        return f"FAILED: {test['layout']}, {test['heads']} heads: {test['error']}"
     bits = f"{RUNS} runs {'' if test['runs_alike'] else 'NOT '}alike"
     errors = f"largest error {test['out_error']:.1e} in out, {test['lse_error']:.1e} in lse"
-    speed = f"{test['heads']} heads, {test['us']:.0f} us a call"
+    speed = f"{test['layout']}, {test['heads']} heads, {test['us']:.0f} us a call"
     return f"{'ok' if test['ok'] else 'WRONG'}: {speed}, cosine {test['cosine']:.6f}, {errors}, {bits}"
 
 

@@ -265,7 +265,11 @@ def _make_cache(
         data[0], data[1:, :, :512], data[1:, :, 512:] = 0, codes.view(np.uint8).reshape(blocks, case.block_size, 512), 0
         cache = dsv4.KVCache(jnp.asarray(data), block_size=case.block_size, layout=case.layout, scale=scale)
         return cache, codes.astype(np.float64) * scale
-    dtype = ml_dtypes.bfloat16 if case.layout == "bf16" else np.float32
+    dtype = np.float32 if case.layout == "float32" else ml_dtypes.bfloat16
     data = np.where(attended[:, None], latents, np.nan).astype(dtype)
+    if case.layout == "aiter_bf16":
+        rows = np.zeros((1 + blocks, case.block_size, 576), dtype)
+        rows[1:, :, :512] = data.reshape(blocks, case.block_size, 512)
+        return dsv4.KVCache(jnp.asarray(rows), block_size=case.block_size, layout=case.layout), data.astype(np.float64)
     cache = dsv4.KVCache(jnp.asarray(data.reshape(blocks, case.block_size, 512)), block_size=case.block_size, layout=case.layout)
     return cache, data.astype(np.float64)

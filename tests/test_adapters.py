@@ -101,7 +101,7 @@ def test_residuals():
     assert all(bool(jnp.isfinite(x).all()) for x in (acc, l, m))
 
 
-@pytest.mark.parametrize("layout", ["fp8_ds_mla", "bf16", "float32", "aiter_fp8"])
+@pytest.mark.parametrize("layout", ["fp8_ds_mla", "bf16", "float32", "aiter_bf16", "aiter_fp8"])
 def test_cache_from_latents(layout):
     """The bytes that append writes."""
     latents = jnp.asarray(np.random.default_rng(2).normal(size=(3, 5, 512)), jnp.bfloat16)

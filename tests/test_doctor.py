@@ -49,7 +49,7 @@ def test_a_wrong_result_fails(monkeypatch, capsys):
     decode = reference.decode
     monkeypatch.setattr(reference, "decode", lambda *operands: [np.roll(x, 1, axis=1) for x in decode(*operands)])
     assert doctor.main([]) == 1
-    assert "WRONG: 64 heads" in capsys.readouterr().out
+    assert "WRONG: fp8_ds_mla, 64 heads" in capsys.readouterr().out
 
 
 def test_an_exception_fails(monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_an_exception_fails(monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "self_test", fail)
     assert doctor.main([]) == 1
-    assert "FAILED: 64 heads: RuntimeError: no such thing" in capsys.readouterr().out
+    assert "FAILED: fp8_ds_mla, 64 heads: RuntimeError: no such thing" in capsys.readouterr().out
 
 
 def test_a_device_without_its_implementation_fails(monkeypatch, capsys):

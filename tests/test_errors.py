@@ -17,6 +17,7 @@ from marks import needs_cpu
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
+from jax_dsv4._implementations import REGISTRY
 from jax_dsv4._implementations.aiter import AITER
 
 
@@ -155,6 +156,15 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
         "KVCache.create: block_stride_bytes must be left out for layout 'bf16', got 65536",
     ),
     (
+        lambda: dsv4.KVCache.create(3, 64, "aiter_fp8"),
+        "KVCache.create: scale must be given for layout 'aiter_fp8' (fp8_scale measures one), got None",
+    ),
+    (lambda: dsv4.KVCache.create(3, 64, "aiter_bf16", scale=2.0), "KVCache.create: scale must be 1 for layout 'aiter_bf16', got 2.0"),
+    (
+        lambda: dsv4.fp8_scale(jnp.full((2, 512), jnp.nan)),
+        "fp8_scale: latents must have a finite number other than 0, got a largest magnitude of 0.0",
+    ),
+    (
         lambda: dsv4.KVCache(bf16(3, 32, 512), block_size=64, layout="bf16"),
         "KVCache: data must have shape (num_blocks, block_size, 512) = (*, 64, 512), got (3, 32, 512)",
     ),
@@ -245,10 +255,17 @@ def test_the_same_calls_pass_without_the_fault() -> None:
     assert plan(i32(4), i32(4), extra_topk=3).made_for.extra_topk == 3
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "cuda", "aiter_gluon"])
+@pytest.mark.parametrize("layout", ["aiter_bf16", "aiter_fp8"])
+def test_no_other_reads_aiters(implementation: str, layout: str) -> None:
+    cache = dsv4.KVCache.create(1, 4, layout, scale=0.5 if layout == "aiter_fp8" else None)
+    assert repr(layout) in str(REGISTRY[implementation].unsupported(16, [cache], jnp.bfloat16))
+
+
 @pytest.mark.parametrize("layout", ["mxfp8_528", "nvfp4_288"])
 def test_aiter_does_not_read_these(layout: str) -> None:
     cache = dsv4.KVCache.create(1, 4, layout, arrangement="inline")
-    assert AITER.unsupported(16, [cache]) == f"it reads layout 'aiter_fp8', and the cache's is {layout!r}"
+    assert AITER.unsupported(16, [cache]) == f"it reads layouts ('aiter_bf16', 'aiter_fp8'), and the cache's is {layout!r}"
 
 
 @needs_cpu

@@ -96,6 +96,8 @@ HCA = str(golden_folder("hca"))
         (["--think"], "--think goes with --chat"),
         (["--max-new-tokens", "0"], "must be at least 1, got 0"),
         (["--cache-layout", "fp3"], "layout must be one of"),
+        (["--cache-layout", "aiter_fp8", "--cache-scale", "0"], "scale must be positive"),
+        (["--cache-scale", "0.5"], "scale must be 1 for layout 'fp8_ds_mla'"),
         (["--implementation", "abacus"], "--implementation must be one of"),
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-p", "0"], "--top-p must be in (0, 1]"),

@@ -142,3 +142,15 @@ def test_the_command_drafts(tmp_path, capsys) -> None:
     assert decode_loop.main([*command, "--speculate"]) == 2
     assert "tensor mtp.0." in (said := capsys.readouterr().err.splitlines()[-1])
     assert said.endswith(" is missing")
+
+
+def test_the_scale_of_an_fp8_cache_is_measured(tmp_path) -> None:
+    """From the first chunk, of the drafting layer too. Latents have a mean square of 1."""
+    config, out = dataclasses.replace(SMALL, layers=("swa",)), tmp_path / "out.json"
+    train_tiny.save(tmp_path, train_tiny.initialise(config), config, ["a"])
+    command = ["--checkpoint", str(tmp_path), "--prompt-ids", "4,3,5;7", "--max-new-tokens", "6", "--speculate", "--prefill-chunk", "2"]
+    command += ["--cache-layout", "aiter_fp8", "--json", str(out)]
+    assert decode_loop.main(command) == 0
+    report = json.loads(out.read_text())
+    assert 1 < report["cache_scale"] * 448 / 2 < 512**0.5
+    assert list(map(len, report["tokens"])) == [6, 6]

@@ -334,7 +334,7 @@ def test_python_and_cpp_state_the_same() -> None:
     }
     assert constants("cuda/launch.h") == of_cuda
     of_rocm = {
-        "kRowBytes": kv.AITER_ROW_BYTES,
+        "kRowNumbers": kv.AITER_ROW,
         "kZeroBlocks": kv.LAYOUTS["aiter_fp8"].zero_blocks,
         "kAmaxBlocks": aiter.AMAX_BLOCKS,
     }
@@ -343,7 +343,7 @@ def test_python_and_cpp_state_the_same() -> None:
     for name, layout in (("Mxfp8", kv.LAYOUTS["mxfp8_528"]), ("Nvfp4", kv.LAYOUTS["nvfp4_288"])):
         assert (cpp[f"k{name}RowBytes"], cpp[f"k{name}ScaleBytes"]) == (layout.row_bytes, layout.scale_bytes)
     spelled = {"fp8_ds_mla": "kFp8DsMla", "bf16": "kBf16", "float32": "kFloat32", "aiter_fp8": "kAiterFp8"}
-    spelled |= {"mxfp8_528": "kMxfp8", "nvfp4_288": "kNvfp4"}
+    spelled |= {"aiter_bf16": "kAiterBf16", "mxfp8_528": "kMxfp8", "nvfp4_288": "kNvfp4"}
     assert {name: cpp[f"Layout::{spelled[name]}"] for name in kv.LAYOUTS} == {name: layout.code for name, layout in kv.LAYOUTS.items()}
 
 

@@ -84,6 +84,7 @@ def create_cache(
     max_tokens: int,
     *,
     layout: str = "fp8_ds_mla",
+    scale: float | None = None,
     chunk: int = 1,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     context: int = 1,
@@ -93,7 +94,7 @@ def create_cache(
     Args:
         batch: requests.
         max_tokens: of each request, prompt included.
-        layout: of the latents (`jax_dsv4.KVCache`).
+        layout, scale: of the latents (`jax_dsv4.KVCache`).
         chunk: the most tokens per request of one `forward`. Rings are this much longer than what a token looks back
             on, so that a chunk's last token does not overwrite what its first one needs.
         dtype: of the indexer's keys.
@@ -104,7 +105,8 @@ def create_cache(
         pages[kind] = -(-max(max_tokens // config.ratio(kind), 1) // (BLOCK_SIZE[kind] * context)) * context
 
     def latents(kind: Kind) -> dsv4.KVCache:
-        return dsv4.KVCache.create(batch * pages[kind] // (1 if kind == "swa" else context), BLOCK_SIZE[kind], layout=layout)
+        blocks = batch * pages[kind] // (1 if kind == "swa" else context)
+        return dsv4.KVCache.create(blocks, BLOCK_SIZE[kind], layout=layout, scale=scale)
 
     def rows(kind: Kind, dim: int) -> Array:
         overlap = 2 if kind == "csa" else 1

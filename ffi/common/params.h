@@ -36,7 +36,15 @@ constexpr int kMaxHeads = 128;
 // Exponentials are taken in base 2.
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-enum class Layout : int32_t { kFp8DsMla = 0, kBf16 = 1, kFloat32 = 2, kAiterFp8 = 3, kMxfp8 = 5, kNvfp4 = 6 };
+enum class Layout : int32_t {
+  kFp8DsMla = 0,
+  kBf16 = 1,
+  kFloat32 = 2,
+  kAiterFp8 = 3,
+  kAiterBf16 = 4,
+  kMxfp8 = 5,
+  kNvfp4 = 6
+};
 enum class Dtype : int32_t { kBf16 = 0, kFloat32 = 1 };
 
 // Bytes of a slot: its numbers, and the scales of layouts that have them.

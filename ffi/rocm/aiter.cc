@@ -12,7 +12,7 @@
 namespace jax_dsv4::rocm {
 namespace {
 
-// One 16-byte slot each; the names are those of AITER's host code. The first 288 bytes are the same in every version.
+// One 16-byte slot each; the names are those of AITER's host code. What a kernel takes is the same in every version.
 enum Slot : int {
   kPartialOut = 0x00,
   kPartialLse = 0x10,
@@ -30,30 +30,43 @@ enum Slot : int {
   kQoIndptr = 0xd0,
   kWork = 0xe0,
   kOut = 0xf0,
+  kBytesOfFirstBf16 = 0x100,  // what the wheel of 2025 takes: no scales
   kQScale = 0x100,
   kKvScale = 0x110,
-  kBytesOfFirst = 0x120,  // what the wheel of 2025 takes
+  kBytesOfFirst = 0x120,
   kOut16NoSplit = 0x120,
   kLse = 0x130,
+  kBytesOfLseBf16 = 0x160,
   kBytesWithLse = 0x180,  // lse, and context parallelism: a pointer and two numbers, of which the first is a count
   kContextRanks = 0x150,
 };
-constexpr int kPointers[] = {kPartialOut,   kPartialLse, kQ,    kKv,  kKvIndptr, kKvIndices,
-                             kLastPageLens, kQoIndptr,   kWork, kOut, kQScale,   kKvScale};
+constexpr int kPointers[] = {kPartialOut, kPartialLse,   kQ,        kKv,   kKvIndptr,
+                             kKvIndices,  kLastPageLens, kQoIndptr, kWork, kOut};
+constexpr int kScales[] = {kQScale, kKvScale};
 constexpr int kNumbers[] = {kSoftmaxScale, kMqa, kKvSplit, kQBytes, kKvBytes, kLog2Page};
 
 struct Known {
   const char* name;
+  Layout layout;
   int heads;
-  bool reports_lse;
+  bool any_heads, reports_lse;
+  int fewest, most;  // heads of a call that it is taken for
+  bool on_gfx942 = false;
 };
-// In order of preference among those with equally many heads. Left out: the 32-head kernel, whose lse of unsplit rows
-// is never written and which wraps at 4 GiB; 16-head ones do its work.
+constexpr Layout kFp8 = Layout::kAiterFp8, kBf16 = Layout::kAiterBf16;
+// In order of preference. Left out: the fp8 kernel of 32 heads, whose lse of unsplit rows is never written and which
+// wraps at 4 GiB; and the bf16 ones of 64 (qh64_qseqlen1_gqaratio64), which put 0 in the place of every number of the
+// output beyond 64, and of NaN. Those of 64 heads and more report an unsplit row of NaN as an empty one: their lse is
+// taken from partial results alone. The bf16 one of 128 takes any smaller number of heads; from 17 on it costs less
+// than passes of 16.
 constexpr Known kKnown[] = {
-    {"mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", 128, true},
-    {"mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", 64, true},
-    {"mla_a8w8_qh16_qseqlen1_gqaratio16_lse_ps", 16, true},
-    {"mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, false},
+    {"mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", kFp8, 128, false, false, 128, 128},
+    {"mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", kFp8, 64, false, false, 64, 64},
+    {"mla_a8w8_qh16_qseqlen1_gqaratio16_lse_ps", kFp8, 16, false, true, 1, kMaxHeads},
+    {"mla_a8w8_qh16_qseqlen1_gqaratio16_ps", kFp8, 16, false, false, 1, kMaxHeads},
+    {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_lse_ps", kBf16, 16, false, true, 1, 16},
+    {"mla_a16w16_qh32_qseqlen4_gqaratio32_lse_ps", kBf16, 128, true, false, 1, kMaxHeads},
+    {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", kBf16, 16, false, false, 1, kMaxHeads, /*on_gfx942=*/true},
 };
 
 std::string& directory() {
@@ -61,7 +74,10 @@ std::string& directory() {
   return *path;
 }
 
-// AITER's list of kernels, where it has one: name of the file -> symbol, for fp8 persistent decode kernels.
+// What AITER calls a layout's numbers.
+const char* type_name(Layout layout) { return layout == kFp8 ? "fp8" : "bf16"; }
+
+// AITER's list of kernels, where it has one: name of the file -> type and symbol, for persistent decode kernels.
 std::map<std::string, std::string> read_registry(const std::string& folder, bool* exists) {
   std::map<std::string, std::string> symbols;
   std::ifstream in(folder + "/mla_asm.csv");
@@ -77,9 +93,9 @@ std::map<std::string, std::string> read_registry(const std::string& folder, bool
     }
     std::map<std::string, std::string> entry;
     for (size_t i = 0; i < cells.size() && i < columns.size(); ++i) entry[columns[i]] = cells[i];
-    const bool fits = entry["qType"] == "fp8" && entry["kvType"] == "fp8" && entry["ps"] == "1" &&
-                      entry["prefill"] == "0" && entry["cprr"] == "0";
-    if (fits) symbols[entry["co_name"]] = entry["knl_name"];
+    const bool fits = entry["qType"] == entry["kvType"] && entry["ps"] == "1" && entry["prefill"] == "0" &&
+                      (entry["cprr"] == "0" || !entry.count("cprr"));
+    if (fits) symbols[entry["co_name"]] = entry["qType"] + " " + entry["knl_name"];
   }
   return symbols;
 }
@@ -92,21 +108,27 @@ bool has_argument(const KernelNotes& notes, int offset, int bytes) {
 }
 
 // Whether the notes describe the arguments that pack_arguments fills in.
-bool knows_abi(const KernelNotes& notes, bool reports_lse, std::string* reason) {
+bool knows_abi(const KernelNotes& notes, const Known& known, std::string* reason) {
   const auto fail = [&](const std::string& what) {
     *reason = "its argument list is not one that is known (" + what + ")";
     return false;
   };
-  if (notes.kernarg_bytes != kBytesOfFirst && notes.kernarg_bytes != kBytesWithLse) {
+  const bool bf16 = known.layout == kBf16;
+  const int bytes = notes.kernarg_bytes;
+  if (bytes != (bf16 ? kBytesOfFirstBf16 : kBytesOfFirst) && !(bf16 && bytes == kBytesOfLseBf16) &&
+      bytes != kBytesWithLse) {
     return fail(std::to_string(notes.kernarg_bytes) + " bytes");
   }
   for (int offset : kPointers) {
     if (!has_argument(notes, offset, 8)) return fail("no pointer at " + std::to_string(offset));
   }
+  for (int offset : kScales) {
+    if (!bf16 && !has_argument(notes, offset, 8)) return fail("no pointer at " + std::to_string(offset));
+  }
   for (int offset : kNumbers) {
     if (!has_argument(notes, offset, 4)) return fail("no number at " + std::to_string(offset));
   }
-  if (reports_lse && !has_argument(notes, kLse, 8)) return fail("no pointer to the lse");
+  if (known.reports_lse && !has_argument(notes, kLse, 8)) return fail("no pointer to the lse");
   if (notes.required_workgroup[0] != kThreads)
     return fail("workgroups of " + std::to_string(notes.required_workgroup[0]));
   return true;
@@ -119,10 +141,8 @@ struct Candidates {
 
 Candidates find_kernels(const std::string& architecture) {
   Candidates found;
-  if (architecture != "gfx950") {
-    found.reasons =
-        "AITER's kernels are driven on gfx950 only; this is " + architecture +
-        (architecture == "gfx942" ? ", where they take e4m3fnuz and none gives an lse for every head count" : "");
+  if (architecture != "gfx950" && architecture != "gfx942") {
+    found.reasons = "AITER's kernels are driven on gfx950 and gfx942 only; this is " + architecture;
     return found;
   }
   if (directory().empty()) {
@@ -136,7 +156,7 @@ Candidates find_kernels(const std::string& architecture) {
   for (const Known& known : kKnown) {
     const std::string name = std::string(known.name) + ".co", file = folder + "/" + name;
     std::ifstream in(file, std::ios::binary);
-    if (!in) continue;
+    if (!in || (architecture == "gfx942" && !known.on_gfx942)) continue;
     const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
     CodeObjectNotes notes;
     std::string reason;
@@ -144,13 +164,13 @@ Candidates find_kernels(const std::string& architecture) {
     if (ok && notes.architecture != architecture) ok = false, reason = "it is for another architecture";
     if (ok && notes.kernels.size() != 1)
       ok = false, reason = "it holds " + std::to_string(notes.kernels.size()) + " kernels";
-    if (ok && !knows_abi(notes.kernels[0], known.reports_lse, &reason)) ok = false;
+    if (ok && !knows_abi(notes.kernels[0], known, &reason)) ok = false;
     if (ok && has_registry) {
       const auto listed = registry.find(name);
       if (listed == registry.end())
-        ok = false, reason = "AITER's registry does not list it as an fp8 persistent decode kernel";
-      else if (listed->second != notes.kernels[0].name)
-        ok = false, reason = "AITER's registry names another symbol";
+        ok = false, reason = "AITER's registry does not list it as a persistent decode kernel";
+      else if (listed->second != type_name(known.layout) + (" " + notes.kernels[0].name))
+        ok = false, reason = "AITER's registry names another type or symbol";
     }
     if (!ok) {
       found.reasons += (found.reasons.empty() ? "" : "; ") + file + ": " + reason;
@@ -159,13 +179,17 @@ Candidates find_kernels(const std::string& architecture) {
     AiterKernel kernel;
     kernel.file = file;
     kernel.symbol = notes.kernels[0].name;
+    kernel.layout = known.layout;
     kernel.heads = known.heads;
+    kernel.any_heads = known.any_heads;
+    kernel.fewest = known.fewest, kernel.most = known.most;
     kernel.reports_lse = known.reports_lse;
     kernel.kernarg_bytes = notes.kernels[0].kernarg_bytes;
-    // The 16-head kernel was rewritten when the argument list grew: tiles of 128 keys, 64-bit offsets.
-    const bool first_generation = kernel.kernarg_bytes == kBytesOfFirst;
-    kernel.wraps_at_4gib = first_generation;
-    kernel.tile = known.heads == 16 && !first_generation ? 128 : 64;
+    // The 16-head fp8 kernel was rewritten when the argument list grew: tiles of 128 keys, 64-bit offsets. The bf16
+    // ones work on 16 (16 heads) and 32 keys at a time; a cut costs more than finer ones would save.
+    const bool rewritten = kernel.kernarg_bytes == kBytesWithLse;
+    kernel.wraps_at_4gib = !rewritten;
+    kernel.tile = known.layout == kFp8 && known.heads == 16 && rewritten ? 128 : 64;
     found.kernels.push_back(kernel);
   }
   if (found.kernels.empty() && found.reasons.empty())
@@ -177,17 +201,22 @@ Candidates find_kernels(const std::string& architecture) {
 
 void set_aiter_directory(const std::string& hsa) { directory() = hsa; }
 
-const AiterKernel* choose_kernel(const std::string& architecture, int heads, int64_t pool_bytes, std::string* reason) {
+const AiterKernel* choose_kernel(const std::string& architecture, Layout layout, int heads, int64_t pool_bytes,
+                                 std::string* reason) {
   static std::mutex* mutex = new std::mutex;
   static auto* found = new std::map<std::string, Candidates>;
   const std::lock_guard<std::mutex> lock(*mutex);
   auto it = found->find(architecture);
   if (it == found->end()) it = found->emplace(architecture, find_kernels(architecture)).first;
   const Candidates& candidates = it->second;
+  if (architecture == "gfx942" && layout == kFp8) {
+    *reason = "AITER's fp8 kernels take e4m3fnuz on gfx942, and layout aiter_fp8 holds e4m3fn; use aiter_bf16";
+    return nullptr;
+  }
   const bool large = pool_bytes >= int64_t{1} << 32;
   bool too_large = false;
   for (const AiterKernel& kernel : candidates.kernels) {
-    if (kernel.heads != heads && kernel.heads != 16) continue;
+    if (kernel.layout != layout || heads < kernel.fewest || heads > kernel.most) continue;
     if (large && kernel.wraps_at_4gib) {
       too_large = true;
       continue;
@@ -196,8 +225,9 @@ const AiterKernel* choose_kernel(const std::string& architecture, int heads, int
   }
   *reason = too_large ? "the installed AITER's kernel wraps at 4 GiB and the cache has " + std::to_string(pool_bytes) +
                             " bytes; use kernels from an AITER source tree (JAX_DSV4_AITER_HSA)"
-            : candidates.kernels.empty() ? candidates.reasons
-                                         : "no kernel for " + std::to_string(heads) + " heads";
+            : candidates.kernels.empty() || !candidates.reasons.empty()
+                ? candidates.reasons
+                : std::string("no ") + type_name(layout) + " kernel for " + std::to_string(heads) + " heads";
   return nullptr;
 }
 
@@ -214,14 +244,13 @@ std::vector<uint8_t> pack_arguments(const AiterKernel& kernel, const DecodeScope
   put(kSoftmaxScale, p.scale);
   put(kMqa, int32_t{p.kernel_heads});
   put(kKvSplit, int32_t{1});
-  put(kQBytes, int32_t{p.kernel_heads * kRowBytes});
-  put(kKvBytes, int32_t{kRowBytes});
+  put(kQBytes, int32_t{p.kernel_heads * row_bytes(p.layout)});
+  put(kKvBytes, int32_t{row_bytes(p.layout)});
   put(kLog2Page, int32_t{0});
   put(kQoIndptr, p.qo_indptr);
   put(kWork, p.work_pointers);
   put(kOut, p.out);
-  put(kQScale, p.scales);
-  put(kKvScale, p.scales + 1);
+  if (p.layout == kFp8) put(kQScale, p.scales), put(kKvScale, p.scales + 1);
   put(kOut16NoSplit, int64_t{1});
   put(kLse, p.lse);
   put(kContextRanks, int32_t{1});

@@ -1,4 +1,4 @@
-// XLA FFI handlers on ROCm for layout aiter_fp8: bind, check, enqueue on XLA's stream.
+// XLA FFI handlers on ROCm for layouts aiter_fp8 and aiter_bf16: bind, check, enqueue on XLA's stream.
 // jax_dsv4/_implementations/aiter.py states the same operands. Modules are loaded in the initialize stage, which never
 // runs under capture; execute only enqueues, so the handlers may be part of a command buffer.
 #include <cstring>
@@ -11,13 +11,19 @@
 namespace jax_dsv4::rocm {
 namespace {
 
+// A pool's numbers say which layout it is.
+Layout layout_of(const Buffer& pool) {
+  return pool.element_type() == ffi::DataType::BF16 ? Layout::kAiterBf16 : Layout::kAiterFp8;
+}
+
 // The kernel that the program was made for: its workspaces have that kernel's sizes. Another AITER than then may be
 // installed.
-const AiterKernel* kernel_for(int device, int32_t kernel_heads, int64_t pool_bytes, std::string* reason) {
+const AiterKernel* kernel_for(int device, const Buffer& pool, int32_t kernel_heads, std::string* reason) {
   const std::string architecture = architecture_of(device, reason);
   if (architecture.empty()) return nullptr;
-  const AiterKernel* kernel = choose_kernel(architecture, kernel_heads, pool_bytes, reason);
-  if (!kernel || kernel->heads == kernel_heads) return kernel;
+  const AiterKernel* kernel =
+      choose_kernel(architecture, layout_of(pool), kernel_heads, static_cast<int64_t>(pool.size_bytes()), reason);
+  if (!kernel || heads_at_a_time(*kernel, kernel_heads) == kernel_heads) return kernel;
   *reason = "the program was made for AITER's kernel of " + std::to_string(kernel_heads) +
             " heads, which the AITER installed here has not";
   return nullptr;
@@ -93,17 +99,18 @@ ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::Remai
   const auto kernel_heads = attrs.get<int32_t>("kernel_heads");
   if (!pool.has_value() || !kernel_heads.has_value()) return status(kOp, "the cache or kernel_heads is missing");
   std::string reason;
-  const AiterKernel* kernel = kernel_for(device, *kernel_heads, static_cast<int64_t>(pool->size_bytes()), &reason);
+  const AiterKernel* kernel = kernel_for(device, *pool, *kernel_heads, &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, std::string(kOp) + ": " + reason);
   return status(kOp, load_modules(device, kernel));
 }
 
-// The pool: uint8 [1 + num_blocks, block_size, 576].
+// The pool: uint8 (aiter_fp8) or bfloat16 (aiter_bf16) [1 + num_blocks, block_size, 576].
 bool fill_pool(Checker& check, const Buffer& pool, int32_t block_size, float cache_scale, int64_t* num_slots) {
   check.require(block_size > 0, "cache.block_size", "be positive", std::to_string(block_size));
   check.require(cache_scale >= 0x1p-100f && cache_scale <= 0x1p100f, "cache.scale",
                 "be positive, from 2**-100 to 2**100", std::to_string(cache_scale));
-  check.buffer(pool, "cache", ffi::DataType::U8, "(1 + num_blocks, block_size, 576)", {-1, block_size, kRowBytes});
+  check.shape(pool, "cache", "(1 + num_blocks, block_size, 576)", {-1, block_size, kRowNumbers});
+  if (layout_of(pool) == Layout::kAiterFp8) check.dtype(pool, "cache", ffi::DataType::U8);
   if (!check.ok()) return false;
   const int64_t blocks = pool.dimensions()[0];
   check.require(blocks >= kZeroBlocks, "cache", "begin with a block of zeros", std::to_string(blocks) + " blocks");
@@ -140,7 +147,10 @@ bool fill_call(Checker& check, const ScopeDecodeOperands& o, DecodeScopeParams* 
   if (!check.ok() || !fill_plan(check, tokens, o.plan, &p->plan)) return false;
   check.require(o.workers >= 1 && o.workers <= p->plan.workers, "workers",
                 "be from 1 to " + std::to_string(p->plan.workers), std::to_string(o.workers));
+  check.require(o.kernel_heads >= 1, "kernel_heads", "be positive", std::to_string(o.kernel_heads));
+  if (!check.ok()) return false;
   p->pool = data_of<uint8_t>(o.scope.cache);
+  p->layout = layout_of(o.scope.cache);
   p->indices = data_of<int32_t>(o.scope.indices);
   p->lengths = data_of<int32_t>(o.scope.lengths);
   p->block_size = o.block_size;
@@ -156,13 +166,14 @@ bool fill_results(Checker& check, const ScopeDecodeOperands& o, const AiterKerne
   constexpr ffi::DataType kInt = ffi::DataType::S32, kFloat = ffi::DataType::F32;
   const int64_t tokens = o.q.dimensions()[0], heads = p->heads;
   const int64_t topk = o.scope.indices.dimensions()[1], stride = topk > 1 ? topk : 1;
-  const int64_t passes = head_passes(kernel, p->heads), padded = passes * kernel.heads;
+  const int64_t passes = (heads + o.kernel_heads - 1) / o.kernel_heads, padded = passes * o.kernel_heads;
   check.to_int32(tokens * stride, "tokens * topk");
   check.to_int32(tokens * padded, "tokens * padded heads");
   check.shape(o.out, "out", "(tokens, heads, 512)", {tokens, heads, kLatentDim});
   if (!check.ok() || !fill_dtype(check, o.out, "out", &p->out_dtype)) return false;
   check.buffer(o.lse, "lse", kFloat, "(tokens, heads)", {tokens, heads});
-  check.buffer(o.q_packed, "q_packed", ffi::DataType::U8, "(tokens, padded heads, 576)", {tokens, padded, kRowBytes});
+  check.buffer(o.q_packed, "q_packed", o.scope.cache.element_type(), "(tokens, padded heads, 576)",
+               {tokens, padded, kRowNumbers});
   check.buffer(o.rows, "rows", kInt, "(tokens, max(topk, 1))", {tokens, stride});
   check.buffer(o.state, "state", kInt, "(tokens, 3)", {tokens, 3});
   check.buffer(o.own_indptr, "own_indptr", kInt, "(folds * workers + 1,)", {passes * p->workers + 1});
@@ -198,7 +209,7 @@ bool fill_results(Checker& check, const ScopeDecodeOperands& o, const AiterKerne
   p->tokens = check.to_int32(tokens, "tokens");
   p->topk = static_cast<int32_t>(topk);
   p->row_stride = static_cast<int32_t>(stride);
-  p->kernel_heads = kernel.heads;
+  p->kernel_heads = o.kernel_heads;
   p->head_passes = static_cast<int32_t>(passes);
   p->direct = kernel.reports_lse && padded == heads && p->out_dtype == Dtype::kBf16;
   return check.ok();
@@ -209,8 +220,7 @@ ffi::Error decode(const ScopeDecodeOperands& o, hip::Stream stream, int32_t devi
   DecodeScopeParams p{};
   if (!fill_call(check, o, &p)) return check.error();
   std::string reason;
-  const int64_t pool_bytes = static_cast<int64_t>(o.scope.cache.size_bytes());
-  const AiterKernel* kernel = kernel_for(device, o.kernel_heads, pool_bytes, &reason);
+  const AiterKernel* kernel = kernel_for(device, o.scope.cache, o.kernel_heads, &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, "sparse_mla_decode: " + reason);
   if (!fill_results(check, o, *kernel, &p)) return check.error();
   return status("sparse_mla_decode", enqueue_decode(device, stream, *kernel, p));
@@ -236,7 +246,7 @@ auto pool_append_binding(Binding&& context) {
 
 ffi::Error append_rows(const PoolAppendOperands& o, hip::Stream stream, int32_t device) {
   Checker check("append");
-  AppendFp8Params p{};
+  PoolAppendParams p{};
   if (!fill_pool(check, o.pool, o.block_size, o.cache_scale, &p.num_slots) ||
       !fill_rows(check, o.latents, o.slots, o.pool, o.updated, &p)) {
     return check.error();
@@ -244,6 +254,7 @@ ffi::Error append_rows(const PoolAppendOperands& o, hip::Stream stream, int32_t 
   p.pool = data_of<uint8_t>(o.updated);
   p.block_size = o.block_size;
   p.cache_scale = o.cache_scale;
+  p.layout = layout_of(o.pool);
   const std::string error = copy_unless_aliased(o.pool, p.pool, stream);
   return status("append", error.empty() ? enqueue_append(device, stream, p) : error);
 }
@@ -276,26 +287,29 @@ JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, c
   set_kernel_directory(own);
 }
 
-// What a call with `heads` heads on a pool of `pool_bytes` runs on device 0; or, without asking HIP, on a device of an
-// architecture that is named. ABI of jax_dsv4/_implementations/aiter.py.
+// What a call with `heads` heads on a pool of `pool_bytes` in a layout runs on device 0; or, without asking HIP, on a
+// device of an architecture that is named. ABI of jax_dsv4/_implementations/aiter.py.
 struct dsv4_rocm_choice {
   int32_t kernel_heads, tile, reports_lse, units, kernarg_bytes;
   char architecture[32];
   char text[2048];  // the kernel's file, or why there is none
 };
-JAX_DSV4_EXPORT int dsv4_rocm_choose(const char* named, int32_t heads, int64_t pool_bytes, dsv4_rocm_choice* choice) {
+JAX_DSV4_EXPORT int dsv4_rocm_choose(const char* named, int32_t layout, int32_t heads, int64_t pool_bytes,
+                                     dsv4_rocm_choice* choice) {
   std::memset(choice, 0, sizeof *choice);
   std::string reason;
   const std::string architecture = *named ? named : architecture_of(0, &reason);
-  const AiterKernel* kernel = architecture.empty() ? nullptr : choose_kernel(architecture, heads, pool_bytes, &reason);
+  const AiterKernel* kernel =
+      architecture.empty() ? nullptr
+                           : choose_kernel(architecture, static_cast<Layout>(layout), heads, pool_bytes, &reason);
   std::strncpy(choice->architecture, architecture.c_str(), sizeof choice->architecture - 1);
   std::strncpy(choice->text, kernel ? kernel->file.c_str() : reason.c_str(), sizeof choice->text - 1);
   if (!kernel) return 0;
-  choice->kernel_heads = kernel->heads;
+  choice->kernel_heads = heads_at_a_time(*kernel, heads);
   choice->tile = kernel->tile;
   choice->reports_lse = kernel->reports_lse;
   choice->kernarg_bytes = kernel->kernarg_bytes;
-  if (*named) return choice->units = kUnitsOfGfx950;
+  if (*named) return choice->units = architecture == "gfx942" ? kUnitsOfGfx942 : kUnitsOfGfx950;
   return hip::api(&reason)->DeviceGetAttribute(&choice->units, hip::kAttributeMultiprocessorCount, 0) == hip::kSuccess;
 }
 

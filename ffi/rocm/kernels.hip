@@ -36,6 +36,8 @@ __device__ void barrier() {
 }
 
 __device__ float infinity() { return __builtin_inff(); }
+// The lse of a partial result that was not computed. AITER's larger kernels report -inf for a row of NaN.
+constexpr float kNoKeys = -3.402823466e38f;
 __device__ float quiet_nan() { return __builtin_nanf(""); }
 
 struct Eight {
@@ -74,16 +76,35 @@ __device__ void store_four(void* out, Dtype dtype, int64_t at, const Four& four)
   }
 }
 
-// A wave writes a row of kRowBytes: row `from` of `data`, times a factor, in e4m3; zeros if `from` is negative.
-__device__ void store_row(uint8_t* to, uint32_t lane, const void* data, Dtype dtype, int64_t from, float factor) {
-  uint64_t codes = 0;
-  if (from >= 0) {
-    const Eight eight = load_eight(data, dtype, from * kWave + lane);
-    for (int k = 0; k < 8; ++k) codes |= static_cast<uint64_t>(float_to_e4m3(eight.values[k] * factor)) << (8 * k);
+// A lane writes its eight numbers of a row, and of the first lanes each eight zeros at its end.
+template <typename Numbers>
+__device__ void store_eight(uint8_t* to, uint32_t lane, Numbers numbers) {
+  Numbers* row = static_cast<Numbers*>(__builtin_assume_aligned(to, sizeof(Numbers)));
+  row[lane] = numbers;
+  if (lane < (kRowNumbers - kLatentDim) / 8) row[kWave + lane] = {};
+}
+
+// A wave writes row `row` of `rows`: row `from` of `data` in bf16, or times a factor in e4m3; zeros if `from` is
+// negative.
+__device__ void store_row(uint8_t* rows, int64_t row, uint32_t lane, Layout layout, const void* data, Dtype dtype,
+                          int64_t from, float factor) {
+  struct alignas(16) Halves {
+    uint16_t bits[8];
+  };
+  struct alignas(8) Codes {
+    uint8_t bits[8];
+  };
+  const Eight eight = from >= 0 ? load_eight(data, dtype, from * kWave + lane) : Eight{};
+  uint8_t* to = rows + row * row_bytes(layout);
+  if (layout == Layout::kAiterFp8) {
+    Codes codes;
+    for (int k = 0; k < 8; ++k) codes.bits[k] = float_to_e4m3(eight.values[k] * factor);
+    store_eight(to, lane, codes);
+  } else {
+    Halves halves;
+    for (int k = 0; k < 8; ++k) halves.bits[k] = float_to_bf16(eight.values[k]);
+    store_eight(to, lane, halves);
   }
-  uint64_t* words = static_cast<uint64_t*>(__builtin_assume_aligned(to, 16));
-  words[lane] = codes;
-  if (lane < (kRowBytes - kLatentDim) / 8) words[kWave + lane] = 0;
 }
 
 // Whether a later row goes to the same slot: of equal slots the last row wins, whatever the order in which waves run.
@@ -215,13 +236,14 @@ JAX_DSV4_KERNEL void dsv4_pack_q(DecodeScopeParams p) {
   if (row >= p.tokens * padded) return;
   const uint32_t token = row / padded, head = row % padded;
   static_assert(kAmaxBlocks == kWave && kLatentDim == 8 * kWave, "one for each lane");
-  const float top = max_over_wave(p.amax[lane]);
+  const bool scaled = p.layout == Layout::kAiterFp8;
+  const float top = scaled ? max_over_wave(p.amax[lane]) : 0;
   // The least scale is one whose inverse is finite; it is reached when all of q is zero or next to it.
   const float scale = top > 1e-30f ? top / kMaxE4m3 : 1e-30f;
   const bool inside = head < static_cast<uint32_t>(p.heads);
-  store_row(p.q_packed + static_cast<int64_t>(row) * kRowBytes, lane, p.q, p.q_dtype,
-            inside ? static_cast<int64_t>(token) * p.heads + head : -1, 1 / scale);
-  if (row == 0 && lane == 0) p.scales[0] = scale, p.scales[1] = p.cache_scale;
+  store_row(p.q_packed, row, lane, p.layout, p.q, p.q_dtype, inside ? static_cast<int64_t>(token) * p.heads + head : -1,
+            1 / scale);
+  if (scaled && row == 0 && lane == 0) p.scales[0] = scale, p.scales[1] = p.cache_scale;
 }
 
 // ---- Slots: valid ones to the front, as rows of the pool. One wave per token.
@@ -296,7 +318,7 @@ JAX_DSV4_KERNEL void dsv4_check_items(DecodeScopeParams p) {
         if (end <= begin) {
           // Nothing but holes. Its partial counts for nothing; an unsplit token without any key is answered by combine.
           for (int h = 0; partial >= 0 && h < padded; ++h)
-            p.partial_lse[static_cast<int64_t>(partial) * padded + h] = -infinity();
+            p.partial_lse[static_cast<int64_t>(partial) * padded + h] = kNoKeys;
           attends = false, partial = nobody;
         }
       }
@@ -332,6 +354,10 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
   const bool split = first < last;
   if (!split) first = 0, last = 1;
 
+  const auto lse_of = [&](int32_t partial) {
+    const float lse = p.partial_lse[partial * padded + head];
+    return lse == kNoKeys ? -infinity() : lse == -infinity() ? quiet_nan() : lse;
+  };
   float top = -infinity(), total = 0;
   if (plan_fits && state.valid > 0) {
     if (!split && p.direct) return;
@@ -341,7 +367,7 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
         plan_fits = false;
         break;
       }
-      const float lse = p.partial_lse[partial * padded + head];
+      const float lse = lse_of(partial);
       if (lse != lse || lse > top) top = lse;
     }
   }
@@ -350,7 +376,7 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
   Four sum = {};
   for (int32_t i = first; plan_fits && !empty && i < last; ++i) {
     const int32_t partial = split ? p.plan.reduce_partial_map[i] : p.plan.max_partials + token;
-    const float lse = p.partial_lse[partial * padded + head];
+    const float lse = lse_of(partial);
     if (lse == -infinity()) continue;  // no keys: its output was never written
     const float weight = __builtin_amdgcn_exp2f((lse - top) * kLog2e);
     total += weight;
@@ -367,14 +393,14 @@ JAX_DSV4_KERNEL void dsv4_combine(DecodeScopeParams p) {
 
 // ---- Append: one wave per latent.
 
-JAX_DSV4_KERNEL void dsv4_append_fp8(AppendFp8Params p) {
+JAX_DSV4_KERNEL void dsv4_append(PoolAppendParams p) {
   const uint32_t lane = thread_id() % kWave;
   const int64_t row = group_id(kWave);
   if (row >= p.count) return;
   const int32_t slot = p.slots[row];
   if (slot < 0 || slot >= p.num_slots || superseded(p.slots, p.count, row)) return;
-  uint8_t* to = p.pool + (static_cast<int64_t>(slot) + kZeroBlocks * p.block_size) * kRowBytes;
-  store_row(to, lane, p.latents, p.dtype, row, 1 / p.cache_scale);
+  store_row(p.pool, static_cast<int64_t>(slot) + kZeroBlocks * p.block_size, lane, p.layout, p.latents, p.dtype, row,
+            1 / p.cache_scale);
 }
 
 }  // namespace jax_dsv4::rocm

@@ -34,8 +34,8 @@ enum Own : int {
   kOwnCount
 };
 constexpr const char* kOwnNames[kOwnCount] = {
-    "dsv4_plan",         "dsv4_metadata_inputs", "dsv4_metadata_finish", "dsv4_amax",       "dsv4_pack_q",
-    "dsv4_pack_slots",   "dsv4_check_items",     "dsv4_combine",         "dsv4_append_fp8", "dsv4_count_slots",
+    "dsv4_plan",         "dsv4_metadata_inputs", "dsv4_metadata_finish", "dsv4_amax",   "dsv4_pack_q",
+    "dsv4_pack_slots",   "dsv4_check_items",     "dsv4_combine",         "dsv4_append", "dsv4_count_slots",
     "dsv4_gather_slots", "dsv4_combine_splits",  "dsv4_append_packed"};
 
 struct Device {
@@ -299,7 +299,7 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   hip::Function aiter;
   std::string error = loaded(device, &kernel, &own, &aiter);
   if (!error.empty() || p.tokens == 0) return error;
-  error = launch(own, kAmax, kAmaxBlocks, stream, p);
+  if (p.layout == Layout::kAiterFp8) error = launch(own, kAmax, kAmaxBlocks, stream, p);
   if (error.empty())
     error = launch(own, kPackQ, blocks_of(int64_t{p.tokens} * p.head_passes * p.kernel_heads, kWave), stream, p);
   if (error.empty()) error = launch(own, kPackSlots, blocks_of(p.tokens, kWave), stream, p);
@@ -313,7 +313,7 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   return error;
 }
 
-std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params& p) {
+std::string enqueue_append(int device, hip::Stream stream, const PoolAppendParams& p) {
   std::vector<hip::Function> own;
   const std::string error = loaded(device, nullptr, &own, nullptr);
   if (!error.empty()) return error;

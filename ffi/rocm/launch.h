@@ -41,7 +41,7 @@ std::string enqueue_gluon_decode(int device, hip::Stream stream, const GluonKern
 // [decodes enqueued, those recorded by a capture] XLA replays what it captured without calling the handler, so the two
 // tell whether command buffers are in use.
 void decode_calls(int64_t* calls);
-std::string enqueue_append(int device, hip::Stream stream, const AppendFp8Params& p);
+std::string enqueue_append(int device, hip::Stream stream, const PoolAppendParams& p);
 // To layout fp8_ds_mla, blocks at even addresses.
 std::string enqueue_packed_append(int device, hip::Stream stream, const AppendParams& p);
 

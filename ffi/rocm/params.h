@@ -9,9 +9,10 @@
 
 namespace jax_dsv4::rocm {
 
-// A row of the cache and of a packed query head: 512 e4m3 numbers, 64 zeros. AITER's kernels compute scores over 576
-// numbers and take the first 512 as the value.
-constexpr int kRowBytes = 576;
+// A row of the cache and of a packed query head: 512 numbers, 64 zeros. AITER's kernels compute scores over 576 numbers
+// and take the first 512 as the value. The numbers are e4m3 in layout aiter_fp8, bfloat16 in aiter_bf16.
+constexpr int kRowNumbers = 576;
+JAX_DSV4_HD int row_bytes(Layout layout) { return layout == Layout::kAiterFp8 ? kRowNumbers : 2 * kRowNumbers; }
 // The kernels' padding lanes read row 0 of the pool, so block 0 is zeros and belongs to no slot: slot s is row
 // s + block_size.
 constexpr int kZeroBlocks = 1;
@@ -20,8 +21,9 @@ constexpr float kMaxE4m3 = 448.0f;
 // Workgroups that look for the largest |q|; each leaves one number.
 constexpr int kAmaxBlocks = 64;
 constexpr int kThreads = 256;
-// Compute units of an MI350X and an MI355X, for programs that are made elsewhere.
+// Compute units of an MI350X and an MI355X, and of an MI300X and an MI325X, for programs that are made elsewhere.
 constexpr int kUnitsOfGfx950 = 256;
+constexpr int kUnitsOfGfx942 = 304;
 
 // What is known of a token's keys once its slots are packed.
 struct TokenState {
@@ -35,22 +37,22 @@ struct TokenState {
 // own, then one per token (an unsplit item whose kernel cannot report its lse), then one that nobody reads.
 struct DecodeScopeParams {
   const void* q;           // [tokens, heads, 512] of q_dtype
-  const uint8_t* pool;     // [rows, 576]
+  const uint8_t* pool;     // [rows, row_bytes]
   const int32_t* indices;  // [tokens, topk]
   const int32_t* lengths;  // [tokens]
   Plan plan;
   void* out;   // [tokens, heads, 512] of out_dtype
   float* lse;  // [tokens, heads]
   // Workspaces, all uninitialised.
-  uint8_t* q_packed;        // [tokens, head_passes * kernel_heads, 576] e4m3
+  uint8_t* q_packed;        // [tokens, head_passes * kernel_heads, row_bytes]
   int32_t* rows;            // [tokens, row_stride] rows of the pool, valid ones first
   TokenState* state;        // [tokens]
   int32_t* work_indptr;     // [head_passes * workers + 1]
   WorkInfo* work_info_set;  // [head_passes * plan.max_items]
   int32_t* qo_indptr;       // [tokens * head_passes + 1] 0, 1, 2, ...
   uint64_t* work_pointers;  // [2] where work_indptr and work_info_set are
-  float* scales;            // [2] of q and of the cache
-  float* amax;              // [kAmaxBlocks]
+  float* scales;            // [2] of q and of the cache; aiter_fp8
+  float* amax;              // [kAmaxBlocks]; aiter_fp8
   float* partial_out;       // [max_partials + tokens + 1, head_passes * kernel_heads, 512]
   float* partial_lse;       // [max_partials + tokens + 1, head_passes * kernel_heads]
   int64_t num_slots;
@@ -65,6 +67,7 @@ struct DecodeScopeParams {
   int32_t direct;      // whether an unsplit item writes out and lse itself
   float scale;
   float cache_scale;
+  Layout layout;
   Dtype q_dtype, out_dtype;
 };
 
@@ -76,14 +79,15 @@ struct MetadataParams {
   int32_t* last_page_lens;  // [tokens] ones
 };
 
-struct AppendFp8Params {
+struct PoolAppendParams {
   const void* latents;   // [count, 512] of dtype
   const int32_t* slots;  // [count]
-  uint8_t* pool;         // [rows, 576]
+  uint8_t* pool;         // [rows, row_bytes]
   int64_t count;
   int64_t num_slots;
   int32_t block_size;
   float cache_scale;
+  Layout layout;
   Dtype dtype;
 };
 

@@ -1,7 +1,7 @@
-"""AITER's persistent MLA decode kernels on ROCm, layout `"aiter_fp8"`; ffi/rocm has the other side.
+"""AITER's persistent MLA decode kernels on ROCm, layouts `"aiter_bf16"` and `"aiter_fp8"`; ffi/rocm has the other side.
 
-The kernels are AITER's own code objects, found where it is installed. q is quantised to e4m3fn with one scale for all of it on the
-device in the same call, and the cache is in the kernel's format already, so no step casts a cache. Each scope is a call.
+The kernels are AITER's own code objects, found where it is installed. The cache is in the kernel's format already, so no step casts a
+cache. q is written in that format in the same call: for `"aiter_fp8"` as e4m3fn, with one scale for all of it. Each scope is a call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax_dsv4._work import MAX_WORKERS, Geometry, WorkPlan, partial_rows, plan_s
 from jax_dsv4.merge import apply_attn_sink
 
 AMAX_BLOCKS = 64  # ffi/rocm/params.h
+LAYOUTS = ("aiter_bf16", "aiter_fp8")
 
 
 class Choice(ctypes.Structure):
@@ -48,15 +49,16 @@ class Choice(ctypes.Structure):
 
 
 @functools.cache
-def choose_kernel(heads: int, pool_bytes: int) -> Choice:
-    """The kernel for a call; not `found`, with the reason in `text`, if there is none."""
+def choose_kernel(layout: str, heads: int, pool_bytes: int = 0) -> Choice:
+    """The kernel for a call on a cache of this layout and size; not `found`, with the reason in `text`, if there is none."""
     library, detail = _ffi.load_rocm()
     choice = Choice()
     if library is None:
         choice.text = detail.encode()
         return choice
-    library.dsv4_rocm_choose.argtypes = (ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(Choice))
-    library.dsv4_rocm_choose(_named_architecture().encode(), heads, pool_bytes, ctypes.byref(choice))
+    integers = kv.LAYOUTS[layout].code, heads, pool_bytes
+    library.dsv4_rocm_choose.argtypes = (ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(Choice))
+    library.dsv4_rocm_choose(_named_architecture().encode(), *integers, ctypes.byref(choice))
     return choice
 
 
@@ -72,7 +74,8 @@ class _AITER:
     batch_invariant = False  # AITER's plans cut tokens where workers are full
 
     def availability(self) -> Availability:
-        choice = choose_kernel(16, 0)
+        choices = {layout: choose_kernel(layout, 16) for layout in LAYOUTS}
+        choice = next((c for c in choices.values() if c.found), choices[LAYOUTS[0]])
         if not choice.found:
             return Availability(False, choice.text.decode())
         if missing := _ffi.missing_amd_kernels(choice.architecture.decode()):
@@ -80,42 +83,43 @@ class _AITER:
         device = f"{choice.architecture.decode()}, {choice.units} units"
         if _named_architecture():
             device += " (for export: JAX_DSV4_ROCM_ARCHITECTURE)"
-        return Availability(True, f"{choice.text.decode()} on {device}, {_planner()}")
+        kernels = "; ".join(f"{layout!r}: {c.text.decode()}" for layout, c in choices.items())
+        return Availability(True, f"{device}, {_planner()}, layouts {kernels}")
 
     def exportable(self) -> bool:
         return False  # sizes come from the device and the kernels found, unless JAX_DSV4_ROCM_ARCHITECTURE makes it available
 
     def unsupported(self, num_heads: int, caches: Sequence[kv.KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
         for cache in caches:
-            if cache.layout != "aiter_fp8":
-                return f"it reads layout 'aiter_fp8', and the cache's is {cache.layout!r}"
-        choice = choose_kernel(num_heads, max((cache.nbytes for cache in caches), default=0))
-        return None if choice.found else choice.text.decode()
+            if cache.layout not in LAYOUTS:
+                return f"it reads layouts {LAYOUTS}, and the cache's is {cache.layout!r}"
+        choices = [choose_kernel(cache.layout, num_heads, cache.nbytes) for cache in caches] or _choices(num_heads)
+        return next((choice.text.decode() for choice in choices if not choice.found), None)
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan:
         geometry = _geometry(num_heads)
         if _ffi.aiter_plan_builder() is None:
             return plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")
-        return _aiters_plan(lengths[0], topks[0], geometry, choose_kernel(num_heads, 0).kernel_heads)
+        return _aiters_plan(lengths[0], topks[0], geometry)
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         ((cache, indices, lengths),) = call.scopes
         q, work = call.q, call.planned
         tokens, heads, _ = q.shape
         topk = indices.shape[1]
-        choice = choose_kernel(heads, cache.nbytes)
+        choice = choose_kernel(cache.layout, heads, cache.nbytes)
         geometry = _geometry(heads)
         workers = geometry.workers
         passes = choice.head_passes(heads)
         padded = passes * choice.kernel_heads
         max_items = work.work_info_set.shape[0]
         partials = partial_rows(tokens, topk, geometry) + tokens + 1
-        u8, i32, f32 = jnp.uint8, jnp.int32, jnp.float32
+        i32, f32 = jnp.int32, jnp.float32
         shapes = (
             (q.shape, call.out_dtype),  # out
             ((tokens, heads), f32),  # lse
             # The rest are workspaces; ffi/rocm/params.h says what is in them.
-            ((tokens, padded, kv.AITER_ROW_BYTES), u8),  # q_packed
+            ((tokens, padded, kv.AITER_ROW), cache.data.dtype),  # q_packed
             ((tokens, max(topk, 1)), i32),  # rows
             ((tokens, 3), i32),  # state
             ((passes * workers + 1,), i32),  # own_indptr
@@ -148,8 +152,9 @@ def _planner() -> str:
     return f"AITER's plan builder {builder}" if builder else "our own planner (python -m jax_dsv4.build_aiter compiles AITER's)"
 
 
-def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, kernel_heads: int) -> WorkPlan:
-    """From get_mla_metadata_v1. It gives an empty token an item of no keys, which decode's check of the items takes out."""
+def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, heads: int = 16) -> WorkPlan:
+    """From get_mla_metadata_v1. It gives an empty token an item of no keys, which decode's check of the items takes out. For any of the
+    numbers of heads that it plans in one tile it makes the same plan."""
     (tokens,) = lengths.shape
     # What it reads besides: qo_indptr, kv_indptr, last_page_lens, and where it writes its two addresses, which nobody reads.
     inputs = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens + 1, tokens + 1, tokens, 4)]
@@ -159,19 +164,29 @@ def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, kernel_heads
         topk=np.int32(topk),
         units=np.int32(geometry.workers),
         granularity=np.int32(geometry.granularity),
-        heads=np.int32(kernel_heads),
+        heads=np.int32(heads),
     )
     return WorkPlan(*plan[: len(WorkPlan._fields)])
 
 
 def _geometry(heads: int) -> Geometry:
-    """The plan's workers are shared out among the passes over a token's heads: each runs the same plan."""
-    choice = choose_kernel(heads, 0)
+    """The plan's workers are shared out among the passes over a token's heads: each runs the same plan.
+
+    A plan is for caches of any layout: for the kernel with the fewest passes, cut as the one with the smallest tile likes it.
+    """
+    choices = _choices(heads)
     # AITER's builder always plans for every unit.
-    sharing = 1 if _ffi.aiter_plan_builder() else choice.head_passes(heads)
-    workers = max(1, min(MAX_WORKERS, choice.units // sharing))
-    # An item costs 4,100 wave-instructions and 64 keys of 16 heads 1,374 (the wheel's kernel) or 693: three blocks' worth.
-    return Geometry(workers=workers, granularity=choice.tile, overhead=3)
+    sharing = 1 if _ffi.aiter_plan_builder() else min(choice.head_passes(heads) for choice in choices)
+    workers = max(1, min(MAX_WORKERS, choices[0].units // sharing))
+    # An item costs 4,100 wave-instructions and 64 keys of 16 heads 1,374 (the wheel's fp8 kernel) or 693: three blocks' worth. In bf16 it
+    # costs one to two, which makes little difference.
+    return Geometry(workers=workers, granularity=min(choice.tile for choice in choices), overhead=3)
+
+
+def _choices(heads: int) -> list[Choice]:
+    """Of the layouts that there are kernels for; if there are none, one that says why."""
+    choices = [choose_kernel(layout, heads) for layout in LAYOUTS]
+    return [choice for choice in choices if choice.found] or choices[:1]
 
 
 AITER = _AITER()

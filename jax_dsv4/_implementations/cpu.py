@@ -47,9 +47,7 @@ class _CPU:
         return False  # every process has a CPU: absent means absent
 
     def unsupported(self, num_heads: int, caches: Sequence[KVCache], q_dtype: jax.typing.DTypeLike | None = None) -> str | None:
-        if any(cache.layout == "aiter_fp8" for cache in caches):
-            return "it does not read layout 'aiter_fp8'"
-        return None
+        return next((f"it does not read layout {c.layout!r}" for c in caches if c.layout.startswith("aiter_")), None)
 
     def geometry(self, tokens: int, heads: int = head_block) -> Geometry:
         # Enough tasks for all threads to end at about the same time. Results do not depend on it: a token's keys are summed in segments of

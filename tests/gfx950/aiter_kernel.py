@@ -15,13 +15,31 @@ from compare import Answer, Tolerance
 
 from jax_dsv4 import reference
 
-ROW = 576  # bytes of a cache row and of a query head; the last 64 are zero
+ROW = 576  # numbers of a cache row and of a query head; the last 64 are zero
 LATENT = 512
 F8 = ml_dtypes.float8_e4m3fn
-# Beyond the cast of the weights (`Answer.error`), results are rounded to bfloat16, and are sums in float32. The cosine: that cast is by
-# 2^-4 of a weight, about 2 % of a row's norm at worst; over 28 lengths it never fell under 0.99974.
-OUT = Tolerance(abs=1e-5, rel=2.0**-8, cosine=1e-3)
-LSE = Tolerance(abs=1e-3, rel=0, cosine=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Of kernels on one format of numbers. The weights are cast to it before the second product, each in units of its row's largest: by
+    half a step, which is `relative` of a weight and never less than `least` (`Answer.error`). Results are rounded to bfloat16 besides, and
+    are sums in float32."""
+
+    dtype: type
+    relative: float
+    least: float
+    out: Tolerance
+    lse: Tolerance
+
+
+# The cosine: the cast of the weights is by about 2 % of a row's norm at worst; over 28 lengths it never fell under 0.99974.
+FP8 = Precision(F8, 2.0**-4, 2.0**-10, Tolerance(abs=1e-5, rel=2.0**-8, cosine=1e-3), Tolerance(abs=1e-3, rel=0, cosine=1e-3))
+# Outputs and weights in bfloat16 are FlashMLA's own, so the cosine is too (tests/compare.py). lse is that of scores in float32: sums of 512
+# products, which pass through numbers of about 2^1 to 2^2, each rounded by 2^-24 of itself; large scores are rounded by more.
+BF16 = Precision(
+    ml_dtypes.bfloat16, 2.0**-8, 0.0, Tolerance(abs=1e-5, rel=2.0**-8, cosine=5e-6), Tolerance(abs=2e-6, rel=2.0**-20, cosine=1e-12)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +55,10 @@ class KernelCase:
     wraps_at_4gib: bool = False  # computes 32-bit offsets into the pool
 
     @property
+    def precision(self) -> Precision:
+        return BF16 if "a16w16" in self.name else FP8
+
+    @property
     def symbol(self) -> str:
         return f"_ZN5aiter{len(self.name)}{self.name}E"
 
@@ -48,6 +70,10 @@ KERNELS = (
     KernelCase("tree", "mla_a8w8_qh32_qseqlen1_gqaratio32_lse_ps", 32, 128, 304, False, wraps_at_4gib=True),
     KernelCase("tree", "mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", 64, 64, 384, True),
     KernelCase("tree", "mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", 128, 64, 384, True),
+    KernelCase("wheel", "mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", 16, 64, 256, False, wraps_at_4gib=True),
+    KernelCase("tree", "mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_lse_ps", 16, 64, 352, True, wraps_at_4gib=True),
+    KernelCase("tree", "mla_a16w16_qh64_qseqlen1_gqaratio64_lse_v3_ps", 64, 64, 384, True),
+    KernelCase("tree", "mla_a16w16_qh32_qseqlen4_gqaratio32_lse_ps", 128, 64, 384, True),
 )
 
 
@@ -75,8 +101,9 @@ def find(case: KernelCase) -> pathlib.Path | None:
 
 @dataclasses.dataclass
 class Problem:
-    q: np.ndarray  # fp8 [tokens, heads, 576]
-    kv: np.ndarray  # fp8 [slots, 576]
+    precision: Precision
+    q: np.ndarray  # of the precision's dtype: [tokens, heads, 576]
+    kv: np.ndarray  # [slots, 576]
     indices: np.ndarray  # int32 [tokens, topk]
     lengths: np.ndarray  # int32 [tokens]
     q_scale: float = 1.0
@@ -84,15 +111,17 @@ class Problem:
     scale: float = LATENT**-0.5
 
 
-def make_problem(rng, heads: int, lengths, topk: int, slots: int = 0, q_scale=0.02, kv_scale=0.015) -> Problem:
+def make_problem(rng, kernel: KernelCase, lengths, topk: int, slots: int = 0, heads: int = 0) -> Problem:
     """Slot 0 is the zero row that padding lanes read; what no token attends to is NaN."""
+    precision = kernel.precision
+    q_scale, kv_scale = (0.02, 0.015) if precision is FP8 else (1.0, 1.0)
     lengths = np.asarray(lengths, np.int32)
     slots = slots or int(max(lengths.max(initial=1), 1)) * 2 + 8
 
     def pad(x):
-        return np.concatenate([x, np.zeros((*x.shape[:-1], ROW - LATENT))], -1).astype(F8)
+        return np.concatenate([x, np.zeros((*x.shape[:-1], ROW - LATENT))], -1).astype(precision.dtype)
 
-    q = pad(rng.normal(size=(len(lengths), heads, LATENT)) / q_scale)
+    q = pad(rng.normal(size=(len(lengths), heads or kernel.heads, LATENT)) / q_scale)
     kv = pad(rng.normal(size=(slots, LATENT)) / kv_scale)
     indices = np.full((len(lengths), topk), 2**31 - 1, np.int32)  # garbage past the length
     for t, n in enumerate(lengths):
@@ -102,17 +131,11 @@ def make_problem(rng, heads: int, lengths, topk: int, slots: int = 0, q_scale=0.
     mask[used] = False
     kv[mask] = np.nan
     kv[0] = 0
-    return Problem(q, kv, indices, lengths, q_scale, kv_scale)
+    return Problem(precision, q, kv, indices, lengths, q_scale, kv_scale)
 
 
-def weights_in_fp8(weights, keys):
-    """How far the sum of weights [heads, keys] times keys [keys, 512] may be off once each weight, in units of the row's largest, was cast
-    to e4m3: by half a step, which is 2^-4 of a normal number and 2^-10 below them. The kernels cast so before the second product."""
-    return np.maximum(weights * 2.0**-4, 2.0**-10) @ np.abs(keys)
-
-
-def answer(q, scopes, sink=None, scale: float = LATENT**-0.5) -> Answer:
-    """float64 attention [tokens, heads, 512] over `reference.ReferenceScope`s, and the error of out that weights in fp8 explain."""
+def answer(precision: Precision, q, scopes, sink=None, scale: float = LATENT**-0.5) -> Answer:
+    """float64 attention [tokens, heads, 512] over `reference.ReferenceScope`s, and the error of out that the cast weights explain."""
     out, lse = reference.decode(q, scopes, sink, scale)
     error = np.zeros_like(out)
     for t in np.flatnonzero(np.isfinite(lse).all(-1)):
@@ -123,14 +146,14 @@ def answer(q, scopes, sink=None, scale: float = LATENT**-0.5) -> Answer:
         weights = np.exp(scores - top[:, None])
         with np.errstate(over="ignore"):
             total = weights.sum(-1) + (0 if sink is None else np.exp(np.asarray(sink, np.float64) - top))
-        error[t] = weights_in_fp8(weights, keys) / total[:, None]
+        error[t] = np.maximum(weights * precision.relative, precision.least) @ np.abs(keys) / total[:, None]
     return Answer(out, lse, error)
 
 
 def expected(p: Problem) -> Answer:
     """On the rounded operands; the cache's scale is taken out, lest a pool of 4 GiB be multiplied by it."""
     scope = reference.ReferenceScope(p.kv[:, :LATENT], p.indices, p.lengths)
-    want = answer(p.q[..., :LATENT].astype(np.float64) * p.q_scale, [scope], None, p.scale * p.kv_scale)
+    want = answer(p.precision, p.q[..., :LATENT].astype(np.float64) * p.q_scale, [scope], None, p.scale * p.kv_scale)
     return Answer(want.out * p.kv_scale, want.lse, want.error * p.kv_scale)
 
 
@@ -207,9 +230,10 @@ def run(gpu, case: KernelCase, p: Problem, plan: Plan, code: bytes | None = None
 
 
 def pack(case: KernelCase, at: dict, p: Problem, heads: int) -> bytes:
+    row = ROW * p.kv.itemsize
     slots = [
         at["partial_out"], at["partial_lse"], at["q"], at["kv"], at["kv_indptr"], at["kv_indices"], at["last_page"],
-        float(p.scale), heads, 1, heads * ROW, ROW, 0, at["qo_indptr"], at["work"], at["out"], at["q_scale"], at["kv_scale"],
+        float(p.scale), heads, 1, heads * row, row, 0, at["qo_indptr"], at["work"], at["out"], at["q_scale"], at["kv_scale"],
         1, at["lse"], 0, 1, 0, 0,
     ]  # fmt: skip
     packed = b"".join(struct.pack("<fxxxxxxxxxxxx", s) if isinstance(s, float) else struct.pack("<Qxxxxxxxx", s) for s in slots)

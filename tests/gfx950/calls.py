@@ -3,16 +3,25 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aiter_kernel import LATENT, LSE, OUT, answer
+from aiter_kernel import BF16, FP8, LATENT, answer
 from compare import Answer, assert_answer
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import reference
 
 
-def make_cache(rng, slots, block_size=16, scale=0.02):
+def precision_of(layout):
+    """Of the kernels that read it. Plain JAX, which reads the others as well, is no worse than bf16."""
+    return FP8 if layout == "aiter_fp8" else BF16
+
+
+def create_cache(num_blocks, block_size, layout, scale=0.02):
+    return dsv4.KVCache.create(num_blocks, block_size, layout, scale=scale if layout == "aiter_fp8" else None)
+
+
+def make_cache(rng, slots, layout, block_size=16):
     """Appended through the handler under test; slots past `slots` hold NaN."""
-    cache = dsv4.KVCache.create(-(-slots // block_size) + 1, block_size, "aiter_fp8", scale=scale)
+    cache = create_cache(-(-slots // block_size) + 1, block_size, layout)
     latents = rng.normal(size=(cache.num_slots, LATENT)).astype(np.float32)
     latents[slots:] = np.nan
     where = jnp.asarray(rng.permutation(cache.num_slots), jnp.int32)
@@ -50,12 +59,15 @@ def round_to_fp8(q):
 
 
 def expected(q, scopes, sink=None, scale: float = LATENT**-0.5, round_q=True) -> Answer:
-    """float64, on q rounded as the handler rounds it (or as it is) and the cache as it is stored."""
-    q = round_to_fp8(q) if round_q else np.asarray(q, np.float64)
+    """float64, on q rounded as the handler rounds it (or as it is) and the caches, of one layout, as they are stored."""
+    precision = precision_of(scopes[0].cache.layout)
+    rounded = round_to_fp8(q) if precision is FP8 else q.astype(jnp.bfloat16)
+    q = np.asarray(rounded if round_q else q, np.float64)
     pools = [np.asarray(dsv4.dequantize(scope.cache), np.float64) for scope in scopes]
     keys = [reference.ReferenceScope(pool, np.asarray(s.indices), np.asarray(s.lengths)) for pool, s in zip(pools, scopes)]
-    return answer(q, keys, sink, scale)
+    return answer(precision, q, keys, sink, scale)
 
 
-def check(got, want: Answer) -> None:
-    assert_answer(got, want, OUT, LSE)
+def check(got, want: Answer, layout) -> None:
+    precision = precision_of(layout)
+    assert_answer(got, want, precision.out, precision.lse)

@@ -143,7 +143,13 @@ def rocm(request, gpu, rocm_library, hsa):
     aiter.choose_kernel.cache_clear()
 
 
+@pytest.fixture(params=aiter.LAYOUTS)
+def layout(request):
+    """Of the caches."""
+    return request.param
+
+
 @pytest.fixture
-def reports_lse(rocm):
-    """Whether the 16-head kernel writes the lse of unsplit rows itself."""
-    return bool(aiter.choose_kernel(16, 0).reports_lse)
+def reports_lse(rocm, layout):
+    """Whether the kernel of a call with 16 heads writes the lse of unsplit rows itself."""
+    return bool(aiter.choose_kernel(layout, 16).reports_lse)

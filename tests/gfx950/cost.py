@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calls import create_cache
 
 import jax_dsv4 as dsv4
 from jax_dsv4._implementations import aiter, aiter_gluon
@@ -43,12 +44,12 @@ def row(kernels, heads, tokens, times=1):
     )
 
 
-@pytest.mark.parametrize("layout", [name for name in dsv4.cache.LAYOUTS if name.startswith("aiter")])
+@pytest.mark.parametrize("layout", aiter.LAYOUTS)
 def test_assembly(bridge, gpu, table, monkeypatch, layout):
     monkeypatch.setenv("GFX950_UNITS", str(UNITS))
     aiter.choose_kernel.cache_clear()
     rng = np.random.default_rng(0)
-    cache = dsv4.KVCache.create(16, 128, layout)
+    cache = create_cache(16, 128, layout)
 
     @jax.jit
     def call(q, scopes, sink, plan):
@@ -62,7 +63,7 @@ def test_assembly(bridge, gpu, table, monkeypatch, layout):
             options = dict(num_heads=heads, swa_topk=TOPKS[0], extra_topk=TOPKS[1], implementation="aiter")
             plan = dsv4.plan_decode(*lengths, **options)
             lines.append(row(measured(gpu, call, q, scopes, jnp.zeros(heads), plan), heads, tokens))
-    kind = aiter.choose_kernel(16, 0).text.decode()
+    kind = aiter.choose_kernel(layout, 16).text.decode()
     table(f"assembly kernels, {layout}, such as {kind}", lines)
 
 

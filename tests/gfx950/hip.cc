@@ -197,29 +197,29 @@ HIP Error hipSetDevice(int device) {
 HIP Error hipDeviceGetAttribute(int* value, int attribute, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
   const std::map<int, int> values = {{kAttributeMultiprocessorCount, units()},
-                                     {0, 1},               // EccEnabled
-                                     {5, 2400000},         // ClockRate, in kHz
-                                     {19, 4 << 20},        // L2CacheSize
-                                     {23, 9},              // ComputeCapabilityMajor
-                                     {25, 2},              // MaxBlocksPerMultiProcessor
-                                     {26, 1024},           // MaxBlockDimX
-                                     {27, 1024},           // ...Y
-                                     {28, 1024},           // ...Z
-                                     {29, 2147483647},     // MaxGridDimX
-                                     {30, 65536},          // ...Y
-                                     {31, 65536},          // ...Z
-                                     {56, 1024},           // MaxThreadsPerBlock
-                                     {57, 2048},           // MaxThreadsPerMultiProcessor
-                                     {59, 8192},           // MemoryBusWidth
-                                     {60, 2000000},        // MemoryClockRate, in kHz
-                                     {61, 5},              // ComputeCapabilityMinor
-                                     {71, 131072},         // MaxRegistersPerBlock
-                                     {72, 131072},         // MaxRegistersPerMultiprocessor
-                                     {74, kLdsBytes},      // MaxSharedMemoryPerBlock
-                                     {75, kLdsBytes},      // SharedMemPerBlockOptin
-                                     {76, kLdsBytes},      // SharedMemPerMultiprocessor
-                                     {87, kLanes},         // WarpSize
-                                     {10002, kLdsBytes}};  // MaxSharedMemoryPerMultiprocessor
+                                     {0, 1},                 // EccEnabled
+                                     {5, 2400000},           // ClockRate, in kHz
+                                     {19, 4 << 20},          // L2CacheSize
+                                     {23, 9},                // ComputeCapabilityMajor
+                                     {25, 2},                // MaxBlocksPerMultiProcessor
+                                     {26, 1024},             // MaxBlockDimX
+                                     {27, 1024},             // ...Y
+                                     {28, 1024},             // ...Z
+                                     {29, 2147483647},       // MaxGridDimX
+                                     {30, 65536},            // ...Y
+                                     {31, 65536},            // ...Z
+                                     {56, 1024},             // MaxThreadsPerBlock
+                                     {57, 2048},             // MaxThreadsPerMultiProcessor
+                                     {59, 8192},             // MemoryBusWidth
+                                     {60, 2000000},          // MemoryClockRate, in kHz
+                                     {61, 5},                // ComputeCapabilityMinor
+                                     {71, 131072},           // MaxRegistersPerBlock
+                                     {72, 131072},           // MaxRegistersPerMultiprocessor
+                                     {74, lds_bytes()},      // MaxSharedMemoryPerBlock
+                                     {75, lds_bytes()},      // SharedMemPerBlockOptin
+                                     {76, lds_bytes()},      // SharedMemPerMultiprocessor
+                                     {87, kLanes},           // WarpSize
+                                     {10002, lds_bytes()}};  // MaxSharedMemoryPerMultiprocessor
   const auto found = values.find(attribute);
   if (found == values.end()) return failed(kErrorInvalidValue);
   return *value = found->second, kSuccess;
@@ -228,19 +228,18 @@ HIP Error hipGetDevicePropertiesR0600(DeviceProperties* p, int device) {
   if (device < 0 || device >= devices()) return failed(kErrorInvalidDevice);
   memset(p, 0, sizeof *p);
   snprintf(p->name, 256, "%s", kDeviceName);
-  const char* architecture = getenv("GFX950_ARCHITECTURE");
-  snprintf(p->gcn_arch_name, sizeof p->gcn_arch_name, "%s:sramecc+:xnack-", architecture ? architecture : "gfx950");
+  snprintf(p->gcn_arch_name, sizeof p->gcn_arch_name, "%s:sramecc+:xnack-", architecture().c_str());
   const auto put = [&](size_t offset, auto value) {
     memcpy(reinterpret_cast<char*>(p) + offset, &value, sizeof value);
   };
-  put(288, kMemoryBytes);        // totalGlobalMem
-  put(296, size_t{kLdsBytes});   // sharedMemPerBlock
-  put(308, kLanes);              // warpSize
-  put(320, 1024);                // maxThreadsPerBlock
-  put(360, 9), put(364, 5);      // major, minor
-  put(388, units());             // multiProcessorCount
-  put(640, size_t{kLdsBytes});   // sharedMemPerMultiprocessor
-  put(1416, size_t{kLdsBytes});  // maxSharedMemoryPerMultiProcessor
+  put(288, kMemoryBytes);                       // totalGlobalMem
+  put(296, static_cast<size_t>(lds_bytes()));   // sharedMemPerBlock
+  put(308, kLanes);                             // warpSize
+  put(320, 1024);                               // maxThreadsPerBlock
+  put(360, 9), put(364, 5);                     // major, minor
+  put(388, units());                            // multiProcessorCount
+  put(640, static_cast<size_t>(lds_bytes()));   // sharedMemPerMultiprocessor
+  put(1416, static_cast<size_t>(lds_bytes()));  // maxSharedMemoryPerMultiProcessor
   return kSuccess;
 }
 HIP Error hipDeviceSynchronize() {
@@ -332,14 +331,14 @@ HIP Error hipModuleLoadData(Module* module, const void* image) {
     memcpy(&entry, bytes + 58, 2);
     memcpy(&count, bytes + 60, 2);
     const std::string content(static_cast<const char*>(image), section_headers + entry * count);
-    std::shared_ptr<Program>& program = runtime().programs[content];
+    std::shared_ptr<Program>& program = runtime().programs[architecture() + content];
     if (!program) program = load_program(content.data(), content.size(), runtime().memory);
     *module = new ihipModule_t{program, {}};
     return kSuccess;
   } catch (const Fault& fault) {
     runtime().message = fault.what();
     fprintf(stderr, "%s\n", fault.what());
-    return failed(strstr(fault.what(), "not for gfx950") ? kErrorNoBinaryForGpu : kErrorInvalidImage);
+    return failed(strstr(fault.what(), "not for gfx") ? kErrorNoBinaryForGpu : kErrorInvalidImage);
   }
 }
 HIP Error hipModuleUnload(Module module) {
@@ -365,7 +364,7 @@ Error gfx950::prepare_launch(Function f, dim3 grid, dim3 block, unsigned shared,
   for (int d = 0; d < 3; ++d)
     if (k.required_workgroup[d] && sizes[d] != static_cast<unsigned>(k.required_workgroup[d]))
       return failed(kErrorInvalidConfiguration);
-  if (k.lds_bytes + shared > static_cast<unsigned>(kLdsBytes)) return failed(kErrorInvalidValue);
+  if (k.lds_bytes + shared > static_cast<unsigned>(lds_bytes())) return failed(kErrorInvalidValue);
   std::vector<uint8_t> kernarg(k.kernarg_bytes);
   if (extra) {
     const void* data = nullptr;
@@ -435,7 +434,7 @@ const uint8_t* gfx950_entry(const uint8_t* bundle) {
   const uint8_t* at = bundle + 32;
   for (uint64_t k = 0; k < number(bundle + 24); ++k) {
     const std::string target(reinterpret_cast<const char*>(at + 24), number(at + 16));
-    if (target.find("gfx950") != std::string::npos) return bundle + number(at);
+    if (target.find(architecture()) != std::string::npos) return bundle + number(at);
     at += 24 + target.size();
   }
   return nullptr;

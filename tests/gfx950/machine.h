@@ -25,7 +25,9 @@ constexpr int kVgprs = 512;  // v0..v255, then the accumulation registers a0..a2
 constexpr int kAccum = 256;
 constexpr int kSgprs = 128;
 constexpr int kVcc = 106, kM0 = 124, kExec = 126;  // numbers in the scalar operand space
-constexpr int kLdsBytes = 163840;
+// What the machine is: gfx950, or what GFX950_ARCHITECTURE says, of which gfx942 can run programs too.
+std::string architecture();
+inline int lds_bytes() { return architecture() == "gfx942" ? 65536 : 163840; }
 // Where LDS and a lane's own memory begin among flat addresses: above all that a pointer of the host's can be.
 constexpr uint64_t kSharedAperture = uint64_t{1} << 56, kPrivateAperture = uint64_t{1} << 57;
 constexpr uint64_t kAddressMask = (uint64_t{1} << 48) - 1;

@@ -235,6 +235,7 @@ Instruction parse(const std::string& line, uint64_t address, uint32_t encoding) 
     if (mnemonic.size() > n && mnemonic.compare(mnemonic.size() - n, n, suffix) == 0)
       mnemonic.resize(mnemonic.size() - n);
   }
+  if (architecture() == "gfx942" && mnemonic.find("fp8") != std::string::npos) cannot_read(i.text, "e4m3fnuz");
   const Opcode* opcode = find_opcode(mnemonic);
   if (!opcode) cannot_read(i.text, "unknown instruction " + mnemonic);
   i.execute = opcode->execute, i.kind = opcode->kind;
@@ -286,14 +287,14 @@ std::string disassembler() {
   throw Fault("software gfx950: no llvm-objdump (version 20 or newer): install llvm or set JAX_DSV4_LLVM_OBJDUMP");
 }
 
-std::string disassemble(const void* elf, size_t size) {
+std::string disassemble(const void* elf, size_t size, const std::string& architecture) {
   char path[] = "/tmp/gfx950-XXXXXX";
   const int file = mkstemp(path);
   if (file < 0 || write(file, elf, size) != static_cast<ssize_t>(size))
     throw Fault("software gfx950: cannot write /tmp");
   close(file);
   std::string out;
-  FILE* pipe = popen((disassembler() + " -d --mcpu=gfx950 " + path).c_str(), "r");
+  FILE* pipe = popen((disassembler() + " -d --mcpu=" + architecture + " " + path).c_str(), "r");
   char buffer[65536];
   for (size_t n; pipe && (n = fread(buffer, 1, sizeof buffer, pipe)) > 0;) out.append(buffer, n);
   const int status = pipe ? pclose(pipe) : -1;
@@ -333,11 +334,16 @@ const T* at(const void* elf, size_t size, uint64_t offset) {
 
 }  // namespace
 
+std::string architecture() {
+  const char* named = getenv("GFX950_ARCHITECTURE");
+  return named ? named : "gfx950";
+}
+
 std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memory) {
   jax_dsv4::rocm::CodeObjectNotes notes;
   std::string reason;
   if (!jax_dsv4::rocm::read_notes(elf, size, &notes, &reason)) throw Fault("code object: " + reason);
-  if (notes.architecture != "gfx950") throw Fault("code object: not for gfx950");
+  if (notes.architecture != architecture()) throw Fault("code object: not for " + architecture());
 
   auto program = std::make_shared<Program>();
   const auto* header = at<Elf64_Ehdr>(elf, size, 0);
@@ -358,7 +364,7 @@ std::shared_ptr<Program> load_program(const void* elf, size_t size, Memory& memo
            segment->p_filesz);
   }
   memory.add(reinterpret_cast<uint64_t>(program->image.get()), program->image_bytes, false, false);
-  read_instructions(*program, disassemble(elf, size));
+  read_instructions(*program, disassemble(elf, size, notes.architecture));
 
   // Symbols: a kernel's descriptor is the object NAME.kd.
   for (int k = 0; k < header->e_shnum; ++k) {

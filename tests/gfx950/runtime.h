@@ -55,8 +55,9 @@ struct Runtime {
   Counters counters;
   std::map<std::string, KernelCost> by_kernel;
   std::map<std::string, uint64_t> hazards;
-  std::string message;                                       // of the last fault
-  std::map<std::string, std::shared_ptr<Program>> programs;  // by content: a code object is disassembled once
+  std::string message;  // of the last fault
+  std::map<std::string, std::shared_ptr<Program>>
+      programs;  // by device and content: a code object is disassembled once
   std::set<Stream> streams;
   std::vector<std::shared_ptr<Capture>> captures;
   Options options{getenv("GFX950_HAZARDS") != nullptr, getenv("GFX950_EXACT_LGKM") != nullptr, kLdsLatency, kVmLatency};

@@ -1,21 +1,21 @@
-"""AITER's kernels on the software GPU, held to what every backend is held to: in their own layout, to their own precision."""
+"""AITER's kernels on the software GPU, held to what every backend is held to: in their own layouts, to their own precision."""
 
 from typing import ClassVar
 
 import numpy as np
 import pytest
-from aiter_kernel import LSE, OUT
+from aiter_kernel import BF16, FP8
 from calls import expected
 from conformance import NativeConformance, named, plan_of
 
 
-class TestAITER(NativeConformance):
+class TestBF16(NativeConformance):
     implementation = "aiter"
-    layout = "aiter_fp8"
+    layout = "aiter_bf16"
     fuses = False
     guarded = ()  # the kernels do not look whether a token's items fit together
-    out_tolerance: ClassVar = {"bfloat16": OUT, "float32": OUT}
-    lse_tolerance = LSE
+    out_tolerance: ClassVar = dict.fromkeys(("bfloat16", "float32"), BF16.out)
+    lse_tolerance = BF16.lse
     reruns = 3  # a second each
     garbled = ("heads16",)
 
@@ -37,3 +37,9 @@ class TestAITER(NativeConformance):
         """Among the cases are partial results to merge, of both scopes."""
         plan = plan_of(self.make(named("few_long_tokens")), self.implementation)
         assert all(np.diff(work.reduce_indptr).any() for work in plan.work)
+
+
+class TestFP8(TestBF16):
+    layout = "aiter_fp8"
+    out_tolerance: ClassVar = dict.fromkeys(("bfloat16", "float32"), FP8.out)
+    lse_tolerance = FP8.lse

@@ -96,7 +96,7 @@ def judge(plan, tile, heads=16):
 def test_knowing_the_tile_is_better(rocm, table):
     """With the kernel's tile as granularity the slowest worker has no more to do, no tile is computed twice, and fewer partials are
     written and merged. Printed."""
-    tile = implementation.choose_kernel(16, 0).tile
+    tile = implementation._geometry(16).granularity
     chosen = [p for p in PLANS if p[0]["M"] == 256 and p[0]["max_split_per_batch"] == -1 and p[0]["kv_granularity"] == 16]
     chosen = [p for p in chosen if p[0]["kind"] in ("full", "random", "short")]
     assert len(chosen) >= 5
@@ -184,16 +184,20 @@ def test_the_builder_is_not_asked_for_other_heads(builder):
         implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, _work.Geometry(8, 64, 0), 48)
 
 
-def test_decode_on_aiters_plan(builder, monkeypatch):
+def test_decode_on_aiters_plan(builder, monkeypatch, layout):
     """Empty tokens first and between, a split one: the plan with empty items is harmless, and the answer that of our own plan."""
 
     rng = np.random.default_rng(0)
-    cache = make_cache(rng, 400)
+    cache = make_cache(rng, 400, layout)
     scope = make_scope(rng, cache, 400, [0, 390, 0, 0, 17, 64], 400)
     q = make_q(rng, 6, 32)
     rows = plan_for([scope], 32).work[0].work_info_set
     assert (np.asarray(rows)[:6, 4] == np.asarray(rows)[:6, 5]).any()  # AITER's, with its items of no keys
-    check(attend(q, (scope,)), expected(q, [scope]))
+    check(attend(q, (scope,)), expected(q, [scope]), layout)
     jax.clear_caches()
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
-    check(jax.jit(lambda *a: dsv4.sparse_mla_decode(a[0], a[1], implementation="aiter", return_lse=True))(q, scope), expected(q, [scope]))
+    check(
+        jax.jit(lambda *a: dsv4.sparse_mla_decode(a[0], a[1], implementation="aiter", return_lse=True))(q, scope),
+        expected(q, [scope]),
+        layout,
+    )

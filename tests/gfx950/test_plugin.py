@@ -5,6 +5,7 @@ Everything else that takes fixture `rocm` runs under the plugin too, in a sessio
 
 import ctypes
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
+from jax_dsv4._implementations import aiter
 
 pytestmark = pytest.mark.skipif(bool(plugin.missing()), reason=plugin.missing())
 
@@ -69,12 +71,12 @@ def of_step(given, n):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), given)
 
 
-def test_steps_are_captured_and_replayed(plugged, gpu):
+def test_steps_are_captured_and_replayed(plugged, gpu, layout):
     """XLA records the handlers in its command buffers, which it uses by default, and replays them with new lengths and values in the same
     buffers. After buffers moved it records again, and gives its graph the new nodes. The same bits come out without command buffers."""
     rng = np.random.default_rng(20)
     q, steps = make_q(rng, 2, HEADS), 6
-    start, given = (jnp.int32(0), [make_cache(rng, SLOTS) for _ in range(LAYERS)]), variants(rng, steps)
+    start, given = (jnp.int32(0), [make_cache(rng, SLOTS, layout) for _ in range(LAYERS)]), variants(rng, steps)
 
     def next_step(state, given):
         n, caches = state
@@ -94,7 +96,7 @@ def test_steps_are_captured_and_replayed(plugged, gpu):
         counted = decode_calls() - before, gpu.counters()
         indices, lengths, *_ = of_step(given, steps - 1)
         for cache, got in zip(state[1], answers[-1]):
-            check(got, expected(q, [dsv4.Scope(cache, indices, lengths)]))
+            check(got, expected(q, [dsv4.Scope(cache, indices, lengths)]), layout)
         del kept
         return answers, *counted
 
@@ -112,10 +114,10 @@ def test_steps_are_captured_and_replayed(plugged, gpu):
         assert_same_bits("with command buffers and without", got, want)
 
 
-def test_scan_over_steps(plugged):
+def test_scan_over_steps(plugged, layout):
     """The loop on the device gives the bits of steps called one by one."""
     rng = np.random.default_rng(21)
-    q, start, steps = make_q(rng, 2, HEADS), [make_cache(rng, SLOTS)], 3
+    q, start, steps = make_q(rng, 2, HEADS), [make_cache(rng, SLOTS, layout)], 3
     given = variants(rng, steps)
     end, got = jax.jit(lambda caches: jax.lax.scan(lambda caches, x: step(q, caches, *x), caches, given))(start)
     program, caches = jax.jit(step), start
@@ -126,10 +128,10 @@ def test_scan_over_steps(plugged):
     assert_same_bits("caches", end[0].data, caches[0].data)
 
 
-def test_shard_map_on_two_devices(plugged):
-    """Tokens split over two devices, each with the cache: the bits that each half has alone (q's scale is of a call)."""
+def test_shard_map_on_two_devices(plugged, layout):
+    """Tokens split over two devices, each with the cache: the bits that each half has alone (in fp8, q's scale is of a call)."""
     rng = np.random.default_rng(22)
-    cache = make_cache(rng, SLOTS)
+    cache = make_cache(rng, SLOTS, layout)
     scope, q = make_scope(rng, cache, SLOTS, [30, 7, 0, 25], TOPK, holes=0.1), make_q(rng, 4, HEADS)
     mesh = jax.make_mesh((2,), ("tokens",), devices=jax.devices("rocm"), axis_types=(jax.sharding.AxisType.Auto,))
     by_token, everywhere = PartitionSpec("tokens"), PartitionSpec()
@@ -147,19 +149,20 @@ EXPORT = """
 import sys, jax, jax.numpy as jnp, jax_dsv4 as dsv4
 from jax.export import DisabledSafetyCheck, export
 def decode(q, data, indices, lengths):
-    cache = dsv4.KVCache(data, block_size=16, layout="aiter_fp8", scale=0.02)
+    cache = dsv4.KVCache(data, block_size=16, layout="aiter_bf16")
     return dsv4.sparse_mla_decode(q, dsv4.Scope(cache, indices, lengths), implementation="aiter", return_lse=True)
 shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-arguments = shape((2, 16, 512), jnp.bfloat16), shape(DATA, jnp.uint8), shape((2, 40), jnp.int32), shape((2,), jnp.int32)
+arguments = shape((2, 16, 512), jnp.bfloat16), shape(DATA, jnp.bfloat16), shape((2, 40), jnp.int32), shape((2,), jnp.int32)
 checks = [DisabledSafetyCheck.custom_call("dsv4_aiter_decode"), DisabledSafetyCheck.custom_call("dsv4_aiter_plan")]
 open(sys.argv[1], "wb").write(export(jax.jit(decode), platforms=("rocm",), disabled_checks=checks)(*arguments).serialize())
 """
 
 
-def test_exported_on_a_machine_without_a_gpu(plugged, tmp_path):
+@pytest.mark.parametrize("layout", ["aiter_bf16"])
+def test_exported_on_a_machine_without_a_gpu(plugged, tmp_path, layout):
     """By a process that has neither GPU nor plugin, for the 256 units of an MI355X; run here, on a device of 8."""
     rng = np.random.default_rng(23)
-    cache = make_cache(rng, SLOTS)
+    cache = make_cache(rng, SLOTS, layout)
     scope, q = make_scope(rng, cache, SLOTS, [33, 5], TOPK), make_q(rng, 2, HEADS)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DSV4_ROCM_ARCHITECTURE": "gfx950", "JAX_DSV4_HIP_LIBRARY": "/nowhere"}
     text = EXPORT.replace("DATA", str(cache.data.shape))
@@ -167,7 +170,7 @@ def test_exported_on_a_machine_without_a_gpu(plugged, tmp_path):
     exported = jax.export.deserialize(bytearray((tmp_path / "program").read_bytes()))
     assert exported.platforms == ("rocm",)
     assert "workers = 256 : i32" in exported.mlir_module()
-    check(jax.jit(exported.call)(q, cache.data, scope.indices, scope.lengths), expected(q, [scope]))
+    check(jax.jit(exported.call)(q, cache.data, scope.indices, scope.lengths), expected(q, [scope]), layout)
 
 
 def run(*arguments):
@@ -179,12 +182,13 @@ def run(*arguments):
 
 
 def test_doctor():
-    """Finds the device and tests on it what runs there, for each head count that AITER may have a kernel for."""
+    """Finds the device and tests on it what runs there, for each layout and head count that AITER may have a kernel for."""
     if aiter_kernel.wheel_directory() is None:
         pytest.skip("AITER's kernels are not here: pip install --no-deps amd-aiter")
     report = json.loads(run("-m", "jax_dsv4.doctor", "--json"))
     assert report["devices"] == ["gpu AMD Instinct MI355X (software)"]
     tests = report["implementations"]["aiter"]["self_tests"]
-    assert [(test["heads"], test["ok"]) for test in tests] == [(heads, True) for heads in (16, 64, 128)]
+    cases = itertools.product(aiter.LAYOUTS, (16, 64, 128))
+    assert [(test["layout"], test["heads"], test["ok"]) for test in tests] == [(*case, True) for case in cases]
     (test,) = report["implementations"]["xla"]["self_tests"]
     assert test["ok"]
