@@ -518,8 +518,8 @@ def over_context(implementation: str, placement: str, way: int | None, q, swa, e
     [("contiguous", "float32", None), ("interleaved", "fp8_ds_mla", None), ("contiguous", "fp8_ds_mla", -2), ("interleaved", "float32", 0)],
 )
 def test_context(mode: AxisType, implementation: str, placement: str, layout: str, way: int | None) -> None:
-    """Within 1e-6 of one device; what moves is the merge: the parts, with their lse, in one all-to-all, and where all devices are to have
-    all, the result in all-gathers; nothing of a cache."""
+    """Within 4e-6 of one device, of numbers below 4. What moves is the merge: the parts, with their lse, in one all-to-all, and where all
+    devices are to have all, the result in all-gathers; nothing of a cache."""
     q, swa, extra, sink = context_problem(layout, placement)
     want = jitted(implementation)(q, swa, extra, sink)
     mesh = jax.make_mesh((2, DEVICES), ("data", "context"), axis_types=(mode,) * 2)
@@ -538,7 +538,7 @@ def test_context(mode: AxisType, implementation: str, placement: str, layout: st
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want[1]))
     assert np.isneginf(lse[[1, 7]]).all()
     assert not out[[1, 7]].any()
-    np.testing.assert_allclose(out, want[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(out, want[0], rtol=1e-6, atol=4e-6)
     np.testing.assert_allclose(lse, want[1], rtol=1e-6, atol=1e-6)
 
 
