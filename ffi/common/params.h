@@ -20,9 +20,9 @@ constexpr int kPackedScaleBytes = 8;
 constexpr int kPackedTokenBytes = kPackedRowBytes + kPackedScaleBytes;  // 584
 static_assert(kPackedTokenBytes == 584, "fp8_ds_mla is byte-compatible with FlashMLA's MODEL1");
 
-// mxfp8_528: 512 e4m3, a ue8m0 for every 32. nvfp4_288: 512 e2m1, number 2k in the low half of byte k, an e4m3 for
-// every
-// 16. A slot's scales directly follow its numbers (inline), or a block's the numbers of all its slots, as above.
+// mxfp8_528: 512 e4m3, and a ue8m0 for every 32. nvfp4_288: 512 e2m1, number 2k in the low half of byte k, and an e4m3
+// for every 16. A slot's scales directly follow its numbers (inline), or a block's the numbers of all its slots, as
+// above.
 constexpr int kMxfp8Tile = 32;
 constexpr int kMxfp8RowBytes = kLatentDim;
 constexpr int kMxfp8ScaleBytes = kLatentDim / kMxfp8Tile;
