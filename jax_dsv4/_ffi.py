@@ -70,7 +70,7 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
     if platform == "ROCM":
-        directories = aiter_directory(), path.parent, aiter_plan_builder()
+        directories = aiter_directory(), path.parent, cache_directory()
         library.dsv4_rocm_directories(*(os.fsencode(p) if p else b"" for p in directories))
         library.dsv4_rocm_gluon_directory(os.fsencode(gluon_directory()))
     for target in AITER_TARGETS + GLUON_TARGETS if platform == "ROCM" else TARGETS:
@@ -106,7 +106,7 @@ def cache_directory() -> Path:
 
 
 def built_plan_builder(architecture: str) -> Path:
-    """Where `python -m jax_dsv4.build_aiter` puts AITER's plan builder."""
+    """Where `python -m jax_dsv4.build_aiter` puts AITER's plan builder; ffi/rocm/launch.cc looks there too."""
     return cache_directory() / f"aiter-{architecture}" / "libaiter_metadata.so"
 
 
@@ -115,9 +115,9 @@ def gluon_directory() -> Path:
     return cache_directory() / "aiter-gluon-gfx950"
 
 
-def aiter_plan_builder() -> Path | None:
-    """AITER's plan builder, if it was built. JAX_DSV4_PLANNER=own leaves it aside."""
-    built = built_plan_builder("gfx950")
+def aiter_plan_builder(architecture: str) -> Path | None:
+    """AITER's plan builder, if it was built for an architecture. JAX_DSV4_PLANNER=own leaves it aside."""
+    built = built_plan_builder(architecture)
     return built if os.environ.get("JAX_DSV4_PLANNER") != "own" and built.exists() else None
 
 

@@ -62,7 +62,7 @@ def command(source: Path, architecture: str, compiler: Path, rocm: Path | None, 
     return [
         str(compiler),
         *("-x", "hip", f"--offload-arch={architecture}", "-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
-        *("-DENABLE_CK=0", "-D__HIP_PLATFORM_AMD__=1", "-DUSE_ROCM"),
+        *("-DENABLE_CK=0", "-D__HIP_PLATFORM_AMD__=1", "-DUSE_ROCM", f'-DJAX_DSV4_ARCHITECTURE="{architecture}"'),
         *(f"-I{source / 'csrc/include'}", f"-I{source / 'csrc/kernels/mla'}", f"-I{ffi}"),
         *([f"--rocm-path={rocm}"] if rocm else []),
         *extra,

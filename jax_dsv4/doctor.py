@@ -95,7 +95,7 @@ def rocm_facts() -> list[str]:
         f"HIP: {hip.value.decode()}",
         f"our kernels for AMD: {', '.join(objects) or 'none were built'}",
         f"AITER's kernels: {_ffi.aiter_directory() or 'none'}",
-        f"AITER's plan builder: {_ffi.aiter_plan_builder() or 'not compiled (python -m jax_dsv4.build_aiter); ours is used'}",
+        f"planner: {aiter.planner(aiter.choose_kernel(aiter.LAYOUTS[0], HEADS[0]))}",
     ]
     facts += [f"AITER's Gluon kernel: {', '.join(_gluon.compiled()) or 'not compiled (python -m jax_dsv4.build_aiter --heads)'}"]
     for layout, heads in itertools.product(aiter.LAYOUTS, HEADS):

@@ -9,7 +9,7 @@
 extern "C" {
 
 // Changes with the struct below.
-constexpr int32_t kAiterMetadataAbi = 1;
+constexpr int32_t kAiterMetadataAbi = 2;
 
 struct AiterMetadata {
   const int32_t* qo_indptr;       // [tokens + 1] 0, 1, 2, ...
@@ -26,6 +26,8 @@ struct AiterMetadata {
 };
 
 int32_t dsv4_aiter_metadata_abi();
+// What its device code was compiled for, such as "gfx950".
+const char* dsv4_aiter_metadata_architecture();
 // Enqueues get_mla_metadata_v1 on a hipStream_t. 0, or 1 with what went wrong in `error`.
 int dsv4_aiter_metadata(const AiterMetadata* arguments, void* stream, char* error, size_t error_bytes);
 

@@ -26,6 +26,8 @@ aiter_tensor_t tensor(const void* data, AiterDtype dtype, int device, int64_t ro
 
 JAX_DSV4_EXPORT int32_t dsv4_aiter_metadata_abi() { return kAiterMetadataAbi; }
 
+JAX_DSV4_EXPORT const char* dsv4_aiter_metadata_architecture() { return JAX_DSV4_ARCHITECTURE; }
+
 JAX_DSV4_EXPORT int dsv4_aiter_metadata(const AiterMetadata* a, void* stream, char* error, size_t error_bytes) {
   const auto ints = [&](const void* data, int64_t rows, int64_t columns = 0) {
     return tensor(data, AITER_DTYPE_i32, a->device, rows, columns);

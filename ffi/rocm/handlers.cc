@@ -279,10 +279,10 @@ JAX_DSV4_TARGET(dsv4_aiter_append_initialize, initialize_append, initializing(ff
                 {kCapturable})
 JAX_DSV4_TARGET(dsv4_aiter_append, taking_struct(append_rows), pool_append_binding(on_stream()), {kCapturable})
 
-// AITER's hsa directory, the directory of our own code objects, and the library of AITER's plan builder ("" for none).
-// To be called first, once.
-JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, const char* metadata) {
-  set_metadata_library(metadata);
+// AITER's hsa directory ("" for none), the directory of our own code objects, and the one that has AITER's plan builder
+// for an architecture in aiter-<architecture>. To be called first, once.
+JAX_DSV4_EXPORT void dsv4_rocm_directories(const char* aiter, const char* own, const char* builders) {
+  set_builders_directory(builders);
   set_aiter_directory(aiter);
   set_kernel_directory(own);
 }

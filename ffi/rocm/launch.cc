@@ -8,7 +8,6 @@
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -48,9 +47,8 @@ struct Modules {
   std::mutex mutex;
   std::string own_directory;
   std::map<int, Device> devices;
-  std::string metadata_path;
-  decltype(&dsv4_aiter_metadata) metadata = nullptr;
-  std::set<int> metadata_ready;  // devices that have its code
+  std::string builders_directory;
+  std::map<int, decltype(&dsv4_aiter_metadata)> metadata;  // by device, once it has the builder's code
 };
 Modules& modules() {
   static Modules* m = new Modules;
@@ -164,6 +162,29 @@ std::string clear(void* to, int64_t words, hip::Stream stream) {
   return error ? failure("hipMemsetD32Async", error) : "";
 }
 
+// AITER's plan builder for an architecture ("": `reason` says why).
+bool open_builder(const std::string& architecture, decltype(&dsv4_aiter_metadata)* metadata, std::string* reason) {
+  // It was linked against no HIP library: it finds the symbols of ours.
+  if (architecture.empty() || !hip::expose_globally(reason)) return false;
+  const std::string path = modules().builders_directory + "/aiter-" + architecture + "/libaiter_metadata.so";
+  const std::string remedy = "run python -m jax_dsv4.build_aiter --architecture " + architecture;
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) return *reason = path + " cannot be loaded (" + dlerror() + "); " + remedy, false;
+  const auto abi = reinterpret_cast<decltype(&dsv4_aiter_metadata_abi)>(dlsym(library, "dsv4_aiter_metadata_abi"));
+  const auto compiled_for =
+      reinterpret_cast<decltype(&dsv4_aiter_metadata_architecture)>(dlsym(library, "dsv4_aiter_metadata_architecture"));
+  if (!abi || abi() != kAiterMetadataAbi || !compiled_for) {
+    *reason = path + " is of another version; " + remedy;
+  } else if (architecture != compiled_for()) {
+    *reason = path + " was compiled for " + compiled_for() + "; " + remedy;
+  } else {
+    *metadata = reinterpret_cast<decltype(&dsv4_aiter_metadata)>(dlsym(library, "dsv4_aiter_metadata"));
+    return true;
+  }
+  dlclose(library);  // so that the next call finds what has been built since
+  return false;
+}
+
 std::atomic<int64_t> g_calls{0}, g_captured{0};
 
 void count_decode(hip::Stream stream) {
@@ -215,7 +236,7 @@ std::string enqueue_plan(int device, hip::Stream stream, const PlanParams& p) {
   return error;
 }
 
-void set_metadata_library(const std::string& path) { modules().metadata_path = path; }
+void set_builders_directory(const std::string& path) { modules().builders_directory = path; }
 
 std::string load_metadata(int device, hip::Stream stream) {
   std::string reason;
@@ -223,17 +244,9 @@ std::string load_metadata(int device, hip::Stream stream) {
   if (!api) return reason;
   Modules& m = modules();
   const std::lock_guard<std::mutex> lock(m.mutex);
-  if (m.metadata_ready.count(device)) return "";
-  if (!m.metadata) {
-    // It was linked against no HIP library: it finds the symbols of ours.
-    if (!hip::expose_globally(&reason)) return reason;
-    void* library = dlopen(m.metadata_path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (!library) return m.metadata_path + " cannot be loaded: " + dlerror();
-    const auto abi = reinterpret_cast<decltype(&dsv4_aiter_metadata_abi)>(dlsym(library, "dsv4_aiter_metadata_abi"));
-    if (!abi || abi() != kAiterMetadataAbi)
-      return m.metadata_path + " is of another version; run python -m jax_dsv4.build_aiter again";
-    m.metadata = reinterpret_cast<decltype(&dsv4_aiter_metadata)>(dlsym(library, "dsv4_aiter_metadata"));
-  }
+  if (m.metadata.count(device)) return "";
+  decltype(&dsv4_aiter_metadata) metadata = nullptr;
+  if (!open_builder(architecture_of(device, &reason), &metadata, &reason)) return reason;
   // HIP loads a program's code at its first launch, which must not happen under capture: so one token is planned here.
   const Current current(*api, device);
   int units = 0;
@@ -255,12 +268,12 @@ std::string load_metadata(int device, hip::Stream stream) {
   a.device = device;
   char text[512] = "";
   hip::Error error = api->MemcpyAsync(in, inputs.data(), 4 * inputs.size(), hip::kMemcpyHostToDevice, stream);
-  const bool failed = !error && m.metadata(&a, stream, text, sizeof text);
+  const bool failed = !error && metadata(&a, stream, text, sizeof text);
   if (!error) error = api->StreamSynchronize(stream);
   api->Free(memory);
   if (error) return failure("AITER's plan builder", error);
   if (failed) return std::string("AITER's plan builder: ") + text;
-  m.metadata_ready.insert(device);
+  m.metadata[device] = metadata;
   return "";
 }
 
@@ -271,7 +284,8 @@ std::string enqueue_metadata(int device, hip::Stream stream, const MetadataParam
   decltype(&dsv4_aiter_metadata) metadata = nullptr;
   {
     const std::lock_guard<std::mutex> lock(modules().mutex);
-    if (modules().metadata_ready.count(device)) metadata = modules().metadata;
+    const auto ready = modules().metadata.find(device);
+    if (ready != modules().metadata.end()) metadata = ready->second;
   }
   if (error.empty() && !metadata) error = "AITER's plan builder was not loaded on device " + std::to_string(device);
   if (error.empty()) error = clear(p.plan.work_info_set, 8ll * p.plan.max_items, stream);

@@ -16,8 +16,9 @@ namespace jax_dsv4::rocm {
 // Where our own code objects are: dsv4_<architecture>.co. Set once, when the library is loaded.
 void set_kernel_directory(const std::string& path);
 
-// AITER's plan builder, as `python -m jax_dsv4.build_aiter` made it; "" for none. Set once, when the library is loaded.
-void set_metadata_library(const std::string& path);
+// Where `python -m jax_dsv4.build_aiter` puts AITER's plan builders, a folder for each architecture. Set once, when the
+// library is loaded.
+void set_builders_directory(const std::string& path);
 
 // Loads AITER's plan builder, and its code on a device by building one small plan. Not to be called under capture.
 std::string load_metadata(int device, hip::Stream stream);

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ class _AITER:
         if _named_architecture():
             device += " (for export: JAX_DSV4_ROCM_ARCHITECTURE)"
         kernels = "; ".join(f"{layout!r}: {c.text.decode()}" for layout, c in choices.items())
-        return Availability(True, f"{device}, {_planner()}, layouts {kernels}")
+        return Availability(True, f"{device}, {planner(choice)}, layouts {kernels}")
 
     def exportable(self) -> bool:
         return False  # sizes come from the device and the kernels found, unless JAX_DSV4_ROCM_ARCHITECTURE makes it available
@@ -98,7 +99,7 @@ class _AITER:
 
     def plan(self, lengths: Sequence[jax.Array], topks: Sequence[int], num_heads: int, segments: int) -> WorkPlan:
         geometry = _geometry(num_heads)
-        if _ffi.aiter_plan_builder() is None:
+        if _builder(_choices(num_heads)[0]) is None:
             return plan_call(lengths, topks, geometry, target="dsv4_aiter_plan")
         return _aiters_plan(lengths[0], topks[0], geometry)
 
@@ -147,9 +148,16 @@ class _AITER:
         return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), cache_scale=np.float32(cache.scale))
 
 
-def _planner() -> str:
-    builder = _ffi.aiter_plan_builder()
-    return f"AITER's plan builder {builder}" if builder else "our own planner (python -m jax_dsv4.build_aiter compiles AITER's)"
+def _builder(choice: Choice) -> Path | None:
+    """AITER's plan builder for the architecture that programs are made for."""
+    return _ffi.aiter_plan_builder(choice.architecture.decode())
+
+
+def planner(choice: Choice) -> str:
+    """Which one makes the plans for a kernel's architecture."""
+    command = f"python -m jax_dsv4.build_aiter --architecture {choice.architecture.decode()}"
+    builder = _builder(choice)
+    return f"AITER's plan builder {builder}" if builder else f"our own planner ({command} compiles AITER's)"
 
 
 def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, heads: int = 16) -> WorkPlan:
@@ -176,7 +184,7 @@ def _geometry(heads: int) -> Geometry:
     """
     choices = _choices(heads)
     # AITER's builder always plans for every unit.
-    sharing = 1 if _ffi.aiter_plan_builder() else min(choice.head_passes(heads) for choice in choices)
+    sharing = 1 if _builder(choices[0]) else min(choice.head_passes(heads) for choice in choices)
     workers = max(1, min(MAX_WORKERS, choices[0].units // sharing))
     # An item costs 4,100 wave-instructions and 64 keys of 16 heads 1,374 (the wheel's fp8 kernel) or 693: three blocks' worth. In bf16 it
     # costs one to two, which makes little difference.

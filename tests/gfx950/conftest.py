@@ -74,24 +74,13 @@ def hsa(request):
 @pytest.fixture(scope="session")
 def bridge_handlers(rocm_library, hsa, tmp_path_factory):
     copy = tmp_path_factory.mktemp("rocm") / "libdsv4_rocm.so"
-    return xla_bridge.load_handlers(rocm_library, copy, hsa, rocm_library.parent, _ffi.aiter_plan_builder()), copy
+    return xla_bridge.load_handlers(rocm_library, copy, hsa, rocm_library.parent), copy
 
 
 @pytest.fixture
 def bridge(gpu, bridge_handlers, monkeypatch):
-    """`implementation="aiter"` on platform cpu for the time of a test, over a software GPU of 8 units. -> the bridge (xla_bridge.cc)"""
-    handlers, path = bridge_handlers
-    monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
-    monkeypatch.setenv("GFX950_UNITS", "8")
-    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
-    monkeypatch.setattr(aiter.AITER, "platforms", ("cpu",))
-    aiter.choose_kernel.cache_clear()
-    connected = xla_bridge.connect(path, software_gpu.library())
-    connected.bridge_replay(0)
-    yield connected
-    connected.bridge_replay(0)
-    aiter.choose_kernel.cache_clear()
-    jax.clear_caches()  # programs keep the sizes of the kernel that they were traced for
+    """`implementation="aiter"` on platform cpu for the time of a test. -> the bridge"""
+    yield from xla_bridge.drive(monkeypatch, aiter.AITER, *bridge_handlers)
 
 
 @pytest.fixture(scope="session")
@@ -105,20 +94,9 @@ def shared_packed(rocm_library, tmp_path_factory):
 
 @pytest.fixture
 def packed(gpu, shared_packed, monkeypatch):
-    """`implementation="aiter_gluon"` on platform cpu for the time of a test. -> the bridge (xla_bridge.cc)"""
-    handlers, path = shared_packed
+    """`implementation="aiter_gluon"` on platform cpu for the time of a test. -> the bridge"""
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(gluon.CACHE))
-    monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
-    monkeypatch.setenv("GFX950_UNITS", "8")
-    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
-    monkeypatch.setattr(aiter_gluon.AITER_GLUON, "platforms", ("cpu",))
-    aiter_gluon.describe_device.cache_clear()
-    connected = xla_bridge.connect(path, software_gpu.library())
-    connected.bridge_replay(0)
-    yield connected
-    connected.bridge_replay(0)
-    aiter_gluon.describe_device.cache_clear()
-    jax.clear_caches()  # programs keep the variant that they were traced for
+    yield from xla_bridge.drive(monkeypatch, aiter_gluon.AITER_GLUON, *shared_packed)
 
 
 @pytest.fixture

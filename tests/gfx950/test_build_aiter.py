@@ -38,29 +38,29 @@ def build(tmp_path, monkeypatch):
 
 
 def test_builds_once_per_state_of_the_sources(build):
-    assert _ffi.aiter_plan_builder() is None
+    assert _ffi.aiter_plan_builder("gfx950") is None
     code, text, lines = build()
     assert code == 0
-    first = _ffi.aiter_plan_builder()
+    first = _ffi.aiter_plan_builder("gfx950")
     assert first.read_text() == "library\n"
     assert f"{first.resolve()} is in use for gfx950" in text
     (line,) = lines
     assert f"{line}\n" in text  # what is compiled, and how, is shown
-    for flag in ("--offload-arch=gfx950", "-fvisibility=hidden", "-g1", "aiter_metadata.hip"):
+    for flag in ("--offload-arch=gfx950", '-DJAX_DSV4_ARCHITECTURE="gfx950"', "-fvisibility=hidden", "-g1", "aiter_metadata.hip"):
         assert flag in line
     assert len(build()[2]) == 1
     first = first.resolve()
     assert len(build(text="void another(aiter_tensor_t&);")[2]) == 2
-    assert _ffi.aiter_plan_builder().resolve() != first
+    assert _ffi.aiter_plan_builder("gfx950").resolve() != first
     assert len(build()[2]) == 2  # back to the first, which was kept
-    assert _ffi.aiter_plan_builder().resolve() == first
+    assert _ffi.aiter_plan_builder("gfx950").resolve() == first
 
 
 def test_a_failed_compilation_leaves_nothing(build):
     code, text, _ = build(status=3)
     assert code != 0
     assert "failed with status 3" in text
-    assert _ffi.aiter_plan_builder() is None
+    assert _ffi.aiter_plan_builder("gfx950") is None
 
 
 def test_sources_typed_on_torch_are_refused(build):

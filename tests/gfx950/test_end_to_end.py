@@ -92,7 +92,7 @@ def test_nothing_forbidden_under_capture(bridge, gpu, monkeypatch, layout, plann
     test_hip.py."""
     if planner == "own":
         monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
-    elif _ffi.aiter_plan_builder() is None:
+    elif _ffi.aiter_plan_builder("gfx950") is None:
         pytest.skip("AITER's plan builder is not compiled: python -m jax_dsv4.build_aiter --source AITER (it takes minutes)")
     rng = np.random.default_rng(10)
     for _ in range(2):  # the first round loads code, in the initialize stage

@@ -9,7 +9,6 @@ from calls import attend, check, create_cache, expected, make_cache, make_q, mak
 from numpy.random import default_rng
 
 import jax_dsv4 as dsv4
-from jax_dsv4 import _ffi
 from jax_dsv4._implementations import aiter
 
 
@@ -17,19 +16,11 @@ from jax_dsv4._implementations import aiter
 def gfx942(gpu, rocm_library, tmp_path, monkeypatch):
     if (hsa := aiter_kernel.wheel_directory()) is None:
         pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
-    monkeypatch.setenv("GFX950_ARCHITECTURE", "gfx942")
-    monkeypatch.setenv("GFX950_UNITS", "8")
-    monkeypatch.setenv("JAX_DSV4_HIP_LIBRARY", str(software_gpu.library()))
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
     path = tmp_path / "libdsv4_rocm.so"
     handlers = bridge.load_handlers(rocm_library, path, hsa, rocm_library.parent)
-    monkeypatch.setattr(_ffi, "load_rocm", lambda: (handlers, str(path)))
-    monkeypatch.setattr(aiter.AITER, "platforms", ("cpu",))
-    aiter.choose_kernel.cache_clear()
-    bridge.connect(path, software_gpu.library()).bridge_replay(0)
-    yield hsa
-    aiter.choose_kernel.cache_clear()
-    jax.clear_caches()
+    for _ in bridge.drive(monkeypatch, aiter.AITER, handlers, path, "gfx942"):
+        yield hsa
 
 
 def test_what_is_there(gfx942):

@@ -5,8 +5,11 @@ builder itself. tests/test_plan.py compares the same planner with all of the pla
 import ctypes
 import dataclasses
 import functools
+import subprocess
 
+import aiter_kernel
 import aiter_plans
+import bridge
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +123,7 @@ def test_knowing_the_tile_is_better(rocm, table):
 
 @pytest.fixture
 def builder(rocm):
-    if _ffi.aiter_plan_builder() is None:
+    if _ffi.aiter_plan_builder("gfx950") is None:
         pytest.skip("AITER's plan builder is not compiled: python -m jax_dsv4.build_aiter --source AITER (it takes minutes)")
 
 
@@ -171,12 +174,56 @@ def test_the_builders_errors_return(builder, gpu):
         _fields_ = (("pointers", ctypes.c_void_p * 9), ("numbers", ctypes.c_int32 * 8))
 
     ctypes.CDLL(str(software_gpu.library()), ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(_ffi.aiter_plan_builder()))
+    library = ctypes.CDLL(str(_ffi.aiter_plan_builder("gfx950")))
     text = ctypes.create_string_buffer(512)
     tokens, heads, topk, granularity, units = 1, 16, 64, 48, 8
     arguments = Metadata(numbers=(tokens, heads, topk, granularity, units, 8, 16, 0))
     assert library.dsv4_aiter_metadata(ctypes.byref(arguments), None, text, ctypes.c_size_t(len(text))) == 1
     assert "kv_granularity Must be power of 2" in text.value.decode()
+
+
+STAND_IN = """
+int dsv4_aiter_metadata_abi() {{ return 2; }}
+const char* dsv4_aiter_metadata_architecture() {{ return "{}"; }}
+int dsv4_aiter_metadata(const void* arguments, void* stream, char* error, unsigned long bytes) {{
+  for (int i = 0; i < 5; ++i) error[i] = "asked"[i];
+  return 1;
+}}
+"""
+
+
+@pytest.mark.parametrize(("device", "other"), [("gfx950", "gfx942"), ("gfx942", "gfx950")])
+def test_a_builder_for_another_architecture(gpu, rocm_library, tmp_path, monkeypatch, device, other):
+    """Its device code is for one: on another device ours plans, and a builder that lies in the other's folder is refused."""
+    if (hsa := aiter_kernel.wheel_directory()) is None:
+        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+    monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
+
+    def install(folder, compiled_for):
+        path, source = _ffi.built_plan_builder(folder), tmp_path / "builder.c"
+        source.write_text(STAND_IN.format(compiled_for))
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", path, source], check=True)
+        bridge.forget()
+
+    def plan():
+        return dsv4.plan_decode(jnp.ones(1, jnp.int32), num_heads=16, swa_topk=8, implementation="aiter").work[0].work_info_set
+
+    path = tmp_path / "libdsv4_rocm.so"
+    handlers = bridge.load_handlers(rocm_library, path, hsa, rocm_library.parent)
+    for _ in bridge.drive(monkeypatch, implementation.AITER, handlers, path, device):
+        install(other, other)
+        command = f"python -m jax_dsv4.build_aiter --architecture {device}"
+        assert f"our own planner ({command} compiles AITER's)" in dsv4.implementations()["aiter"].detail
+        assert np.asarray(plan())[0, 5] == 1
+        install(device, other)
+        with pytest.raises(Exception, match=f"libaiter_metadata.so was compiled for {other}; run {command}"):
+            jax.block_until_ready(plan())
+        install(device, device)
+        assert f"AITER's plan builder {_ffi.built_plan_builder(device)}" in dsv4.implementations()["aiter"].detail
+        with pytest.raises(Exception, match="AITER's plan builder: asked"):
+            jax.block_until_ready(plan())
 
 
 def test_the_builder_is_not_asked_for_other_heads(builder):
