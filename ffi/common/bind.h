@@ -85,7 +85,7 @@ struct PlanArrays {
   Buffer kv_lengths, work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map;
 };
 
-inline bool fill_dtype(Checker& check, const Buffer& buffer, const std::string& argument, Dtype* dtype) {
+inline bool fill_dtype(Checker& check, const Buffer& buffer, const Text& argument, Dtype* dtype) {
   const bool f32 = buffer.element_type() == ffi::DataType::F32;
   *dtype = f32 ? Dtype::kFloat32 : Dtype::kBf16;
   return f32 || check.dtype(buffer, argument, ffi::DataType::BF16);
@@ -96,22 +96,22 @@ inline bool fill_q(Checker& check, const Buffer& q, const void** data, Dtype* dt
   if (!check.ok() || !fill_dtype(check, q, "q", dtype)) return false;
   *data = q.untyped_data();
   const int64_t heads = q.dimensions()[1];
-  return check.require(heads >= 1 && heads <= kMaxHeads, "q", "have 1 to " + std::to_string(kMaxHeads) + " heads",
-                       std::to_string(heads));
+  return check.require(heads >= 1 && heads <= kMaxHeads, "q", Text("have 1 to ") + kMaxHeads + " heads",
+                       heads);
 }
 
 // A cache buffer is [num_blocks, ...]: uint8 [num_blocks, block_stride_bytes] where there are scales, [num_blocks,
 // block_size, 512] else. `inline_scales`: 1 where each slot's scales directly follow its numbers, else 0.
-inline bool fill_cache(Checker& check, const Buffer& buffer, const std::string& argument, int32_t block_size,
+inline bool fill_cache(Checker& check, const Buffer& buffer, const Text& argument, int32_t block_size,
                        int32_t layout, int32_t inline_scales, Cache* cache) {
   cache->layout = static_cast<Layout>(layout);
   const SlotBytes bytes = slot_bytes(cache->layout);
   const int64_t slot = bytes.row + bytes.scales;
-  check.require(slot > 0, argument + ".layout", "be one that this platform reads", std::to_string(layout));
-  check.require(block_size > 0, argument + ".block_size", "be positive", std::to_string(block_size));
+  check.require(slot > 0, argument + ".layout", "be one that this platform reads", layout);
+  check.require(block_size > 0, argument + ".block_size", "be positive", block_size);
   const bool either = cache->layout == Layout::kMxfp8 || cache->layout == Layout::kNvfp4;
   check.require(inline_scales == 0 || (inline_scales == 1 && either), argument + ".inline",
-                either ? "be 0 or 1" : "be 0 in this layout", std::to_string(inline_scales));
+                either ? "be 0 or 1" : "be 0 in this layout", inline_scales);
   if (!check.ok()) return false;
   if (bytes.scales > 0) {
     check.buffer(buffer, argument, ffi::DataType::U8, "(num_blocks, block_stride_bytes)", {-1, -1});
@@ -128,13 +128,13 @@ inline bool fill_cache(Checker& check, const Buffer& buffer, const std::string& 
   arrange(cache, inline_scales != 0);
   const int64_t stride = cache->block_stride_bytes;
   check.require(stride >= block_size * slot, argument + ".block_stride_bytes",
-                "be at least block_size * " + std::to_string(slot) + " = " + std::to_string(block_size * slot),
-                std::to_string(stride));
+                Text("be at least block_size * ") + slot + Text(" = ") + block_size * slot,
+                stride);
   return check.require(inline_scales == 0 || stride % slot == 0, argument + ".block_stride_bytes",
-                       "be a multiple of " + std::to_string(slot) + ", an inline slot", std::to_string(stride));
+                       Text("be a multiple of ") + slot + ", an inline slot", stride);
 }
 
-inline bool fill_scope(Checker& check, const std::string& name, int64_t tokens, const ScopeOperands& o,
+inline bool fill_scope(Checker& check, const Text& name, int64_t tokens, const ScopeOperands& o,
                        int32_t block_size, int32_t layout, int32_t inline_scales, Scope* scope) {
   if (!fill_cache(check, o.cache, name + ".cache", block_size, layout, inline_scales, &scope->cache) ||
       !check.buffer(o.indices, name + ".indices", ffi::DataType::S32, "(tokens, topk)", {tokens, -1}) ||
@@ -152,7 +152,7 @@ inline bool fill_plan(Checker& check, int64_t tokens, const PlanArrays& o, Plan*
   if (!check.buffer(o.kv_lengths, "plan.kv_lengths", kInt, "(tokens,)", {tokens}) ||
       !check.buffer(o.work_indptr, "plan.work_indptr", kInt, "(workers + 1,)", {-1}) ||
       !check.require(o.work_indptr.dimensions()[0] > 1, "plan.work_indptr", "have at least 2 entries",
-                     std::to_string(o.work_indptr.dimensions()[0])) ||
+                     o.work_indptr.dimensions()[0]) ||
       !check.buffer(o.work_info_set, "plan.work_info_set", kInt, "(max_items, 8)", {-1, 8}) ||
       !check.buffer(o.reduce_indptr, "plan.reduce_indptr", kInt, "(tokens + 1,)", {tokens + 1}) ||
       !check.buffer(o.reduce_final_map, "plan.reduce_final_map", kInt, "(tokens, 2)", {tokens, 2}) ||
@@ -182,7 +182,7 @@ bool fill_rows(Checker& check, const Buffer& latents, const Buffer& slots, const
   p->slots = data_of<const int32_t>(slots);
   check.buffer(slots, "slots", ffi::DataType::S32, "(count,)", {p->count});
   return check.require(updated.size_bytes() == cache.size_bytes(), "the result", "have the cache's size",
-                       std::to_string(updated.size_bytes()));
+                       updated.size_bytes());
 }
 
 // --- dsv4_plan: lengths of two scopes -> a plan. An absent scope has topk 0.
@@ -205,12 +205,12 @@ inline ffi::Error fill_plan_params(const PlanOperands& o, PlanParams* p) {
   if (!check.ok()) return check.error();
   const int64_t tokens = o.swa_lengths.dimensions()[0];
   check.buffer(o.extra_lengths, "extra_lengths", ffi::DataType::S32, "(tokens,)", {tokens});
-  check.require(o.swa_topk >= 0, "swa_topk", "not be negative", std::to_string(o.swa_topk));
-  check.require(o.extra_topk >= 0, "extra_topk", "not be negative", std::to_string(o.extra_topk));
-  check.require(o.granularity > 0, "granularity", "be positive", std::to_string(o.granularity));
-  check.require(o.overhead >= 0, "overhead", "not be negative", std::to_string(o.overhead));
-  check.require(o.cut_cost >= 0, "cut_cost", "not be negative", std::to_string(o.cut_cost));
-  check.require(o.segment >= 0, "segment", "not be negative", std::to_string(o.segment));
+  check.require(o.swa_topk >= 0, "swa_topk", "not be negative", o.swa_topk);
+  check.require(o.extra_topk >= 0, "extra_topk", "not be negative", o.extra_topk);
+  check.require(o.granularity > 0, "granularity", "be positive", o.granularity);
+  check.require(o.overhead >= 0, "overhead", "not be negative", o.overhead);
+  check.require(o.cut_cost >= 0, "cut_cost", "not be negative", o.cut_cost);
+  check.require(o.segment >= 0, "segment", "not be negative", o.segment);
   Plan plan;
   if (!check.ok() || !fill_plan(check, tokens, o.plan, &plan)) return check.error();
   p->tokens = check.to_int32(tokens, "tokens");
@@ -220,15 +220,15 @@ inline ffi::Error fill_plan_params(const PlanOperands& o, PlanParams* p) {
   const int64_t segments = o.segment > 0 ? (blocks + o.segment - 1) / o.segment : 1;  // of a token, at most
   check.to_int32(tokens * (blocks + segments * o.overhead) + o.overhead, "the cost of all items in blocks");
   check.require(o.active_workers >= 1 && o.active_workers <= plan.workers, "active_workers",
-                "be from 1 to workers = " + std::to_string(plan.workers), std::to_string(o.active_workers));
+                Text("be from 1 to workers = ") + plan.workers, o.active_workers);
   const int64_t items = plan_max_items(tokens, o.active_workers, segments);
   check.require(plan.max_items >= items, "work_info_set",
-                segments > 1 ? "have at least tokens * segments = " + std::to_string(items) + " rows"
-                             : "have at least tokens + active_workers - 1 = " + std::to_string(items) + " rows",
-                std::to_string(plan.max_items));
+                segments > 1 ? Text("have at least tokens * segments = ") + items + " rows"
+                             : Text("have at least tokens + active_workers - 1 = ") + items + " rows",
+                plan.max_items);
   const int64_t partials = plan_max_partials(tokens, o.active_workers, segments);
   check.require(plan.max_partials >= partials, "reduce_partial_map",
-                "have at least " + std::to_string(partials) + " entries", std::to_string(plan.max_partials));
+                Text("have at least ") + partials + " entries", plan.max_partials);
   p->lengths[0] = data_of<const int32_t>(o.swa_lengths);
   p->lengths[1] = data_of<const int32_t>(o.extra_lengths);
   p->topk[0] = o.swa_topk;

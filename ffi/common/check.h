@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -14,7 +15,41 @@ namespace jax_dsv4 {
 
 namespace ffi = ::xla::ffi;
 
-// Collects the first failure; later checks are skipped once there is one.
+// What a message would say: pieces of text and numbers, put together only when a check has failed. It refers to the
+// text, and is not to outlive the call that it is passed to.
+class Text {
+ public:
+  Text(const char* text) { pieces_[count_++] = {text, 0}; }
+  Text(const std::string& text) : Text(text.c_str()) {}
+  template <typename Number, typename = std::enable_if_t<std::is_integral_v<Number>>>
+  Text(Number number) {
+    pieces_[count_++] = {nullptr, static_cast<int64_t>(number)};
+  }
+
+  Text operator+(const Text& more) const {
+    Text both = *this;
+    for (int i = 0; i < more.count_ && both.count_ < kPieces; ++i) both.pieces_[both.count_++] = more.pieces_[i];
+    return both;
+  }
+
+  std::string string() const {
+    std::string s;
+    for (int i = 0; i < count_; ++i) s += pieces_[i].text ? pieces_[i].text : std::to_string(pieces_[i].number);
+    return s;
+  }
+
+ private:
+  static constexpr int kPieces = 6;
+  struct Piece {
+    const char* text;  // null: the number
+    int64_t number;
+  };
+  Piece pieces_[kPieces];
+  int count_ = 0;
+};
+
+// Collects the first failure; later checks are skipped once there is one. A check that holds costs a comparison: a call
+// makes some fifty of them.
 class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
@@ -24,13 +59,13 @@ class Checker {
     return ok() ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInvalidArgument, message_);
   }
 
-  bool require(bool condition, const std::string& argument, const std::string& rule, const std::string& got) {
-    if (ok() && !condition) message_ = std::string(op_) + ": " + argument + " must " + rule + ", got " + got;
+  bool require(bool condition, const Text& argument, const Text& rule, const Text& got) {
+    if (ok() && !condition) fail(argument, rule.string(), got.string());
     return ok();
   }
 
   // Dimensions as named, e.g. shape(q, "q", "(tokens, heads, 512)", {t, h, 512}); -1 matches anything.
-  bool shape(const ffi::AnyBuffer& buffer, const std::string& argument, const char* names,
+  bool shape(const ffi::AnyBuffer& buffer, const Text& argument, const char* names,
              std::initializer_list<int64_t> expected) {
     const auto dims = buffer.dimensions();
     bool same = dims.size() == expected.size();
@@ -39,26 +74,32 @@ class Checker {
       if (same && e >= 0 && dims[i] != e) same = false;
       ++i;
     }
-    return ok() && require(same, argument, "have shape " + std::string(names) + " = " + text(expected), text(dims));
+    if (ok() && !same) fail(argument, "have shape " + std::string(names) + " = " + text(expected), text(dims));
+    return ok();
   }
 
-  bool dtype(const ffi::AnyBuffer& buffer, const std::string& argument, ffi::DataType expected) {
-    return ok() && require(buffer.element_type() == expected, argument, "have dtype " + text(expected),
-                           text(buffer.element_type()));
+  bool dtype(const ffi::AnyBuffer& buffer, const Text& argument, ffi::DataType expected) {
+    const ffi::DataType got = buffer.element_type();
+    if (ok() && got != expected) fail(argument, "have dtype " + text(expected), text(got));
+    return ok();
   }
 
-  bool buffer(const ffi::AnyBuffer& value, const std::string& argument, ffi::DataType expected, const char* names,
+  bool buffer(const ffi::AnyBuffer& value, const Text& argument, ffi::DataType expected, const char* names,
               std::initializer_list<int64_t> dims) {
     return dtype(value, argument, expected) && shape(value, argument, names, dims);
   }
 
   // Refuses what does not fit.
-  int32_t to_int32(int64_t value, const std::string& argument) {
-    require(value >= 0 && value <= std::numeric_limits<int32_t>::max(), argument, "fit int32", std::to_string(value));
+  int32_t to_int32(int64_t value, const Text& argument) {
+    require(value >= 0 && value <= std::numeric_limits<int32_t>::max(), argument, "fit int32", value);
     return ok() ? static_cast<int32_t>(value) : 0;
   }
 
  private:
+  __attribute__((noinline)) void fail(const Text& argument, const std::string& rule, const std::string& got) {
+    message_ = std::string(op_) + ": " + argument.string() + " must " + rule + ", got " + got;
+  }
+
   template <typename Dims>
   static std::string text(const Dims& dims) {
     std::string s = "(";

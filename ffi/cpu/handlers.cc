@@ -84,8 +84,7 @@ ffi::Future decode(const CpuDecodeOperands& o, ffi::ThreadPool pool) {
   const int64_t stride = o.workspace.dimensions()[1], lanes = o.workspace.dimensions()[0];
   // Where lanes have no room for all heads, tasks have fewer.
   const int64_t least = static_cast<int64_t>(lane_bytes(group_heads(p.heads, kMaxHeadGroups))) + 64;
-  check.require(lanes > 0 && stride >= least, "workspace", "have lanes of at least " + std::to_string(least) + " bytes",
-                std::to_string(stride));
+  check.require(lanes > 0 && stride >= least, "workspace", Text("have lanes of at least ") + least + " bytes", stride);
   if (!check.ok()) return done(check.error());
   uint8_t* scratch = data_of<uint8_t>(o.workspace);
 
