@@ -69,6 +69,15 @@ constexpr Known kKnown[] = {
     {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", kBf16, 16, false, false, 1, kMaxHeads, /*on_gfx942=*/true},
 };
 
+// The 16-head bf16 kernels load the slots of an item's second 16 keys, then 18 rows, and wait until 19 loads are under
+// way: the first of them may not have landed when it is used. The loop's own waits are for 18, and so is this one made.
+constexpr uint32_t kWaitFor19 = 0xBF8C4073, kWaitFor18 = 0xBF8C4072;  // s_waitcnt vmcnt(n) lgkmcnt(0)
+constexpr Mend kMends[] = {
+    {0xe9d72b8633d4a380, 0x21f4, kWaitFor19, kWaitFor18},  // gfx950, _ps, of the wheel of 2025 and of e404860
+    {0x4f33413da49c7ec8, 0x21f4, kWaitFor19, kWaitFor18},  // gfx942, the same
+    {0xe5fdb498ca36f178, 0x2524, kWaitFor19, kWaitFor18},  // gfx950, _lse_ps, of e404860
+};
+
 std::string& directory() {
   static std::string* path = new std::string;
   return *path;
@@ -179,6 +188,9 @@ Candidates find_kernels(const std::string& architecture) {
     AiterKernel kernel;
     kernel.file = file;
     kernel.symbol = notes.kernels[0].name;
+    for (const Mend& mend : kMends) {
+      if (mend.sum == sum_of(bytes)) kernel.mend = &mend;
+    }
     kernel.layout = known.layout;
     kernel.heads = known.heads;
     kernel.any_heads = known.any_heads;

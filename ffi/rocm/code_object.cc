@@ -164,6 +164,21 @@ KernelNotes describe(const Value& kernel) {
 
 }  // namespace
 
+uint64_t sum_of(const std::string& bytes) {
+  uint64_t sum = 0xcbf29ce484222325;
+  for (unsigned char byte : bytes) sum = (sum ^ byte) * 0x100000001b3;
+  return sum;
+}
+
+bool apply(const Mend& mend, std::string* bytes) {
+  uint32_t word = 0;
+  if (sum_of(*bytes) != mend.sum || mend.offset + sizeof word > bytes->size()) return false;
+  std::memcpy(&word, bytes->data() + mend.offset, sizeof word);
+  if (word != mend.from) return false;
+  std::memcpy(&(*bytes)[mend.offset], &mend.to, sizeof mend.to);
+  return true;
+}
+
 bool read_notes(const void* elf, size_t size, CodeObjectNotes* notes, std::string* reason) {
   const uint8_t* file = static_cast<const uint8_t*>(elf);
   const auto fail = [&](const char* why) {

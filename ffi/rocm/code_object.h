@@ -12,7 +12,20 @@ namespace jax_dsv4::rocm {
 // A kernel on disk.
 struct KernelFile {
   std::string file, symbol;
+  const struct Mend* mend = nullptr;  // what is done to its bytes before they are loaded
 };
+
+// A 32-bit word of a file, and what is put in its place.
+struct Mend {
+  uint64_t sum;  // of the whole file: no other is touched
+  size_t offset;
+  uint32_t from, to;
+};
+
+// FNV-1a.
+uint64_t sum_of(const std::string& bytes);
+// False, and `bytes` as they were, where they are not those that the mend is for.
+bool apply(const Mend& mend, std::string* bytes);
 
 struct KernelArgument {
   std::string kind;  // global_buffer, by_value, hidden_...

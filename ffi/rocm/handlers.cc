@@ -303,7 +303,8 @@ JAX_DSV4_EXPORT int dsv4_rocm_choose(const char* named, int32_t layout, int32_t 
       architecture.empty() ? nullptr
                            : choose_kernel(architecture, static_cast<Layout>(layout), heads, pool_bytes, &reason);
   std::strncpy(choice->architecture, architecture.c_str(), sizeof choice->architecture - 1);
-  std::strncpy(choice->text, kernel ? kernel->file.c_str() : reason.c_str(), sizeof choice->text - 1);
+  if (kernel) reason = kernel->file + (kernel->mend ? " (one wait mended)" : "");
+  std::strncpy(choice->text, reason.c_str(), sizeof choice->text - 1);
   if (!kernel) return 0;
   choice->kernel_heads = heads_at_a_time(*kernel, heads);
   choice->tile = kernel->tile;

@@ -61,11 +61,11 @@ std::string failure(const char* call, hip::Error error) {
          ")";
 }
 
-std::string load_file(const std::string& path, hip::Module* module) {
+std::string load_file(const std::string& path, const Mend* mend, hip::Module* module) {
   std::ifstream in(path, std::ios::binary);
   if (!in) return "cannot read " + path;
-  const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  std::string reason;
+  std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>()), reason;
+  if (mend && !apply(*mend, &bytes)) return path + " has changed since it was found";
   const hip::Error error = hip::api(&reason)->ModuleLoadData(module, bytes.data());
   return error ? path + ": " + failure("hipModuleLoadData", error) : "";
 }
@@ -98,7 +98,7 @@ std::string load_locked(const hip::Api& api, int device, const KernelFile* kerne
     const std::string architecture = architecture_of(device, &error);
     if (architecture.empty()) return error;
     hip::Module module;
-    error = load_file(modules().own_directory + "/dsv4_" + architecture + ".co", &module);
+    error = load_file(modules().own_directory + "/dsv4_" + architecture + ".co", nullptr, &module);
     hip::Function own[kOwnCount];
     for (int k = 0; k < kOwnCount && error.empty(); ++k) error = load_function(module, kOwnNames[k], &own[k]);
     if (!error.empty()) return error;
@@ -107,7 +107,7 @@ std::string load_locked(const hip::Api& api, int device, const KernelFile* kerne
   if (kernel && !d.aiter.count(kernel->file)) {
     hip::Module module;
     hip::Function function;
-    error = load_file(kernel->file, &module);
+    error = load_file(kernel->file, kernel->mend, &module);
     if (error.empty()) error = load_function(module, kernel->symbol.c_str(), &function);
     if (!error.empty()) return error;
     d.aiter[kernel->file] = function;

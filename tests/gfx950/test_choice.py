@@ -1,5 +1,6 @@
 """What is found, what is refused, and the reasons that `implementations()` and NotImplementedError give; programs for another machine."""
 
+import contextlib
 import pathlib
 import re
 import shutil
@@ -73,6 +74,7 @@ def test_all_is_here(find, one_kernel, layout):
     found = find()
     assert found.available, found.detail
     assert f"'{layout}': {one_kernel}" in found.detail
+    assert ("one wait mended" in found.detail) == (layout == "aiter_bf16")
     other = next(name for name in KERNELS if name != layout)
     reason = f"no {TYPES[other]} kernel for 16 heads"
     assert f"'{other}': {reason}" in found.detail
@@ -116,6 +118,22 @@ def test_a_file_that_is_not_known(find, one_kernel, layout, damage, reason):
     path = one_kernel / f"gfx950/mla/{KERNELS[layout]}.co"
     path.write_bytes(damage(path.read_bytes()))
     assert_refused(find(), reason, layout)
+
+
+@pytest.mark.parametrize("layout", ["aiter_bf16"])
+def test_what_is_mended(gpu, one_kernel, layout, rocm_library, tmp_path, monkeypatch):
+    """The file that the mend is for, byte for byte, also when it is loaded. Another is used as it is."""
+    file, path = one_kernel / f"gfx950/mla/{KERNELS[layout]}.co", tmp_path / "handlers.so"
+    known = file.read_bytes()
+    for found, loaded, mended in ((known, known + b"\0", True), (known + b"\0", known + b"\0", False)):
+        file.write_bytes(found)
+        handlers = bridge.load_handlers(rocm_library, path, one_kernel, rocm_library.parent)
+        for _ in bridge.drive(monkeypatch, aiter.AITER, handlers, path):
+            assert ("one wait mended" in dsv4.implementations()["aiter"].detail) == mended
+            file.write_bytes(loaded)
+            with pytest.raises(Exception, match="has changed since it was found") if mended else contextlib.nullcontext():
+                jax.block_until_ready(decode(layout))
+        path = tmp_path / "others.so"
 
 
 HEADER = "qType,kvType,Gqa,ps,qSeqLen,prefill,causal,lse,cprr,knl_name,co_name\n"

@@ -111,16 +111,27 @@ def test_nothing_forbidden_under_capture(bridge, gpu, monkeypatch, layout, plann
     assert all(cost.launches == 1 for cost in kernels.values())
 
 
-def test_our_kernels_wait_for_their_data(rocm, gpu, layout):
-    """By the letter of the ISA; AITER's do not, and that is seen too."""
+def test_our_kernels_wait_for_their_data(rocm, gpu, layout, reports_lse):
+    """By the letter of the ISA. AITER's do not, and that is seen too; but for those of 16 heads in bf16, whose one weak wait is mended."""
     rng = np.random.default_rng(18)
     gpu.options(hazards=True)
     cache = make_cache(rng, 300, layout)
     scope = make_scope(rng, cache, 300, [300, 0, 65], 300, holes=0.1)
     jax.block_until_ready(attend(make_q(rng, 3, 32), (scope,)))
     hazards = gpu.hazards()
-    assert any("5aiter" in h for h in hazards)
+    assert any("5aiter" in h for h in hazards) == (layout == "aiter_fp8" or reports_lse)  # the wheel has no other for 32 heads
     assert not [h for h in hazards if "5aiter" not in h]
+
+
+@pytest.mark.parametrize("layout", ["aiter_bf16"])
+@pytest.mark.parametrize("latency", [0, 300, 3000])
+def test_however_long_loads_take(rocm, gpu, layout, latency):
+    """In instructions of a wave. Without the mended wait the kernel of 16 heads is wrong from 300 on (test_timing)."""
+    rng = np.random.default_rng(24)
+    gpu.options(vm_latency=latency)
+    scope = make_scope(rng, make_cache(rng, 300, layout), 300, [300, 64, 129], 300)
+    q = make_q(rng, 3, 16)
+    check(attend(q, (scope,)), expected(q, [scope]), layout)
 
 
 def test_buffers_may_move(bridge, layout):

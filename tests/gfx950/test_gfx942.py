@@ -44,6 +44,15 @@ def test_decode(gfx942, heads):
     check(attend(q, scopes, sink, plan_for(scopes, heads)), expected(q, scopes, sink), "aiter_bf16")
 
 
+@pytest.mark.parametrize("latency", [300, 3000])
+def test_however_long_loads_take(gfx942, gpu, latency):
+    """As on gfx950, the kernel is wrong from 300 on but for a wait that is mended."""
+    rng = default_rng(1)
+    gpu.options(vm_latency=latency)
+    scope, q = make_scope(rng, make_cache(rng, 300, "aiter_bf16"), 300, [300, 64], 300), make_q(rng, 2, 16)
+    check(attend(q, (scope,)), expected(q, [scope]), "aiter_bf16")
+
+
 def test_programs_for_another_architecture_are_refused(gfx942, gpu):
     with pytest.raises(software_gpu.HipError, match="NoBinaryForGpu"):
         gpu.function((gfx942 / "gfx950/mla/mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps.co").read_bytes(), "kernel")
