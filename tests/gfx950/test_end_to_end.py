@@ -44,6 +44,25 @@ def test_what_else_is_in_the_batch(rocm, layout):
         assert same == (layout == "aiter_bf16")
 
 
+def test_combine_adds_a_rounding(rocm, layout):
+    """To partial results' own error: a split token against the float64 merge of its items, each decoded as a token of its own."""
+    rng = np.random.default_rng(25)
+    scope, q = make_scope(rng, make_cache(rng, 700, layout), 700, [1000], 1000), make_q(rng, 1, 16)
+    work = (plan := plan_for([scope], 16)).work[0]
+    cuts = np.asarray(work.work_info_set)[: int(work.work_indptr[-1]), 4:6]
+    assert len(cuts) > 2
+    pieces = jnp.stack([jnp.roll(scope.indices[0], -begin) for begin, _ in cuts])
+    items = dsv4.Scope(scope.cache, pieces, jnp.asarray(cuts[:, 1] - cuts[:, 0], jnp.int32))
+    assert not np.diff(plan_for([items], 16).work[0].reduce_indptr).any()  # none is cut again
+    out, lse = attend(q, (scope,), None, plan)
+    parts, part_lse = (np.asarray(x, np.float64) for x in attend(jnp.repeat(q, len(cuts), 0), (items,)))
+    top = part_lse.max(0)
+    weights = np.exp(part_lse - top)
+    np.testing.assert_allclose(lse[0], top + np.log(weights.sum(0)), rtol=2**-23)
+    merged = (weights[..., None] * parts).sum(0) / weights.sum(0)[:, None]
+    np.testing.assert_allclose(np.asarray(out[0], np.float64), merged, rtol=2**-8, atol=2**-8 * np.abs(parts).max())  # out is bfloat16
+
+
 def test_numbers_beyond_64(rocm, layout):
     """One of AITER's kernels puts 0 in their place, and in that of NaN."""
     rng = np.random.default_rng(20)
