@@ -96,14 +96,13 @@ inline bool fill_q(Checker& check, const Buffer& q, const void** data, Dtype* dt
   if (!check.ok() || !fill_dtype(check, q, "q", dtype)) return false;
   *data = q.untyped_data();
   const int64_t heads = q.dimensions()[1];
-  return check.require(heads >= 1 && heads <= kMaxHeads, "q", Text("have 1 to ") + kMaxHeads + " heads",
-                       heads);
+  return check.require(heads >= 1 && heads <= kMaxHeads, "q", Text("have 1 to ") + kMaxHeads + " heads", heads);
 }
 
 // A cache buffer is [num_blocks, ...]: uint8 [num_blocks, block_stride_bytes] where there are scales, [num_blocks,
 // block_size, 512] else. `inline_scales`: 1 where each slot's scales directly follow its numbers, else 0.
-inline bool fill_cache(Checker& check, const Buffer& buffer, const Text& argument, int32_t block_size,
-                       int32_t layout, int32_t inline_scales, Cache* cache) {
+inline bool fill_cache(Checker& check, const Buffer& buffer, const Text& argument, int32_t block_size, int32_t layout,
+                       int32_t inline_scales, Cache* cache) {
   cache->layout = static_cast<Layout>(layout);
   const SlotBytes bytes = slot_bytes(cache->layout);
   const int64_t slot = bytes.row + bytes.scales;
@@ -128,14 +127,13 @@ inline bool fill_cache(Checker& check, const Buffer& buffer, const Text& argumen
   arrange(cache, inline_scales != 0);
   const int64_t stride = cache->block_stride_bytes;
   check.require(stride >= block_size * slot, argument + ".block_stride_bytes",
-                Text("be at least block_size * ") + slot + Text(" = ") + block_size * slot,
-                stride);
+                Text("be at least block_size * ") + slot + Text(" = ") + block_size * slot, stride);
   return check.require(inline_scales == 0 || stride % slot == 0, argument + ".block_stride_bytes",
                        Text("be a multiple of ") + slot + ", an inline slot", stride);
 }
 
-inline bool fill_scope(Checker& check, const Text& name, int64_t tokens, const ScopeOperands& o,
-                       int32_t block_size, int32_t layout, int32_t inline_scales, Scope* scope) {
+inline bool fill_scope(Checker& check, const Text& name, int64_t tokens, const ScopeOperands& o, int32_t block_size,
+                       int32_t layout, int32_t inline_scales, Scope* scope) {
   if (!fill_cache(check, o.cache, name + ".cache", block_size, layout, inline_scales, &scope->cache) ||
       !check.buffer(o.indices, name + ".indices", ffi::DataType::S32, "(tokens, topk)", {tokens, -1}) ||
       !check.buffer(o.lengths, name + ".lengths", ffi::DataType::S32, "(tokens,)", {tokens})) {
@@ -227,8 +225,8 @@ inline ffi::Error fill_plan_params(const PlanOperands& o, PlanParams* p) {
                              : Text("have at least tokens + active_workers - 1 = ") + items + " rows",
                 plan.max_items);
   const int64_t partials = plan_max_partials(tokens, o.active_workers, segments);
-  check.require(plan.max_partials >= partials, "reduce_partial_map",
-                Text("have at least ") + partials + " entries", plan.max_partials);
+  check.require(plan.max_partials >= partials, "reduce_partial_map", Text("have at least ") + partials + " entries",
+                plan.max_partials);
   p->lengths[0] = data_of<const int32_t>(o.swa_lengths);
   p->lengths[1] = data_of<const int32_t>(o.extra_lengths);
   p->topk[0] = o.swa_topk;

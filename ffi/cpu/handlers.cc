@@ -1,5 +1,6 @@
-// XLA FFI handlers on CPU: bind, check, hand to the launchers on XLA's own threads. Stateless, and nothing here waits.
+// XLA FFI handlers on CPU: bind, check, hand to the launchers on XLA's own threads. Stateless.
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -22,26 +23,45 @@ ffi::Future done(const ffi::Error& error) {
   return future;
 }
 
+using Clock = std::chrono::steady_clock;
+
+// Between two looks at what another thread writes.
+inline void pause() {
+#if defined(__x86_64__)
+  for (int i = 0; i < 8; ++i) __builtin_ia32_pause();
+#endif
+}
+
 // What the lanes of one call share. It is on the heap because XLA's pool may start a lane after the call has completed:
 // such a lane finds no task left and touches no buffer.
 template <typename Body>
 struct Call {
-  Call(int64_t tasks, Body body) : tasks(tasks), body(std::move(body)), unfinished(tasks) {}
+  Call(int64_t tasks, Body body) : tasks(tasks), body(std::move(body)), unfinished(tasks), running(tasks) {}
   const int64_t tasks;
   const Body body;
   std::atomic<int64_t> next{0};
   ffi::CountDownPromise unfinished;
+  std::atomic<int64_t> running;
 
   void run_lane(int64_t lane) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       body(i, lane);
       unfinished.CountDown();
+      running.fetch_sub(1, std::memory_order_relaxed);
     }
+  }
+
+  // Looks for the others' last tasks: for as long as this thread has worked, and not for long. Who sleeps takes tens of
+  // microseconds to wake up, more than a short call itself.
+  void linger(Clock::duration worked) const {
+    constexpr std::chrono::microseconds kLongest{500};
+    const Clock::time_point until = Clock::now() + (worked < kLongest ? worked : kLongest);
+    while (running.load(std::memory_order_relaxed) > 0 && Clock::now() < until) pause();
   }
 };
 
-// Runs body(task, lane) for all tasks on up to `max_lanes` threads: the caller's and XLA's. The caller never waits for
-// another lane: the result completes with the last task.
+// Runs body(task, lane) for all tasks on up to `max_lanes` threads: the caller's and XLA's. The result completes with
+// the last task, whether the caller is still here or not.
 template <typename Body>
 ffi::Future parallel(ffi::ThreadPool pool, int64_t tasks, int64_t max_lanes, Body body) {
   if (tasks == 0) return done(ffi::Error::Success());
@@ -52,7 +72,9 @@ ffi::Future parallel(ffi::ThreadPool pool, int64_t tasks, int64_t max_lanes, Bod
   for (int64_t lane = 1; lane < lanes; ++lane) {
     pool.Schedule([call, lane] { call->run_lane(lane); });
   }
+  const Clock::time_point begin = Clock::now();
   call->run_lane(0);
+  call->linger(Clock::now() - begin);
   return future;
 }
 
