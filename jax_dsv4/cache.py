@@ -218,10 +218,13 @@ class KVCache:
 
     @property
     def _aux(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self._AUX)
+        return self.block_size, self.layout, self.scale, self.arrangement  # of _AUX; every call of a jitted function asks
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[Any, ...]]:
         return ((jax.tree_util.GetAttrKey("data"), self.data),), self._aux
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
+        return (self.data,), self._aux
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: Any) -> KVCache:

@@ -58,6 +58,8 @@ class _CPU:
         if tokens * groups >= 2 * self.lanes:
             return Geometry(self.lanes, granularity=64, overhead=2, cut_cost=8)
         many = MAX_WORKERS if 4 * tokens * groups <= self.lanes else -(-self.lanes // groups)
+        if tokens == 1 and many > 1:
+            return Geometry(many, granularity=64, overhead=0)  # equal parts
         return Geometry(max(min(16, 2 * self.lanes), many), granularity=64, overhead=2)
 
     def lane_bytes(self, heads: int) -> int:
