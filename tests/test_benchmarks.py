@@ -17,11 +17,13 @@ import pytest
 from cases import Case, ScopeCase
 
 import jax_dsv4 as dsv4
+from jax_dsv4 import _ffi
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import cpu, cuda, flashmla, programs, scaling, vllm_cpu
 from benchmarks.measure import Report, compare
 
+LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
 BROKEN = "CUDA error: operation failed due to a previous error during capture"
 
 
@@ -104,10 +106,11 @@ def small_cpu(monkeypatch):
     cases = [Case(f"perf-{name}", 4, 2, ScopeCase(16), ScopeCase(8), tags=("perf",)) for name in ("small", "other")]
     monkeypatch.setattr(cpu, "tagged", lambda *_: cases)
     monkeypatch.setattr(cpu, "cpu_meters", lambda: {"fma": lambda: 100.0})
+    monkeypatch.setattr(cpu, "our_fp32_kernels", lambda call: call)  # whichever this machine has
     monkeypatch.setattr(vllm_cpu, "PYTHON", None)
 
 
-def test_cpu(small_cpu, tmp_path, monkeypatch) -> None:
+def test_cpu(small_cpu, tmp_path, monkeypatch, capsys) -> None:
     turns, prepare = [], cpu.prepare
 
     def counted(call, problem):
@@ -116,15 +119,33 @@ def test_cpu(small_cpu, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(cpu, "prepare", counted)
     cpu.main(["--only", "small", "--rounds", "2", "--json", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(turns) == 5 * (1 + 2)  # contenders, rounds
+    assert len(turns) == 6 * (1 + 2)  # contenders, rounds
     assert result["case"] == "perf-small"
     xla = {"xla_batched", "xla_map", "xla_batched_bf16", "xla_map_bf16"}
-    assert set(result["median_ms"]) == set(result["quartiles_ms"]) == {"ours"} | xla
+    assert set(result["median_ms"]) == set(result["quartiles_ms"]) == {"ours", "ours_avx512"} | xla
     ms = result["median_ms"]
     assert result["best_xla_over_ours"] == min(ms[name] for name in xla) / ms["ours"]
     assert result["best_fp32_xla_over_ours"] == min(ms["xla_batched"], ms["xla_map"]) / ms["ours"]
     assert result["fraction_of_fma_peak"] == result["gflops"] / 100
+    assert result["ours_avx512_over_ours"] == ms["ours_avx512"] / ms["ours"]
+    best = result["best_xla_over_ours"]
+    assert f"best XLA form over ours: geomean {best:.2f}x over 1 cases, from {best:.2f}x to {best:.2f}x\n    4 heads: geomean" in printed
+    assert f"4 heads: {result['gflops']:.0f} to {result['gflops']:.0f} GFLOP/s" in printed
+
+
+@pytest.mark.skipif(LIBRARY is None, reason=DETAIL)
+def test_cpu_with_fp32_kernels() -> None:
+    """They run in the call, and what ran before runs after it."""
+    chosen, ran = _ffi.cpu_isa(LIBRARY), []
+    limited = cpu.our_fp32_kernels(lambda: ran.append(_ffi.cpu_isa(LIBRARY).name))
+    if _ffi.CPU_ISAS.index(chosen.name) <= _ffi.CPU_ISAS.index("avx512"):
+        assert limited is None
+        return
+    limited()
+    assert ran == ["avx512"]
+    assert _ffi.cpu_isa(LIBRARY) == chosen
 
 
 def test_cpu_with_a_wrong_contender(small_cpu, tmp_path, monkeypatch) -> None:
@@ -141,7 +162,8 @@ def test_cpu_with_a_wrong_contender(small_cpu, tmp_path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match=r"^failed: perf-small: xla_map; perf-other: xla_map$"):
         cpu.main(["--rounds", "1", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [set(r["median_ms"]) for r in found["results"]] == [{"ours", "xla_batched", "xla_batched_bf16", "xla_map_bf16"}] * 2
+    right = {"ours", "ours_avx512", "xla_batched", "xla_batched_bf16", "xla_map_bf16"}
+    assert [set(r["median_ms"]) for r in found["results"]] == [right] * 2
     assert "best_xla_over_ours" not in found["results"][0]
     assert found["failed"]["perf-small"]["xla_map"].startswith("AssertionError: out: 1 of ")
 
