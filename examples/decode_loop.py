@@ -259,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
     add("--json", type=Path, metavar="FILE", help="write prompt_ids, tokens, tokens_per_second and more")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
-    add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads and experts, cached context')
+    add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads, cached context; experts over all')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")
     add = many.add_argument
     add("--coordinator", metavar="HOST:PORT", help="where process 0 listens")

@@ -331,7 +331,7 @@ def test_more_memory_than_there_is_is_one_line(capsys, monkeypatch):
     with pytest.raises(decode_loop.UsageError, match=r"take 569 GB on each of 1 devices with 1\.05 MB; no mesh spreads them"):
         decode_loop.check_memory(PRESETS["v4-flash"], None, 2, 8192, options)
     device.memory_stats = lambda: {"bytes_limit": 141 * 10**9}
-    with pytest.raises(decode_loop.UsageError, match=r"with 141 GB; --mesh model=8 would fit, on 8 of them"):
+    with pytest.raises(decode_loop.UsageError, match=r"with 141 GB; --mesh data=2,model=4 would fit, on 8 of them"):
         decode_loop.check_memory(PRESETS["v4-flash"], None, 2, 8192, options)
     monkeypatch.undo()
 

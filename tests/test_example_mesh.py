@@ -56,9 +56,9 @@ SMALL = dataclasses.replace(
     o_lora_rank=32,
     moe_intermediate_size=64,
     index_topk=8,
-    num_hash_layers=0,
+    num_hash_layers=1,
 )
-PROMPTS = [list(range(1, 70)), [5, 6], [7] * 40, [90, 3, 1, 4]]
+PROMPTS = [list(range(1, 70)), [5, 6], [7] * 40, [90, 3, 1, 4], [8], [9, 1] * 20, [30], [2, 60, 3]]
 MAX_TOKENS, CHUNK, NEW_TOKENS = 128, 16, 40
 
 
@@ -67,6 +67,8 @@ def random_weights() -> dict:
     rng = np.random.default_rng(0)
 
     def draw(tensor: Tensor) -> np.ndarray:
+        if tensor.below is not None:
+            return rng.integers(0, tensor.below, tensor.shape).astype(np.int32)
         scale = 1 if len(tensor.shape) < 2 else tensor.shape[-1] ** -0.5
         return (rng.standard_normal(tensor.shape) * scale + ("norm" in tensor.name)).astype(np.float32)
 
@@ -98,9 +100,9 @@ def decoded(axes: str | None, sampling: Sampling, prompts: bool) -> list[list[in
     return np.concatenate([first, programs.fetch(rest)], axis=1).tolist()
 
 
-@pytest.mark.parametrize("axes", ["model=2", "context=2", "context=8", "data=2,model=2,context=2"])
+@pytest.mark.parametrize("axes", ["model=2", "context=2", "context=8", "data=8", "data=4,model=2", "data=2,model=2,context=2"])
 def test_tokens_are_one_device_s(axes: str) -> None:
-    prompts = axes.count("=") == 3
+    prompts = axes.count("=") > 1
     want = decoded(None, GREEDY, prompts)
     assert len({token for row in want for token in row}) > 10
     assert decoded(axes, GREEDY, prompts) == want
@@ -116,22 +118,23 @@ def test_draws_are_one_device_s() -> None:
 # --- What moves
 
 
-@pytest.mark.parametrize("axes", ["model=2", "context=2", "data=2,model=2,context=2"])
+@pytest.mark.parametrize("axes", ["data=8", "model=2", "context=2", "data=4,model=2", "data=2,model=2,context=2"])
 def test_what_moves_is_what_the_scaling_model_says(axes: str) -> None:
     """The collectives of a compiled decode step, by kind, number and bytes; so nothing of a cache or of the weights is among them."""
     sizes = mesh.parse_mesh(axes)
-    programs = mesh.Programs(SMALL, mesh.create_mesh(sizes, SMALL, 4), GREEDY, None)
+    count = len(PROMPTS)
+    programs = mesh.Programs(SMALL, mesh.create_mesh(sizes, SMALL, count), GREEDY, None)
     struct = lambda tensor: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype or jnp.float32)  # noqa: E731
-    cache = jax.eval_shape(lambda: programs.create_cache(4, MAX_TOKENS, layout="float32", dtype=jnp.float32))
-    requests = jax.ShapeDtypeStruct((4,), jnp.int32)
-    state = State(cache, requests, requests, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4)))
+    cache = jax.eval_shape(lambda: programs.create_cache(count, MAX_TOKENS, layout="float32", dtype=jnp.float32))
+    requests = jax.ShapeDtypeStruct((count,), jnp.int32)
+    state = State(cache, requests, requests, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)))
     program = programs.generate(2).lower(map_schema(struct, SMALL), state).compile()
 
     found = Counter()
     for moved in collectives(program):
         found.update((moved.kind, hlo.shape_bytes(shape)) for shape in moved.shapes)
     want = Counter()
-    for modelled in scaling_model.collectives(SMALL, sizes, 4, MAX_TOKENS, activation_bytes=4):
+    for modelled in scaling_model.collectives(SMALL, sizes, count, MAX_TOKENS, activation_bytes=4):
         want[modelled.kind, modelled.nbytes] += modelled.times
     assert found == want
 
@@ -152,7 +155,7 @@ def test_each_device_loads_its_part() -> None:
         np.testing.assert_array_equal(np.asarray(part), np.asarray(all_of_it))
         size = list(tensor.shape)
         if tensor.split is not None:
-            size[tensor.split] //= 2
+            size[tensor.split] //= 4 if "*" in tensor.name else 2
         assert {shard.data.shape for shard in part.addressable_shards} == {tuple(size)}
     assert sum(tensor.split is not None for tensor in tensors) > len(tensors) // 4
 
@@ -215,17 +218,21 @@ def test_a_part_of_a_quantised_matrix(stored: str) -> None:
         (["--mesh", "data=2"], "the axis data=2 must divide the 1 requests"),
         (["--mesh", "model=3"], "the axis model=3 must divide the 4 query heads"),
         (["--mesh", "model=4"], "the axis model=4 must divide the 2 groups of the output projection"),
+        (["--mesh", "context=3"], "the axis context=3 must divide the 128 numbers inside an expert"),
+        (["--mesh", "data=3", "--batch", "3"], "the axis data=3 must divide the 8 experts"),
+        (["--mesh", "data=8,context=2", "--batch", "8"], "the product of the axes data=8, context=2 must divide the 8 experts"),
         (
-            ["--mesh", "data=4,model=2,context=2", "--batch", "4"],
-            "the mesh data=4,model=2,context=2 needs 16 devices, and there are 8; "
-            "XLA_FLAGS=--xla_force_host_platform_device_count=16 makes virtual ones",
+            ["--mesh", "data=4,model=2", "--batch", "4"],
+            "the mesh data=4,model=2,context=1 needs 8 devices, and there are 4; "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes virtual ones",
         ),
         (["--num-processes", "2"], "--coordinator and --num-processes of at least 2 go together"),
         (["--coordinator", "localhost:1"], "--coordinator and --num-processes of at least 2 go together"),
         (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "--process-id must be in [0, 2), got 2"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(arguments, message, capsys) -> None:
+def test_errors_are_one_line_and_exit_2(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 4)  # the tiny model's 8 experts fit no mesh of more devices than tests have
     try:
         code = decode_loop.main(arguments)
     except SystemExit as stopped:
@@ -292,12 +299,13 @@ class Processes:
         return (self.folder / f"{process}.err").read_text()
 
 
-def test_two_processes(tmp_path, checkpoint) -> None:
+@pytest.mark.parametrize("axes", ["model=2,context=2", "data=2,context=2"])
+def test_two_processes(axes, tmp_path, checkpoint) -> None:
     """Two devices each make one mesh; tokens are one device's, and process 0 reports."""
-    options = ("--max-new-tokens", "6", "--mesh", "model=2,context=2", "--json", "out.json")
+    options = ("--max-new-tokens", "6", "--mesh", axes, "--json", "out.json")
     assert Processes(tmp_path, checkpoint, 60, options, options).wait(240) == [0, 0]
     report = json.loads((tmp_path / "out.json").read_text())
-    assert (report["processes"], report["mesh"]) == (2, {"data": 1, "model": 2, "context": 2})
+    assert (report["processes"], report["mesh"]) == (2, mesh.parse_mesh(axes))
     alone = tmp_path / "one.json"
     arguments = ["--checkpoint", str(checkpoint), "--cache-layout", "float32", "--prompt-ids", "1,2,3;4,5", "--max-new-tokens", "6"]
     assert decode_loop.main([*arguments, "--json", str(alone)]) == 0

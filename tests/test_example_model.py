@@ -187,6 +187,17 @@ def test_experts_whose_scores_all_underflow_weigh_nothing(tokens):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)
 
 
+def test_no_token_no_expert():
+    """Where there is no token, no expert is read: these are NaN, and what is left is the shared one."""
+    config, weights, _ = golden("hca")
+    for w in (weights["layers"][0]["ffn"], weights["layers"][-1]["ffn"]):  # experts by the token's number, and by its score
+        x = jax.random.normal(jax.random.key(0), (2, 3, config.hidden_size))
+        broken = {**w, "experts": jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), w["experts"])}
+        nothing = moe(x, broken, jnp.full((2, 3), -1, jnp.int32), config, Axes())
+        whole = moe(x, {**w, "experts": jax.tree.map(jnp.zeros_like, w["experts"])}, jnp.zeros((2, 3), jnp.int32), config, Axes())
+        np.testing.assert_allclose(nothing, whole, rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40, 300])
 def test_experts_are_run_for_their_tokens_alone(tokens):
     """Against float64, one token and one expert at a time; of 8 experts one is nobody's, and others are on another device."""

@@ -83,7 +83,7 @@ def drawn(rows: list[list[int]]) -> list[list[int]]:
 
 def test_drafts_change_no_greedy_token() -> None:
     """On a mesh; without drafts on one device."""
-    rows = decoded(True, "model=2,context=2", GREEDY)
+    rows = decoded(True, "data=2,context=2", GREEDY)
     assert drawn(rows) == drawn(decoded(False, None, GREEDY))
     assert [len(row) for row in drawn(rows)] == LIMITS
 

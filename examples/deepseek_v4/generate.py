@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jax_dsv4 as dsv4
+from deepseek_v4.axes import ONE_DEVICE, Axes, scope_here
 from deepseek_v4.config import Config
 from deepseek_v4.model import (
-    ONE_DEVICE,
-    Axes,
     Cache,
     Implementation,
     attend_over,
@@ -22,7 +21,6 @@ from deepseek_v4.model import (
     forward,
     logits,
     read_streams,
-    scope_here,
     slots_of,
 )
 from deepseek_v4.speculate import TOKENS_PER_STEP, Draft, draft, predict
@@ -95,7 +93,8 @@ def prefill(
         return cache, ahead, jnp.where(counts[:, None, None, None] > 0, newest, last)
 
     nothing = jnp.zeros((len(prompts), 1, config.hc_mult, config.hidden_size), weights["embed"].dtype)
-    cache, ahead, last = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, (cache, ahead, nothing))
+    longest = lax.pmax(jnp.max(lengths), axes.data)  # all devices make as many steps, as they exchange tokens in each
+    cache, ahead, last = lax.fori_loop(0, -(-longest // chunk), read, (cache, ahead, nothing))
     # A request's draws depend on the seed, its place in the batch and its position, not on its neighbours.
     place = len(prompts) * lax.axis_index(axes.data) + jnp.arange(len(prompts), dtype=jnp.int32)
     key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(place)

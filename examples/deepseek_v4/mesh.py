@@ -1,17 +1,20 @@
 """The model over a mesh of devices: which axis splits what, and programs that run on each device with its part.
 
-    data      requests, with all that is remembered of them
-    model     heads, groups of the output projection, experts, vocabulary: the weights (`Tensor.split`)
-    context   the compressed caches' blocks, the indexer's keys
+    data                   requests, with all that is remembered of them
+    model                  heads, groups of the output projection, vocabulary
+    context                the compressed caches' blocks
+    model, context         the shared expert's inner size, the indexer's keys
+    data, model, context   experts
 
-A device runs deepseek_v4/model.py on its part, inside `jax.shard_map`.
+`Tensor.split` and `Tensor.over` say it of the weights, `cache_specs` of the cache. A device runs deepseek_v4/model.py on its part, inside
+`jax.shard_map`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,15 +25,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_v4 import memory
+from deepseek_v4.axes import AXES, ONE_DEVICE
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import Sampling, State, attend, generate, prefill
-from deepseek_v4.model import ONE_DEVICE, Axes, Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
+from deepseek_v4.model import Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
 from deepseek_v4.speculate import Draft, one_layer
 from deepseek_v4.weights import Tensor, map_schema
 
-AXES = Axes(("data",), ("model",), ("context",))
+NAMES = AXES.every
 REQUESTS = P(AXES.data)
-NAMES = ("data", "model", "context")
 
 
 class MeshError(Exception):
@@ -54,35 +57,48 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def cannot_split(sizes: dict[str, int], config: Config, requests: int) -> str | None:
     """What the axes do not divide, if anything."""
-    for axis, what, count in (
-        ("data", "requests", requests),
-        ("model", "query heads", config.num_attention_heads),
-        ("model", "groups of the output projection", config.o_groups),
-        ("model", "experts", config.n_routed_experts),
-        ("model", "numbers inside an expert", config.moe_intermediate_size),
-        ("model", "words of the vocabulary", config.vocab_size),
+    for axes, what, count in (
+        (AXES.data, "requests", requests),
+        (AXES.model, "query heads", config.num_attention_heads),
+        (AXES.model, "groups of the output projection", config.o_groups),
+        (AXES.model, "words of the vocabulary", config.vocab_size),
+        (AXES.peers, "numbers inside an expert", config.moe_intermediate_size),
+        (AXES.every, "experts", config.n_routed_experts),
     ):
-        if count % sizes[axis]:
-            return f"the axis {axis}={sizes[axis]} must divide the {count} {what}"
+        if count % devices_along(axes, sizes):
+            named = [f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1]
+            return f"the {'product of the axes' if len(named) > 1 else 'axis'} {', '.join(named)} must divide the {count} {what}"
     return None
+
+
+def devices_along(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
 
 
 def bytes_per_device(config: Config, sizes: dict[str, int], requests: int, max_tokens: int, options: dict[str, Any]) -> tuple[int, int]:
     """Of the weights and of the cache; `options` as `create_cache` takes them, whose dtype is the weights' too."""
 
     def part(tensor: Tensor) -> int:
-        return memory.nbytes(tensor.struct(options["dtype"])) // (1 if tensor.split is None else sizes["model"])
+        return memory.nbytes(tensor.struct(options["dtype"])) // (1 if tensor.split is None else devices_along(tensor.over, sizes))
 
-    create = partial(create_cache, config, requests // sizes["data"], max_tokens, context=sizes["context"], **options)
+    create = partial(create_cache, config, requests // sizes["data"], max_tokens, **cache_split(sizes), **options)
     return sum(jax.tree.leaves(map_schema(part, config))), memory.nbytes(jax.eval_shape(create))
 
 
+def cache_split(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Arguments of `create_cache`: how many devices a part of it is on."""
+    return {"context": sizes["context"], "peers": devices_along(AXES.peers, sizes)}
+
+
 def fitting_mesh(room: int, config: Config, requests: int, max_tokens: int, options: dict[str, Any]) -> dict[str, int] | None:
-    """The mesh of the fewest devices, up to 64, of `room` bytes each that holds weights and cache, if there is one."""
+    """The mesh of the fewest devices, up to 64, of `room` bytes each that holds weights and cache, if there is one.
+
+    Of several the one with the most along `data`, then along `model`: these keep no request's latents twice, or move the least.
+    """
     powers = [2**i for i in range(7)]
-    every = ({"data": data, "model": model, "context": context} for model, data, context in itertools.product(powers, repeat=3))
+    every = ({"data": data, "model": model, "context": context} for data, model, context in itertools.product(powers, repeat=3))
     possible = [sizes for sizes in every if math.prod(sizes.values()) <= 64 and not cannot_split(sizes, config, requests)]
-    possible.sort(key=lambda sizes: (math.prod(sizes.values()), -sizes["model"]))
+    possible.sort(key=lambda sizes: (math.prod(sizes.values()), -sizes["data"], -sizes["model"]))
     fitting = (sizes for sizes in possible if sum(bytes_per_device(config, sizes, requests, max_tokens, options)) <= room)
     return next(fitting, None)
 
@@ -105,7 +121,7 @@ def create_mesh(sizes: dict[str, int], config: Config, requests: int) -> jax.sha
 
 
 def weight_spec(tensor: Tensor) -> P:
-    return P() if tensor.split is None else P(*[None] * tensor.split, AXES.model)
+    return P() if tensor.split is None else P(*[None] * tensor.split, tensor.over)
 
 
 def cache_specs(config: Config) -> Cache:
@@ -113,7 +129,7 @@ def cache_specs(config: Config) -> Cache:
     # A tree of partitions has the tree's types, and partitions where those say arrays.
     requests: Any = REQUESTS
     blocks: Any = P((*AXES.data, *AXES.context))
-    keys: Any = P(AXES.data, AXES.context)
+    keys: Any = P(AXES.data, AXES.peers)
 
     def layer(kind: Kind) -> LayerCache:
         indexer = IndexCache(keys, requests) if kind == "csa" else None
@@ -142,8 +158,8 @@ class Programs:
         return jax.jit(function, donate_argnums=donate)
 
     def create_cache(self, requests: int, max_tokens: int, **options: Any) -> Cache:
-        data, context = (self.mesh.shape[name] for name in ("data", "context")) if self.mesh else (1, 1)
-        create = partial(create_cache, self.config, requests // data, max_tokens, context=context, **options)
+        sizes = self.mesh.shape if self.mesh else dict.fromkeys(NAMES, 1)
+        create = partial(create_cache, self.config, requests // sizes["data"], max_tokens, **cache_split(sizes), **options)
         return self.over(create, (), self.cache)()
 
     def create_ahead(self, requests: int, max_tokens: int, **options: Any) -> Cache | None:

@@ -8,9 +8,9 @@
 Attention itself is `jax_dsv4.sparse_mla_decode`; everything else is here. The numbers are those of the published model
 without its activation quantisation (no fp8 activations, no fp4 indexer). Transformers computes the same, and the tests compare the two.
 
-On a mesh (`Axes`, deepseek_v4/mesh.py) each device runs these functions on its part, inside `jax.shard_map`. It has some requests, heads,
-head groups and experts, a part of the vocabulary, and some blocks of the compressed caches. The shapes of its weights say which.
-`attention`, `attend_over`, `choose_entries`, `moe` and `logits` put the parts together again.
+On a mesh (deepseek_v4/mesh.py) each device runs these functions on its part, inside `jax.shard_map`. It has some requests, heads, head
+groups and experts, a part of the vocabulary, and some blocks of the compressed caches. The shapes of its weights say which. What has
+`Axes` to its arguments may exchange something along them (deepseek_v4/axes.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jax_dsv4 as dsv4
+from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
 
 Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
@@ -32,26 +33,13 @@ BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
 """Slots per page of each kind of cache, as serving engines page them."""
 
 
-class Axes(NamedTuple):
-    """The mesh axes that a program is spread over; () is none: one device."""
-
-    data: tuple[str, ...] = ()  # requests
-    model: tuple[str, ...] = ()  # heads, groups of the output projection, experts, vocabulary
-    context: tuple[str, ...] = ()  # blocks of the compressed caches
-
-
-ONE_DEVICE = Axes()
-
-PLACEMENT = "interleaved"  # blocks of a compressed cache are dealt to the devices in turn: its newest ones are not all on one
-
-
 # ---------------------------------------------------------------------------------------------------------- the cache
 
 
 class IndexCache(NamedTuple):
     """What the indexer of a CSA layer remembers."""
 
-    keys: Array  # [b, entries, 128]: its compressed keys; of n devices of a context, every n-th
+    keys: Array  # [b, entries, 128]: its compressed keys; of n peers, every n-th
     rows: Array  # [b, ring, 2, 256] float32: as `CompressedCache.rows`, for its own compressor
 
 
@@ -88,6 +76,7 @@ def create_cache(
     chunk: int = 1,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     context: int = 1,
+    peers: int = 1,
 ) -> Cache:
     """An empty cache.
 
@@ -98,7 +87,7 @@ def create_cache(
         chunk: the most tokens per request of one `forward`. Rings are this much longer than what a token looks back
             on, so that a chunk's last token does not overwrite what its first one needs.
         dtype: of the indexer's keys.
-        context: devices that the compressed caches and the indexer's keys are spread over; the result is one device's share.
+        context, peers: devices that the compressed caches and the indexer's keys are spread over; the result is one device's share.
     """
     pages: dict[Kind, int] = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
     for kind in set(config.layers) - {"swa"}:
@@ -117,7 +106,7 @@ def create_cache(
             return LayerCache(latents("swa"))
         indexer = None
         if kind == "csa":
-            entries = pages["csa"] * BLOCK_SIZE["csa"] // context
+            entries = -(-pages["csa"] * BLOCK_SIZE["csa"] // peers)
             indexer = IndexCache(jnp.zeros((batch, entries, config.index_head_dim), dtype), rows("csa", config.index_head_dim))
         return LayerCache(latents("swa"), CompressedCache(latents(kind), rows(kind, config.head_dim), indexer))
 
@@ -153,7 +142,7 @@ class Entries(NamedTuple):
 class Step(NamedTuple):
     """Made once per step and shared by its layers."""
 
-    tokens: Array  # int32 [b, t]
+    all_tokens: Array  # int32 [devices of data · b, t]: the tokens that experts are to run over; −1 is none
     position: Array  # int32 [b, t]
     valid: Array  # bool [b, t]: false where a request has fewer than t tokens in this step
     tables: dict[Kind, Array]  # as in Cache
@@ -220,7 +209,7 @@ def begin_step(
         )
 
     return Step(
-        tokens=tokens,
+        all_tokens=to_experts(jnp.where(valid, tokens, -1), axes),
         position=position,
         valid=valid,
         tables=cache.tables,
@@ -233,11 +222,6 @@ def begin_step(
         all_entries=all_entries,
         plan={kind: plan(kind) for kind in sorted(set(config.layers))},
     )
-
-
-def scope_here(scope: dsv4.Scope, axes: Axes) -> dsv4.Scope:
-    """The part of a compressed scope that is on this device of the context."""
-    return scope if lax.axis_size(axes.context) == 1 else dsv4.local_scope(scope, axes.context, placement=PLACEMENT)
 
 
 def extra_topk(entries: Entries, kind: Kind, config: Config) -> int:
@@ -285,7 +269,7 @@ def run_layers(
 
         pre, post, mix = hyper_connection(x, w["ffn_hc"], config)
         y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["ffn_norm"], config)
-        y = moe(y, w["ffn"], tokens, config, axes)
+        y = moe(y, w["ffn"], step.all_tokens, config, axes)
         x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
         layers.append(layer)
     return x, Cache(tuple(layers), cache.tables, cache.position + counts)
@@ -397,10 +381,7 @@ def attention(
     if layer.compressed is not None:
         old, rows, indexer = layer.compressed
         entry, rows = compress(x, w["compressor"], rows, step, kind, config)
-        slots = step.entries[kind].slots
-        if lax.axis_size(axes.context) > 1:
-            slots = dsv4.local_slots(old, slots, axes.context, placement=PLACEMENT)
-        new = append(old, entry, slots)
+        new = append(old, entry, slots_here(old, step.entries[kind].slots, axes))
         if indexer is not None:
             indices, indexer = choose_entries(x, q_low, w["indexer"], indexer, step, config, axes)
             extra = scope_here(dsv4.Scope(new, indices, step.extra_lengths[kind]), axes)
@@ -418,18 +399,7 @@ def attention(
         wo_a, wo_b = share(wo_a, 0, axes), share(wo_b, 1, axes)
     out = out.reshape(b, t, len(wo_a), -1)  # [b, t, g, heads of the group · k]
     out = jnp.einsum("btgr,dgr->btd", jnp.einsum("btgx,grx->btgr", out, wo_a), wo_b)
-    return lax.psum(out, (*axes.model, *axes.context) if shared else axes.model), layer
-
-
-def shares_groups(groups: int, context: int) -> bool:
-    """Whether the devices of a context share out the groups of the output projection that are on each: if they divide them."""
-    return context > 1 and groups % context == 0
-
-
-def share(x: Array, axis: int, axes: Axes) -> Array:
-    """This device's n-th of an axis, among the n of the context."""
-    size = x.shape[axis] // lax.axis_size(axes.context)
-    return lax.dynamic_slice_in_dim(x, size * lax.axis_index(axes.context), size, axis)
+    return lax.psum(out, axes.peers if shared else axes.model), layer
 
 
 def attend_over(
@@ -495,9 +465,9 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
-    `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of a context of n, at e div n.
+    `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of n peers, at e div n.
     """
-    entries, devices, device = step.entries["csa"], lax.axis_size(axes.context), lax.axis_index(axes.context)
+    entries, devices, device = step.entries["csa"], lax.axis_size(axes.peers), lax.axis_index(axes.peers)
     count = cache.keys.shape[1]
     key, rows = compress(x, w["compressor"], cache.rows, step, "csa", config)
     mine = entries.complete & (entries.number % devices == device)
@@ -513,10 +483,7 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
 
     topk = extra_topk(entries, "csa", config)
     best, chosen = lax.top_k(score, min(topk, count))
-    if devices > 1:
-        # The best among every device's best; of equal scores the earlier entry, as on one device.
-        best, chosen = (lax.all_gather(each, axes.context, axis=2, tiled=True) for each in (best, devices * chosen + device))
-        chosen = lax.sort((-best, chosen), num_keys=2)[1][..., :topk]
+    chosen = best_of_peers(best, devices * chosen + device, topk, axes)
     return slots_of(step.tables["csa"], chosen, "csa"), IndexCache(keys, rows)
 
 
@@ -553,8 +520,13 @@ def swiglu(gate: Array, up: Array, config: Config) -> Array:
 def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d].
 
-    A device has some of the experts, and a part of the shared one's inner size.
+    A device has some of the experts, of all devices, and among its peers a part of the shared one's inner size. It is given all devices'
+    tokens, and each token's sum goes back to where its request is. `tokens` are `Step.all_tokens`.
     """
+    gate, up = (jnp.einsum("btd,id->bti", x, w["shared"][name]) for name in ("w1", "w3"))
+    out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["shared"]["w2"])
+
+    x = to_experts(x, axes)
     score = jnp.sqrt(jax.nn.softplus(jnp.einsum("btd,ed->bte", x, w["gate"], preferred_element_type=jnp.float32)))
     if "tid2eid" in w:  # hash layers: the token's id names its experts
         chosen = w["tid2eid"][tokens]
@@ -563,11 +535,10 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
     weight = config.routed_scaling_factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
 
-    gate, up = (jnp.einsum("btd,id->bti", x, w["shared"][name]) for name in ("w1", "w3"))
-    out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["shared"]["w2"])
-
-    chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.model)  # of the experts here; others are not
-    return lax.psum(out + run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype), axes.model)
+    chosen -= len(w["experts"]["w1"]) * lax.axis_index(axes.every)  # of the experts here; others are not
+    chosen = jnp.where(tokens[..., None] < 0, -1, chosen)
+    routed = run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
+    return from_experts(routed, out, axes)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -578,7 +549,7 @@ def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) 
     multiplies its own tokens, and at most a block less one of others.
     """
     count = len(w["w1"])
-    size = min(1 << max(chosen.size // count - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
+    size = min(1 << max(chosen.size // config.n_routed_experts - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
     here, number = (chosen >= 0) & (chosen < count), jnp.arange(count, dtype=jnp.int32)
     expert = jnp.where(here, chosen, count).reshape(-1)  # of each pair of a token and a choice
     order = jnp.argsort(expert)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from deepseek_v4.axes import Axes
 from deepseek_v4.config import Config
-from deepseek_v4.model import Axes, Cache, Implementation, logits, read_streams, rms_norm, run_layers
+from deepseek_v4.model import Cache, Implementation, logits, read_streams, rms_norm, run_layers
 
 TOKENS_PER_STEP = 2
 """That a step of the model takes: the caches' `chunk` must be at least this."""

@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from deepseek_v4 import safetensors
+from deepseek_v4.axes import AXES
 from deepseek_v4.config import CheckpointError, Config, Kind, read_json
 
 Weights = dict[str, Any]
@@ -36,7 +37,8 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: jax.typing.DTypeLike | None = None  # None: the dtype the caller chose for weights
     stored: str = "bf16"  # how DeepSeek publishes it: bf16, fp32, fp8, fp4 or int64
-    split: int | None = None  # the axis that is spread over a mesh's "model" axis; None: every device has all of it
+    split: int | None = None  # the axis that is spread over a mesh's axes `over`; None: every device has all of it
+    over: tuple[str, ...] = AXES.model
     below: int | None = None  # of a table of numbers: each is from 0 to less than this
 
     def struct(self, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
@@ -105,8 +107,8 @@ def schema(config: Config) -> Weights:
         experts = swiglu(f"{name}.experts.*", "fp4")
         weights: Weights = {
             "gate": linear(f"{name}.gate", c.n_routed_experts, c.hidden_size),
-            "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape), split=0) for k, t in experts.items()},
-            "shared": swiglu(f"{name}.shared_experts", "fp8"),
+            "experts": {k: t._replace(shape=(c.n_routed_experts, *t.shape), split=0, over=AXES.every) for k, t in experts.items()},
+            "shared": {k: t._replace(over=AXES.peers) for k, t in swiglu(f"{name}.shared_experts", "fp8").items()},
         }
         if hashed:
             shape = (c.vocab_size, c.num_experts_per_tok)
