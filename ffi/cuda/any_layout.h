@@ -1,5 +1,4 @@
-// A producing lane's copies where a scope's cache has another layout than fp8_ds_mla: mxfp8, nvfp4, bf16, or any two of
-// them. Everything becomes bf16 exactly.
+// A producing lane's copies where a scope's cache has another layout than fp8_ds_mla. Everything becomes bf16 exactly.
 #ifndef JAX_DSV4_CUDA_ANY_LAYOUT_H_
 #define JAX_DSV4_CUDA_ANY_LAYOUT_H_
 
@@ -9,12 +8,16 @@
 
 namespace jax_dsv4::cuda {
 
-// A warp's keys of a group that lie in caches of different layouts.
-constexpr Layout kMixedLayouts = static_cast<Layout>(0xff);
-
-// Pieces of a lane's quarter of a row: its scales, then 16 bytes of numbers each.
+// Layouts that the rows of a kernel may have, a bit each.
 template <Layout kLayout>
-constexpr int kPiecesOf = 1 + slot_bytes(kLayout).row / 16 / kLanesPerKey;
+constexpr uint32_t kLayoutBit = 1u << static_cast<uint32_t>(kLayout);
+constexpr uint32_t kV41Layouts = kLayoutBit<Layout::kMxfp8> | kLayoutBit<Layout::kNvfp4>;
+constexpr uint32_t kBf16Layout = kLayoutBit<Layout::kBf16>;
+constexpr uint32_t kAnyLayouts = kLayoutBit<Layout::kFp8DsMla> | kV41Layouts | kBf16Layout;
+
+// Pieces of a lane's quarter of a row, 16 bytes each.
+template <Layout kLayout>
+constexpr int kPiecesOf = slot_bytes(kLayout).row / 16 / kLanesPerKey;
 
 // Of a key's scales, what a lane needs: for e4m3, byte j is the scale of its piece j; for nvfp4, half word j has both.
 template <Layout kLayout>
@@ -92,222 +95,199 @@ __device__ __forceinline__ void store_numbers(uint4 packed, uint2 scales, int j,
 __device__ __forceinline__ int bf16_unit(int j, int key, int quarter) {
   return 8 * (j / 2) + 4 * ((j ^ key) & 1) + quarter;
 }
-constexpr int kBf16Pieces = 2 * kLatentDim / 16 / kLanesPerKey;
 
-template <int kAlign>
-__device__ __forceinline__ uint4 load_piece(const uint8_t* from) {
-  if constexpr (kAlign >= 16) return *reinterpret_cast<const uint4*>(from);
-  uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) words[i / 4] |= uint32_t{from[i]} << (8 * (i % 4));
-  return {words[0], words[1], words[2], words[3]};
-}
-
-// As lane_scales, from anywhere.
-template <Layout kLayout>
-__device__ __forceinline__ uint2 load_lane_scales(const uint8_t* scales, int quarter) {
-  uint32_t words[2] = {};
-#pragma unroll
-  for (int i = 0; i < (kLayout == Layout::kFp8DsMla ? kScaleTiles : 8); ++i) {
-    const int at = kLayout == Layout::kFp8DsMla ? i
-                   : kLayout == Layout::kMxfp8  ? 2 * i + quarter / 2
-                                                : 8 * (i / 2) + 2 * quarter + i % 2;
-    words[i / 4] |= uint32_t{scales[at]} << (8 * (i % 4));
-  }
-  return {words[0], words[1]};
-}
-
-template <Layout kLayout, int kAlign>
-__device__ __forceinline__ void expand_slowly(KeyRow from, int key, int quarter, uint8_t* rows) {
-  const uint2 scales = load_lane_scales<kLayout>(from.scales, quarter);
-#pragma unroll 1
-  for (int j = 0; j < kPiecesOf<kLayout> - 1; ++j) {
-    const uint4 packed = load_piece<kAlign>(from.row + 16 * (quarter + kLanesPerKey * j));
-    store_numbers<kLayout, true>(packed, scales, j, key, quarter, rows);
-  }
-}
-
-// A lane's quarter of a row, whatever its layout, without copies that run ahead: for a warp's keys of two layouts,
-// which a token has at most once.
-template <int kAlign>
-__device__ __forceinline__ void expand_row(KeyRow from, Layout layout, int key, int quarter, uint8_t* rows) {
-  if (from.row != nullptr && layout == Layout::kFp8DsMla) {
-    expand_slowly<Layout::kFp8DsMla, kAlign>(from, key, quarter, rows);
-  } else if (from.row != nullptr && layout == Layout::kMxfp8) {
-    expand_slowly<Layout::kMxfp8, kAlign>(from, key, quarter, rows);
-  } else if (from.row != nullptr && layout == Layout::kNvfp4) {
-    expand_slowly<Layout::kNvfp4, kAlign>(from, key, quarter, rows);
-  } else {
-#pragma unroll 1
-    for (int j = 0; j < kBf16Pieces; ++j) {
-      const int unit = bf16_unit(j, key, quarter);
-      *unit_of(rows, unit / 8, key, unit % 8) =
-          from.row != nullptr ? load_piece<kAlign>(from.row + 16 * unit) : uint4{0, 0, 0, 0};
-    }
-  }
-}
-
-// As Fp8DsMlaCopies, and a group's scales are the first of its pieces. Rows of bf16 are copied to their place; these,
-// and rows of two layouts, have kAhead pieces of nothing in the ring, the latter but for where a row is. Where the
-// next group's rows are, too, is kept in shared memory: registers are few.
-template <int kAlign, typename Memory>
-class AnyLayoutCopies {
+// As Fp8DsMlaCopies, for rows of some of kLayouts. Rows of bf16 are copied to their place in the tile; of others the
+// first pieces are on their way before their group's turn. Lanes whose keys lie in caches of different layouts part
+// ways, which a token's lanes do at most once.
+template <uint32_t kLayouts, int kAlign, typename Memory>
+class LayoutCopies {
  public:
   static constexpr int kAhead = 4;
-  static constexpr int kRegisters = 48;  // of a thread, where they are few
+  static constexpr int kRegisters = kLayouts == kAnyLayouts ? 48 : 40;  // of a thread, where they are few
   static_assert(kAhead <= Memory::kPiecesAhead && kAhead <= kPiecesOf<Layout::kNvfp4>);
 
-  __device__ AnyLayoutCopies(const DecodeArgs& args, Memory& shared, int key, int quarter)
-      : args_(args),
-        ring_(shared.packed[threadIdx.x / 32]),
+  __device__ LayoutCopies(const DecodeArgs& args, Memory& shared, int key, int quarter)
+      : ring_(shared.packed[threadIdx.x / 32]),
+        all_scales_(reinterpret_cast<uint8_t*>(shared.scales[threadIdx.x / 32])),
+        nowhere_(static_cast<const uint8_t*>(args.params.q)),
         key_(key),
-        quarter_(quarter),
-        next_(reinterpret_cast<const uint8_t* (*)[kKeysPerWarp]>(shared.scales[threadIdx.x / 32])) {
-    static_assert(sizeof shared.scales[0] == 2 * kKeysPerWarp * sizeof(void*));
+        quarter_(quarter) {
+    static_assert(sizeof shared.scales[0] >= kKeysPerWarp * kMostScaleBytes);
   }
 
-  __device__ __forceinline__ void turn(const DecodeArgs&, int, KeySlot slot) {
-    find_lane();
-    const KeyRow next = locate(args_, slot);
+  __device__ __forceinline__ void turn(const DecodeArgs& args, int, KeySlot slot) {
+    const KeyRow next = locate(args, slot);
+    const Cache& cache = args.params.scopes[slot.extra].cache;
     const bool real = next.row != nullptr;
-    __syncwarp();  // no lane still reads what was there
-    if (quarter_ == 0) {
-      next_[0][key_] = next.row;
-      next_[1][key_] = next.scales;
-    }
-    flags_ = flags_ << 4 | (real ? kReal : 0) | (slot.group ? kGroup : 0) | (slot.extra ? kExtra : 0);
-    const bool swa = __any_sync(~0u, real && !slot.extra), extra = __any_sync(~0u, real && slot.extra);
-    const Layout one = layout_of(extra), other = layout_of(extra && !swa);
-    layouts_ = layouts_ << 8 | static_cast<uint32_t>(one == other ? one : kMixedLayouts);
+    next_row_ = real ? next.row : nowhere_;
+    next_scales_ = real ? next.scales : nowhere_;
+    flags_ = flags_ << kFlagBits | static_cast<uint32_t>(cache.layout) << 2 | slot.group << 1 | real;
     if (real) {
-      if (one == other && one != Layout::kBf16) flags_ |= kInRing;
-      const int bytes = args_.params.scopes[slot.extra].cache.row_pitch;
-      for (int at = 128 * quarter_; at < bytes; at += 128 * kLanesPerKey) prefetch_l2(next.row + at);
+      for (int at = 128 * quarter_; at < cache.row_pitch; at += 128 * kLanesPerKey) prefetch_l2(next.row + at);
     }
-    __syncwarp();  // the other lanes of a key read next_
   }
 
   __device__ __forceinline__ void begin() {
+    copy_scales();
+    row_ = next_row_;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) copy_next(i, place(i));
+    for (int i = 0; i < kAhead; ++i) copy_next(i);
   }
 
-  __device__ bool more() const { return flags_ & kGroup; }      // there is a group n + 1
-  __device__ bool real() const { return flags_ >> 4 & kReal; }  // group n has this lane's key
+  __device__ bool more() const { return flags_ & kGroup; }              // there is a group n + 1
+  __device__ bool real() const { return flags_ >> kFlagBits & kReal; }  // group n has this lane's key
+
+  // Until group n's scales are here. The next one's take their place.
   __device__ __forceinline__ void wait_for_scales(int) {
+    if constexpr (kLayouts == kBf16Layout) return;
+    find_lane();
     wait();
     __syncwarp();  // they came through another lane
+    const uint32_t layout = flags_ >> kFlagBits;
+    if (may_be<Layout::kNvfp4>(layout)) {
+      scales_ = lane_scales<Layout::kNvfp4>(scales_of_key(), quarter_);
+    } else if (may_be<Layout::kMxfp8>(layout)) {
+      scales_ = lane_scales<Layout::kMxfp8>(scales_of_key(), quarter_);
+    } else if (may_be<Layout::kFp8DsMla>(layout)) {
+      scales_ = lane_scales<Layout::kFp8DsMla>(scales_of_key(), quarter_);
+    }
+    __syncwarp();
+    copy_scales();
   }
 
   __device__ __forceinline__ void expand(uint8_t* rows) {
     find_lane();
-    switch (static_cast<Layout>(layouts_ >> 8 & 0xff)) {
-      case Layout::kFp8DsMla:
-        return expand_pieces<Layout::kFp8DsMla>(rows);
-      case Layout::kMxfp8:
-        return expand_pieces<Layout::kMxfp8>(rows);
-      case Layout::kNvfp4:
-        return expand_pieces<Layout::kNvfp4>(rows);
-      case Layout::kBf16:
-#pragma unroll
-        for (int j = 0; j < kBf16Pieces; ++j) {
-          const int unit = bf16_unit(j, key_, quarter_);
-          copy<16, kAlign>(unit_of(rows, unit / 8, key_, unit % 8), row_ + 16 * unit, real());
-        }
-        copy_async_commit();
-        break;
-      default:
-        expand_row<kAlign>(*reinterpret_cast<const KeyRow*>(&ring_[place(0)][lane()]), layout_of(flags_ >> 4 & kExtra),
-                           key_, quarter_, rows);
+    const uint32_t layout = flags_ >> kFlagBits;
+    if (may_be<Layout::kNvfp4>(layout)) {
+      expand_numbers<Layout::kNvfp4>(rows);
+    } else if (may_be<Layout::kMxfp8>(layout)) {
+      expand_numbers<Layout::kMxfp8>(rows);
+    } else if (may_be<Layout::kFp8DsMla>(layout)) {
+      expand_numbers<Layout::kFp8DsMla>(rows);
+    } else if (may_be<Layout::kBf16>(layout)) {
+      copy_bf16(rows);
     }
-    begin();
-    copy_async_wait<kAhead>();
+    __syncwarp();
   }
 
  private:
-  static constexpr uint32_t kReal = 1, kGroup = 2, kExtra = 4, kInRing = 8;
-  static_assert(sizeof(KeyRow) == sizeof(uint4));
+  static constexpr uint32_t kReal = 1, kGroup = 2, kFlagBits = 5;  // and three of the layout
+  static constexpr int kMostScaleBytes = kNvfp4ScaleBytes;
+  // Whether each group asks for its successor's pieces in their order.
+  static constexpr bool kInOrder = !(kLayouts & kLayoutBit<Layout::kFp8DsMla>);
 
+  // `flags` from a group's on. Asked in the order of expand(): the last layout that there can be needs no test.
   template <Layout kLayout>
-  __device__ __forceinline__ void expand_pieces(uint8_t* rows) {
-    const uint2 scales =
-        lane_scales<kLayout>(reinterpret_cast<const uint8_t*>(&ring_[place(0)][kLanesPerKey * key_]), quarter_);
-    __syncwarp();  // before others come to their place
-    if (__any_sync(~0u, needs_two_factors<kLayout>(scales))) {
-      expand_scaled_pieces<kLayout, true>(scales, rows);
+  __device__ static bool may_be(uint32_t flags) {
+    constexpr uint32_t kBefore = kLayout == Layout::kNvfp4      ? 0
+                                 : kLayout == Layout::kMxfp8    ? kLayoutBit<Layout::kNvfp4>
+                                 : kLayout == Layout::kFp8DsMla ? kV41Layouts
+                                                                : kAnyLayouts & ~kBf16Layout;
+    if constexpr (!(kLayouts & kLayoutBit<kLayout>)) return false;
+    if constexpr ((kLayouts & ~kBefore) == kLayoutBit<kLayout>) return true;
+    return (flags >> 2 & 7) == static_cast<uint32_t>(kLayout);
+  }
+
+  // Addresses computed ahead of the loop would take more registers than there are.
+  __device__ __forceinline__ void find_lane() {
+    const uint32_t thread = opaque(threadIdx.x) % 32;
+    key_ = thread / kLanesPerKey;
+    quarter_ = thread % kLanesPerKey;
+  }
+  __device__ uint8_t* scales_of_key() const { return all_scales_ + kMostScaleBytes * key_; }
+
+  // Two copies of the code, so that the one that runs has no branches.
+  template <Layout kLayout>
+  __device__ __forceinline__ void expand_numbers(uint8_t* rows) {
+    if (needs_two_factors<kLayout>(scales_)) {
+      expand_pieces<kLayout, true>(rows);
     } else {
-      expand_scaled_pieces<kLayout, false>(scales, rows);
+      expand_pieces<kLayout, false>(rows);
     }
-    begin_ += kPiecesOf<kLayout>;
   }
 
   template <Layout kLayout, bool kTwoFactors>
-  __device__ __forceinline__ void expand_scaled_pieces(uint2 scales, uint8_t* rows) {
-    constexpr int kAll = kPiecesOf<kLayout>;
-    go_on<kAll>(0);
+  __device__ __forceinline__ void expand_pieces(uint8_t* rows) {
+    constexpr int kPieces = kPiecesOf<kLayout>;
+    if (!kInOrder) copy_async_wait<0>();
+    uint4 packed = ring_[0][lane()];
 #pragma unroll
-    for (int i = 1; i < kAll; ++i) {
-      wait();
-      const uint4 packed = ring_[place(i)][lane()];
-      go_on<kAll>(i);
-      store_numbers<kLayout, kTwoFactors>(packed, scales, i - 1, key_, quarter_, rows);
+    for (int i = 0; i < kPieces; ++i) {
+      // The next one is read before this one is converted.
+      uint4 next;
+      if (i + 1 < kPieces) {
+        copy_async_wait<kAhead - 2>();
+        next = ring_[(i + 1) % kAhead][lane()];
+      }
+      if (i + kAhead < kPieces) {
+        copy_piece(i + kAhead, real());
+      } else {
+        if (i + kAhead == kPieces) row_ = next_row_;
+        copy_next(i % kAhead);
+      }
+      store_numbers<kLayout, kTwoFactors>(packed, scales_, i, key_, quarter_, rows);
+      packed = next;
     }
   }
 
-  // Addresses of all layouts, computed ahead of the loop, would take more registers than there are: what would be kept
-  // in memory instead is computed when it is needed.
-  __device__ __forceinline__ void find_lane() {
-    const int thread = opaque(static_cast<int>(threadIdx.x)) % 32;
-    key_ = thread / kLanesPerKey;
-    quarter_ = thread % kLanesPerKey;
+  __device__ __forceinline__ void copy_bf16(uint8_t* rows) {
+#pragma unroll
+    for (int j = 0; j < kPiecesOf<Layout::kBf16>; ++j) {
+      const int unit = bf16_unit(j, key_, quarter_);
+      copy<16, kAlign>(unit_of(rows, unit / 8, key_, unit % 8), row_ + 16 * unit, real());
+    }
+    copy_async_commit();
+    row_ = next_row_;
+    if constexpr (kLayouts == kBf16Layout) {
+      copy_async_wait<0>();
+    } else {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) copy_next(i);
+      copy_async_wait<kAhead>();
+    }
   }
 
   __device__ void wait() { copy_async_wait<kAhead - 1>(); }  // for the piece that was asked for first
   __device__ int lane() const { return quarter_ + kLanesPerKey * key_; }
-  __device__ uint32_t place(int i) const { return (begin_ + i) % kAhead; }
-  __device__ Layout layout_of(bool extra) const { return args_.params.scopes[extra].cache.layout; }
 
-  // Asks for piece i + kAhead of a group that has so many, or of the next one, at piece i's place.
-  template <int kAll>
-  __device__ __forceinline__ void go_on(int i) {
-    if (i + kAhead >= kAll) return copy_next(i + kAhead - kAll, place(i));
-    copy_numbers(i + kAhead, place(i), real());
+  // Asks for piece i of a row, to its place in the ring.
+  __device__ __forceinline__ void copy_piece(int i, bool real) {
+    copy<16, kAlign>(&ring_[i % kAhead][lane()], row_ + 16 * (quarter_ + kLanesPerKey * i), real);
     copy_async_commit();
   }
+  __device__ __forceinline__ void copy_next(int i) {
+    if constexpr (kLayouts == kBf16Layout) return;
+    copy_piece(i, flags_ & kReal);
+  }
 
-  // Piece i of the next group.
-  __device__ __forceinline__ void copy_next(int i, uint32_t at) {
-    const Layout layout = static_cast<Layout>(layouts_ & 0xff);
-    if (i > 0) {
-      copy_numbers(i, at, flags_ & kInRing);
-    } else {
-      const bool real = flags_ & kReal;
-      const auto nowhere = static_cast<const uint8_t*>(args_.params.q);  // an address for copies of no bytes
-      row_ = real ? next_[0][key_] : nowhere;
-      if (layout == kMixedLayouts) {
-        *reinterpret_cast<KeyRow*>(&ring_[at][lane()]) = {next_[0][key_], next_[1][key_]};
-      } else if (layout == Layout::kFp8DsMla) {
-        if (quarter_ == 0) copy<kPackedScaleBytes, kAlign>(&ring_[at][lane()], real ? next_[1][key_] : nowhere, real);
-      } else if (quarter_ < (layout == Layout::kMxfp8 ? 1 : layout == Layout::kNvfp4 ? 2 : 0)) {
-        copy<16, kAlign>(&ring_[at][lane()], (real ? next_[1][key_] : nowhere) + 16 * quarter_, real);
-      }
+  // Asks for the next group's scales: 16 bytes of them to a lane.
+  __device__ __forceinline__ void copy_scales() {
+    const bool real = flags_ & kReal;
+    if (may_be<Layout::kNvfp4>(flags_)) {
+      if (quarter_ < 2) copy<16, kAlign>(scales_of_key() + 16 * quarter_, next_scales_ + 16 * quarter_, real);
+    } else if (may_be<Layout::kMxfp8>(flags_)) {
+      if (quarter_ == 0) copy<16, kAlign>(scales_of_key(), next_scales_, real);
+    } else if (may_be<Layout::kFp8DsMla>(flags_)) {
+      if (quarter_ == 0) copy<kPackedScaleBytes, kAlign>(scales_of_key(), next_scales_, real);
     }
-    copy_async_commit();
   }
 
-  __device__ __forceinline__ void copy_numbers(int i, uint32_t at, bool real) {
-    copy<16, kAlign>(&ring_[at][lane()], row_ + 16 * (quarter_ + kLanesPerKey * (i - 1)), real);
-  }
-
-  const DecodeArgs& args_;
   uint4 (*const ring_)[32];
+  uint8_t* const all_scales_;
+  const uint8_t* const nowhere_;  // an address for copies of no bytes
   int key_, quarter_;
-  const uint8_t* (*const next_)[kKeysPerWarp];  // rows of group n + 1, and scales
-  const uint8_t* row_ = nullptr;                // that copies are at
-  uint32_t flags_ = 0;                          // kReal, ... of group n + 1, and above them of group n
-  uint32_t layouts_ = 0;  // of all keys of a warp, or kMixedLayouts: group n + 1's, and above it group n's
-  uint32_t begin_ = 0;    // where group n's first piece lies in the ring
+  const uint8_t *next_row_, *next_scales_;
+  const uint8_t* row_ = nullptr;  // that copies are at
+  uint32_t flags_ = 0;            // kReal, ... of group n + 1, and above them of group n
+  uint2 scales_;                  // of group n
 };
+
+template <int kAlign, typename Memory>
+using V41Copies = LayoutCopies<kV41Layouts, kAlign, Memory>;
+template <int kAlign, typename Memory>
+using Bf16Copies = LayoutCopies<kBf16Layout, kAlign, Memory>;
+template <int kAlign, typename Memory>
+using AnyLayoutCopies = LayoutCopies<kAnyLayouts, kAlign, Memory>;
 
 }  // namespace jax_dsv4::cuda
 

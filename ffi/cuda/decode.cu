@@ -41,6 +41,24 @@ int alignment(const Cache& cache) {
   return bits % 16 == 0 ? 0 : bits % 4 == 0 ? 1 : 2;
 }
 
+// The kernel that reads both scopes' caches; none if there is none.
+DecodeKernel::Function reader(const DecodeKernel& kernel, const Scope (&scopes)[2]) {
+  int align = 0;
+  bool fp8 = true, v41 = true, bf16 = true;  // what all caches may be called
+  for (const Scope& scope : scopes) {
+    if (scope.topk == 0) continue;
+    const Layout layout = scope.cache.layout;
+    if (layout == Layout::kFloat32) return nullptr;
+    fp8 &= layout == Layout::kFp8DsMla;
+    v41 &= layout == Layout::kMxfp8 || layout == Layout::kNvfp4;
+    bf16 &= layout == Layout::kBf16;
+    align = std::max(align, alignment(scope.cache));
+  }
+  if (fp8) return kernel.aligned[align];
+  if (align > 0) return kernel.any_layout[1];
+  return v41 ? kernel.v41 : bf16 ? kernel.bf16 : kernel.any_layout[0];
+}
+
 DecodeKernel kernel_for(int heads_per_block, bool cluster) {
   switch (heads_per_block) {
     case 8:
@@ -137,8 +155,8 @@ cudaError_t prepare_decode() {
   for (int heads : {8, 16, 32, kHeadsPerBlock}) {
     for (bool cluster : {false, true}) {
       const DecodeKernel decode = kernel_for(heads, cluster);
-      for (auto kernel :
-           {decode.aligned[0], decode.aligned[1], decode.aligned[2], decode.any_layout[0], decode.any_layout[1]}) {
+      for (auto kernel : {decode.aligned[0], decode.aligned[1], decode.aligned[2], decode.v41, decode.bf16,
+                          decode.any_layout[0], decode.any_layout[1]}) {
         cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(decode.shared_bytes));
         if (status == cudaSuccess && cluster) {
@@ -169,17 +187,7 @@ cudaError_t prepare_decode() {
 cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   if (params.tokens == 0) return cudaSuccess;
   if (params.q_dtype != Dtype::kBf16) return cudaErrorNotSupported;
-  int align = 0;
-  bool any_layout = false;
-  for (const Scope& scope : params.scopes) {
-    if (scope.topk == 0) continue;
-    if (scope.cache.layout == Layout::kFloat32) return cudaErrorNotSupported;
-    any_layout |= scope.cache.layout != Layout::kFp8DsMla;
-    align = std::max(align, alignment(scope.cache));
-  }
-  const auto function = [=](const DecodeKernel& decode) {
-    return any_layout ? decode.any_layout[align > 0] : decode.aligned[align];
-  };
+  if (reader(many_heads(), params.scopes) == nullptr) return cudaErrorNotSupported;
   int device, processors;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -202,7 +210,7 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
     cudaLaunchAttribute cluster;
     const dim3 grid(ceil_div(params.heads, shape.heads), shape.blocks, params.tokens);
     const cudaLaunchConfig_t config = cluster_config(decode, grid, stream, &cluster);
-    status = cudaLaunchKernelEx(&config, function(decode), args);
+    status = cudaLaunchKernelEx(&config, reader(decode, params.scopes), args);
     if (status != cudaSuccess || !open) return status;
   }
 
@@ -217,7 +225,7 @@ cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = open;  // beside the clusters, should these leave at once
-  status = cudaLaunchKernelEx(&config, function(decode), args);
+  status = cudaLaunchKernelEx(&config, reader(decode, params.scopes), args);
   return status == cudaSuccess ? launch_combine(args, workers, stream) : status;
 }
 

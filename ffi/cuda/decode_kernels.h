@@ -12,6 +12,7 @@ namespace jax_dsv4::cuda {
 struct DecodeKernel {
   using Function = void (*)(DecodeArgs);
   Function aligned[3];     // for fp8_ds_mla whose blocks all begin at multiples of 16, of 4, or of 1 byte
+  Function v41, bf16;      // for mxfp8 with either of mxfp8 and nvfp4, and for bf16 alone; of 16
   Function any_layout[2];  // for any layouts; of 16, or of 1
   int threads;
   size_t shared_bytes;

@@ -35,7 +35,7 @@ struct __align__(1024) FewHeadsShared {
   uint8_t p[kAttending][kHeads * kRowBytes];  // [heads][64 keys]
   // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
   uint4 packed[kProducers * kWarps][kPiecesAhead][32];
-  uint2 scales[kProducers * kWarps][2][kKeysPerWarp];
+  uint2 scales[kProducers * kWarps][4][kKeysPerWarp];
   uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // bit i of word j: key 8 j + i of the tile is attended to
   float tops[kAttending][kWarps][kHeads];           // the largest scores of a tile, per warp of keys
   float sums[kAttending][kWarps][kHeads];           // of P over an item

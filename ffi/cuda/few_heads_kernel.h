@@ -71,6 +71,8 @@ DecodeKernel few_heads() {
   using Roles = FewHeadsRoles<Work, kHeads>;
   return {{few_heads_kernel<Work, Fp8DsMlaCopies, 16, kHeads>, few_heads_kernel<Work, Fp8DsMlaCopies, 4, kHeads>,
            few_heads_kernel<Work, Fp8DsMlaCopies, 1, kHeads>},
+          few_heads_kernel<Work, V41Copies, 16, kHeads>,
+          few_heads_kernel<Work, Bf16Copies, 16, kHeads>,
           {few_heads_kernel<Work, AnyLayoutCopies, 16, kHeads>, few_heads_kernel<Work, AnyLayoutCopies, 1, kHeads>},
           Roles::kThreads,
           sizeof(typename Roles::Memory)};

@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(kThreads, 1) many_heads_kernel(const __grid_co
 DecodeKernel many_heads() {
   return {{many_heads_kernel<Fp8DsMlaCopies, 16>, many_heads_kernel<Fp8DsMlaCopies, 4>,
            many_heads_kernel<Fp8DsMlaCopies, 1>},
+          many_heads_kernel<V41Copies, 16>,
+          many_heads_kernel<Bf16Copies, 16>,
           {many_heads_kernel<AnyLayoutCopies, 16>, many_heads_kernel<AnyLayoutCopies, 1>},
           kThreads,
           sizeof(ManyHeadsShared)};

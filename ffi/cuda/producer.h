@@ -36,18 +36,21 @@ class Groups {
   __device__ Groups(const DecodeArgs& args, int key) : params_(args.params), work_(args), key_(key) {
     // The first slots need not wait for all that tells the first item, if it turns out to be what it mostly is.
     const Item guess = work_.guess();
-    guess_ = load(guess, guess.begin);
+    first_ = load(guess, guess.begin);
     open();
-    guessed_ = item_.token == guess.token && item_.begin == guess.begin && item_.end == guess.end &&
-               item_.swa_length == guess.swa_length;
+    const bool guessed = item_.token == guess.token && item_.begin == guess.begin && item_.end == guess.end &&
+                         item_.swa_length == guess.swa_length;
+    if (!guessed) first_ = load(item_, begin_);
+    if (begin_ < item_.end) go_on();
   }
+
+  // Asked for before fetch(), and once: what outlives that would take registers.
+  __device__ KeySlot first() const { return first_; }
 
   __device__ KeySlot fetch() {
     if (begin_ >= item_.end) return {-1, false, false};
-    const KeySlot f = guessed_ ? guess_ : load(item_, begin_);
-    guessed_ = false;
-    begin_ += kKeyTile;
-    if (begin_ >= item_.end) open();
+    const KeySlot f = load(item_, begin_);
+    go_on();
     return f;
   }
 
@@ -63,6 +66,11 @@ class Groups {
     return f;
   }
 
+  __device__ void go_on() {
+    begin_ += kKeyTile;
+    if (begin_ >= item_.end) open();
+  }
+
   __device__ void open() {
     if (!work_.next(&item_)) item_.begin = item_.end = 0;
     begin_ = item_.begin;
@@ -73,8 +81,7 @@ class Groups {
   Item item_;
   int begin_;  // of the next tile
   const int key_;
-  KeySlot guess_;
-  bool guessed_ = false;
+  KeySlot first_;
 };
 
 __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeySlot key) {
@@ -290,13 +297,12 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
   const int word = group * kWarps + warp;  // of `valid`: the 8 rows of a tile that are this warp's
   Groups<Work> groups(args, word * kKeysPerWarp + key);
   Copies copies(args, shared, key, quarter);
-  KeySlot slot{-1, false, false};  // of the group after the one that copies are at, or will be next
+  KeySlot slot = groups.first();  // of the group after the one that copies are at, or will be next
 
-  // The first rounds only fill the pipeline.
-  for (int n = -2; n < 0 || copies.more(); ++n) {
+  // The first round only fills the pipeline.
+  for (int n = -1; n < 0 || copies.more(); ++n) {
     const KeySlot next_slot = slot;
     slot = groups.fetch();
-    if (n == -2) continue;
     copies.turn(args, n, next_slot);
     if (n < 0) {
       copies.begin();

@@ -41,8 +41,8 @@ struct __align__(1024) ManyHeadsShared {
   uint8_t p[2][kHeadsPerBlock * kRowBytes];  // [heads][64 keys]; one is written while the other is read
   // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
   uint4 packed[kProducers * kWarps][kPiecesAhead][32];
-  uint2 scales[kProducers * kWarps][2][kKeysPerWarp];  // of two groups, copied by one lane for the four of a key
-  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];     // bit i of word j: key 8 j + i of the tile is attended to
+  uint2 scales[kProducers * kWarps][4][kKeysPerWarp];
+  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // bit i of word j: key 8 j + i of the tile is attended to
   float factor[2][kHeadsPerBlock];  // rescales the accumulators before P is added; an item's last one normalises
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
   uint64_t factor_full[2], p_full[2], p_free[2];

@@ -130,7 +130,7 @@ __device__ __forceinline__ void registers_change() {
 // --- arithmetic
 
 // x, of which the compiler knows nothing: what depends on it is computed here, not ahead of a loop and kept.
-__device__ __forceinline__ int opaque(int x) {
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }

@@ -52,7 +52,7 @@ void registers_change() {
   static_assert(kTo % 8 == 0 && kTo >= 24 && kTo <= 256);
 }
 
-inline int opaque(int x) { return x; }
+inline uint32_t opaque(uint32_t x) { return x; }
 inline uint32_t pack_bf16x2(float low, float high) {
   return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
 }
