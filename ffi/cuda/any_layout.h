@@ -110,21 +110,21 @@ class LayoutCopies {
       : ring_(shared.packed[threadIdx.x / 32]),
         all_scales_(reinterpret_cast<uint8_t*>(shared.scales[threadIdx.x / 32])),
         nowhere_(static_cast<const uint8_t*>(args.params.q)),
+        lane_(threadIdx.x % 32),
         key_(key),
         quarter_(quarter) {
     static_assert(sizeof shared.scales[0] >= kKeysPerWarp * kMostScaleBytes);
   }
 
-  __device__ __forceinline__ void turn(const DecodeArgs& args, int, KeySlot slot) {
-    const KeyRow next = locate(args, slot);
-    const Cache& cache = args.params.scopes[slot.extra].cache;
+  __device__ __forceinline__ void turn(int, const Key& next) {
     const bool real = next.row != nullptr;
     next_row_ = real ? next.row : nowhere_;
     next_scales_ = real ? next.scales : nowhere_;
-    flags_ = flags_ << kFlagBits | static_cast<uint32_t>(cache.layout) << 2 | slot.group << 1 | real;
-    if (real) {
-      for (int at = 128 * quarter_; at < cache.row_pitch; at += 128 * kLanesPerKey) prefetch_l2(next.row + at);
-    }
+    flags_ = flags_ << kFlagBits | static_cast<uint32_t>(next.layout) << 1 | real;
+    find_lane();
+    const int lines = may_be<Layout::kNvfp4>(flags_) ? 3 : is_bf16(flags_) ? 8 : 5;  // of 128 bytes, with scales
+    if (real && quarter_ < lines) prefetch_l2(next.row + 128 * quarter_);
+    if (real && quarter_ + kLanesPerKey < lines) prefetch_l2(next.row + 128 * (quarter_ + kLanesPerKey));
   }
 
   __device__ __forceinline__ void begin() {
@@ -134,7 +134,6 @@ class LayoutCopies {
     for (int i = 0; i < kAhead; ++i) copy_next(i);
   }
 
-  __device__ bool more() const { return flags_ & kGroup; }              // there is a group n + 1
   __device__ bool real() const { return flags_ >> kFlagBits & kReal; }  // group n has this lane's key
 
   // Until group n's scales are here. The next one's take their place.
@@ -171,7 +170,7 @@ class LayoutCopies {
   }
 
  private:
-  static constexpr uint32_t kReal = 1, kGroup = 2, kFlagBits = 5;  // and three of the layout
+  static constexpr uint32_t kReal = 1, kFlagBits = 4;  // and three of the layout
   static constexpr int kMostScaleBytes = kNvfp4ScaleBytes;
   // Whether each group asks for its successor's pieces in their order.
   static constexpr bool kInOrder = !(kLayouts & kLayoutBit<Layout::kFp8DsMla>);
@@ -185,21 +184,27 @@ class LayoutCopies {
                                                                 : kAnyLayouts & ~kBf16Layout;
     if constexpr (!(kLayouts & kLayoutBit<kLayout>)) return false;
     if constexpr ((kLayouts & ~kBefore) == kLayoutBit<kLayout>) return true;
-    return (flags >> 2 & 7) == static_cast<uint32_t>(kLayout);
+    return (flags >> 1 & 7) == static_cast<uint32_t>(kLayout);
   }
 
   // Addresses computed ahead of the loop would take more registers than there are.
   __device__ __forceinline__ void find_lane() {
-    const uint32_t thread = opaque(threadIdx.x) % 32;
-    key_ = thread / kLanesPerKey;
-    quarter_ = thread % kLanesPerKey;
+    lane_ = opaque(lane_);
+    key_ = lane_ / kLanesPerKey;
+    quarter_ = lane_ % kLanesPerKey;
   }
   __device__ uint8_t* scales_of_key() const { return all_scales_ + kMostScaleBytes * key_; }
 
-  // Two copies of the code, so that the one that runs has no branches.
+  __device__ static bool is_bf16(uint32_t flags) {
+    if constexpr (kLayouts == kBf16Layout) return true;
+    if constexpr (!(kLayouts & kBf16Layout)) return false;
+    return (flags >> 1 & 7) == static_cast<uint32_t>(Layout::kBf16);
+  }
+
+  // Two copies of the code, so that the one that runs has no branches; but not where copies are slow anyway.
   template <Layout kLayout>
   __device__ __forceinline__ void expand_numbers(uint8_t* rows) {
-    if (needs_two_factors<kLayout>(scales_)) {
+    if (kAlign < 16 || needs_two_factors<kLayout>(scales_)) {
       expand_pieces<kLayout, true>(rows);
     } else {
       expand_pieces<kLayout, false>(rows);
@@ -210,14 +215,14 @@ class LayoutCopies {
   __device__ __forceinline__ void expand_pieces(uint8_t* rows) {
     constexpr int kPieces = kPiecesOf<kLayout>;
     if (!kInOrder) copy_async_wait<0>();
-    uint4 packed = ring_[0][lane()];
+    uint4 packed = ring_[0][lane_];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       // The next one is read before this one is converted.
       uint4 next;
       if (i + 1 < kPieces) {
         copy_async_wait<kAhead - 2>();
-        next = ring_[(i + 1) % kAhead][lane()];
+        next = ring_[(i + 1) % kAhead][lane_];
       }
       if (i + kAhead < kPieces) {
         copy_piece(i + kAhead, real());
@@ -248,16 +253,18 @@ class LayoutCopies {
   }
 
   __device__ void wait() { copy_async_wait<kAhead - 1>(); }  // for the piece that was asked for first
-  __device__ int lane() const { return quarter_ + kLanesPerKey * key_; }
 
   // Asks for piece i of a row, to its place in the ring.
   __device__ __forceinline__ void copy_piece(int i, bool real) {
-    copy<16, kAlign>(&ring_[i % kAhead][lane()], row_ + 16 * (quarter_ + kLanesPerKey * i), real);
+    copy<16, kAlign>(&ring_[i % kAhead][lane_], row_ + 16 * (quarter_ + kLanesPerKey * i), real);
     copy_async_commit();
   }
   __device__ __forceinline__ void copy_next(int i) {
-    if constexpr (kLayouts == kBf16Layout) return;
-    copy_piece(i, flags_ & kReal);
+    if (is_bf16(flags_)) {
+      copy_async_commit();
+    } else {
+      copy_piece(i, flags_ & kReal);
+    }
   }
 
   // Asks for the next group's scales: 16 bytes of them to a lane.
@@ -275,6 +282,7 @@ class LayoutCopies {
   uint4 (*const ring_)[32];
   uint8_t* const all_scales_;
   const uint8_t* const nowhere_;  // an address for copies of no bytes
+  uint32_t lane_;
   int key_, quarter_;
   const uint8_t *next_row_, *next_scales_;
   const uint8_t* row_ = nullptr;  // that copies are at

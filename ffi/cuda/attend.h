@@ -82,8 +82,8 @@ __device__ __forceinline__ void score_tile(const Memory& shared, int buffer, int
   if (lane == warp / kWarpsPerGroup) words = *reinterpret_cast<const uint2*>(&shared.valid[buffer][2 * warp]);
   words.x = __shfl_sync(~0u, words.x, warp / kWarpsPerGroup);
   words.y = __shfl_sync(~0u, words.y, warp / kWarpsPerGroup);
-  valid[0] = (words.x >> (lane / 4) & 1) != 0;
-  valid[1] = (words.y >> (lane / 4) & 1) != 0;
+  valid[0] = is_valid(words.x, lane / 4);
+  valid[1] = is_valid(words.y, lane / 4);
   wgmma_wait<0>();
 }
 

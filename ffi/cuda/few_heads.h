@@ -36,7 +36,7 @@ struct __align__(1024) FewHeadsShared {
   // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
   uint4 packed[kProducers * kWarps][kPiecesAhead][32];
   uint2 scales[kProducers * kWarps][4][kKeysPerWarp];
-  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // bit i of word j: key 8 j + i of the tile is attended to
+  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // see is_valid()
   float tops[kAttending][kWarps][kHeads];           // the largest scores of a tile, per warp of keys
   float sums[kAttending][kWarps][kHeads];           // of P over an item
   float bases[kAttending][kHeads];                  // that P and O^T are relative to

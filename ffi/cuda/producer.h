@@ -9,79 +9,27 @@
 
 namespace jax_dsv4::cuda {
 
-constexpr int kLanesPerKey = 32 / kKeysPerWarp;
 // A lane has a quarter of a row, in pieces of 16 bytes: one of each scale tile, then two of rope.
 constexpr int kPieces = kPackedRowBytes / 16 / kLanesPerKey;
 static_assert(kLanesPerKey == 4 && kPieces == kScaleTiles + 2);
 
-// A lane's key of a group, before it is needed.
+// A key of a tile before it is needed, and how many tiles have been asked for with it.
 struct KeySlot {
   int slot;
   bool extra;
-  bool group;  // there is such a group
+  int tiles;
 };
 
-// Where the key lies; row is null for a key that is not attended to.
+// Where a key lies; row is null for a key that is not attended to.
 struct KeyRow {
   const uint8_t* row;
   const uint8_t* scales;
 };
 
-// Of every tile the group that one producing warpgroup fills, over all items as one sequence, so that fetching runs
-// ahead across items.
-template <typename Work>
-class Groups {
- public:
-  // `key`: this thread's, of a tile.
-  __device__ Groups(const DecodeArgs& args, int key) : params_(args.params), work_(args), key_(key) {
-    // The first slots need not wait for all that tells the first item, if it turns out to be what it mostly is.
-    const Item guess = work_.guess();
-    first_ = load(guess, guess.begin);
-    open();
-    const bool guessed = item_.token == guess.token && item_.begin == guess.begin && item_.end == guess.end &&
-                         item_.swa_length == guess.swa_length;
-    if (!guessed) first_ = load(item_, begin_);
-    if (begin_ < item_.end) go_on();
-  }
-
-  // Asked for before fetch(), and once: what outlives that would take registers.
-  __device__ KeySlot first() const { return first_; }
-
-  __device__ KeySlot fetch() {
-    if (begin_ >= item_.end) return {-1, false, false};
-    const KeySlot f = load(item_, begin_);
-    go_on();
-    return f;
-  }
-
- private:
-  __device__ KeySlot load(const Item& item, int begin) const {
-    KeySlot f{-1, false, begin < item.end};
-    const int key = begin + key_;
-    if (key < item.end) {
-      f.extra = key >= item.swa_length;
-      const Scope& scope = params_.scopes[f.extra];
-      f.slot = scope.indices[static_cast<int64_t>(item.token) * scope.topk + key - (f.extra ? item.swa_length : 0)];
-    }
-    return f;
-  }
-
-  __device__ void go_on() {
-    begin_ += kKeyTile;
-    if (begin_ >= item_.end) open();
-  }
-
-  __device__ void open() {
-    if (!work_.next(&item_)) item_.begin = item_.end = 0;
-    begin_ = item_.begin;
-  }
-
-  const DecodeParams& params_;
-  Work work_;
-  Item item_;
-  int begin_;  // of the next tile
-  const int key_;
-  KeySlot first_;
+// The key of a group.
+struct Key : KeyRow {
+  Layout layout;
+  bool group;  // there is such a group
 };
 
 __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeySlot key) {
@@ -92,6 +40,88 @@ __device__ __forceinline__ KeyRow locate(const DecodeArgs& args, KeySlot key) {
   const uint8_t* rows = cache.data + block * cache.block_stride_bytes;
   return {rows + cache.row_at(offset), rows + cache.scales_at(offset)};
 }
+
+__device__ __forceinline__ const uint8_t* shuffle(const uint8_t* p, int lane) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(p);
+  const uint32_t low = __shfl_sync(~0u, static_cast<uint32_t>(bits), lane);
+  const uint32_t high = __shfl_sync(~0u, static_cast<uint32_t>(bits >> 32), lane);
+  return reinterpret_cast<const uint8_t*>(uint64_t{high} << 32 | low);
+}
+
+// A lane's keys of the group that a producing warpgroup fills of every tile, over all items as one sequence. The lanes
+// of a key look up its place in several tiles at once, one each, while those before are copied.
+template <typename Work>
+class Keys {
+ public:
+  // Of `group` of the tiles.
+  __device__ Keys(const DecodeArgs& args, int group) : args_(args), work_(args), group_(group) {
+    // The first slots need not wait for all that tells the first item, if it turns out to be what it mostly is.
+    const Item guess = work_.guess();
+    ahead_ = load(guess, guess.begin);
+    open();
+    const bool guessed = item_.token == guess.token && item_.begin == guess.begin && item_.end == guess.end &&
+                         item_.swa_length == guess.swa_length;
+    if (!guessed) ahead_ = load(item_, begin_);
+    if (begin_ < item_.end) go_on();
+  }
+
+  // That of the next group.
+  __device__ __forceinline__ Key next() {
+    if (at_ == tiles_) look_up();
+    const int lane = threadIdx.x % 32 / kLanesPerKey * kLanesPerKey + at_;
+    const bool group = at_ < tiles_;
+    at_ += group;
+    const int layout = __shfl_sync(~0u, static_cast<int>(layout_), lane);
+    return {{shuffle(place_.row, lane), shuffle(place_.scales, lane)}, static_cast<Layout>(layout), group};
+  }
+
+ private:
+  __device__ __forceinline__ void look_up() {
+    const Cache& cache = args_.params.scopes[ahead_.extra].cache;
+    place_ = locate(args_, ahead_);
+    layout_ = cache.layout;
+    tiles_ = ahead_.tiles;
+    at_ = 0;
+    ahead_ = {-1, false, 0};
+    if (begin_ < item_.end) {
+      ahead_ = load(item_, begin_);
+      go_on();
+    }
+  }
+
+  __device__ KeySlot load(const Item& item, int begin) const {
+    KeySlot f{-1, false, min(kLanesPerKey, (item.end - begin + kKeyTile - 1) / kKeyTile)};
+    // Computed when it is needed: registers are few.
+    const uint32_t thread = opaque(threadIdx.x) % kWarpgroup;
+    const int key = begin + group_ * kGroupKeys + thread / kLanesPerKey + kKeyTile * (thread % kLanesPerKey);
+    if (key < item.end) {
+      f.extra = key >= item.swa_length;
+      const Scope& scope = args_.params.scopes[f.extra];
+      f.slot = scope.indices[static_cast<int64_t>(item.token) * scope.topk + key - (f.extra ? item.swa_length : 0)];
+    }
+    return f;
+  }
+
+  __device__ void go_on() {
+    begin_ += kLanesPerKey * kKeyTile;
+    if (begin_ >= item_.end) open();
+  }
+
+  __device__ void open() {
+    if (!work_.next(&item_)) item_.begin = item_.end = 0;
+    begin_ = item_.begin;
+  }
+
+  const DecodeArgs& args_;
+  Work work_;
+  Item item_;
+  int begin_;  // of the tiles to be asked for next
+  const int group_;
+  KeySlot ahead_;
+  KeyRow place_;
+  Layout layout_;
+  int tiles_ = 0, at_ = 0;  // that place_ is of, on all lanes of the key; the next one of these
+};
 
 // Copies kBytes that are aligned to kAlign only, or zeros if `real` is false. Nothing aligned to less than 4 bytes can
 // be copied asynchronously: the bytes go through registers then, which is slow and right.
@@ -189,18 +219,16 @@ class Fp8DsMlaCopies {
         key_(key),
         quarter_(quarter) {}
 
-  // Turns to group n, the next one being that of `slot`, if there is one: asks for its scales now, for its pieces as
+  // Turns to group n, of which the next one has key `next`, if there is one: asks for its scales now, for its pieces as
   // the ring has room.
-  __device__ __forceinline__ void turn(const DecodeArgs& args, int n, KeySlot slot) {
-    const KeyRow next = locate(args, slot);
-    const bool more = slot.group;
+  __device__ __forceinline__ void turn(int n, const Key& next) {
     next_row_ = next.row;
     const bool real = next.row != nullptr;
     real_ = real_ << 1 | real;
-    more_ = more_ << 1 | more;
     if (quarter_ == 0) {
       copy<kPackedScaleBytes, kAlign>(&ring_scales_[(n + 1) & 1][key_], real ? next.scales : nowhere_, real);
     }
+    // Not earlier: rows that are asked for several groups ahead stand in the way of the next one's.
     if (!kWholeGroup && real) {
       prefetch_l2(next.row + 128 * quarter_);
       if (quarter_ == 0) prefetch_l2(next.row + 512);
@@ -218,7 +246,6 @@ class Fp8DsMlaCopies {
     }
   }
 
-  __device__ bool more() const { return more_ & 1; }                // there is a group n + 1
   __device__ bool real() const { return real_ >> 1 & 1; }           // group n has this lane's key
   __device__ void wait() { copy_async_wait<kBatchesAhead - 1>(); }  // for what was asked for first
 
@@ -281,10 +308,10 @@ class Fp8DsMlaCopies {
   const uint8_t* const nowhere_;  // an address for copies of no bytes
   const int key_, quarter_;
   const uint8_t* next_row_;
-  const uint8_t* row_;            // that copies are at, from this lane's quarter of the first piece on
-  uint32_t real_ = 0, more_ = 0;  // bit i: group n + 1 - i has this lane's key; there is such a group
-  uint32_t ring_begin_;           // where group n's first piece lies in the ring
-  uint2 scales_;                  // of group n
+  const uint8_t* row_;   // that copies are at, from this lane's quarter of the first piece on
+  uint32_t real_ = 0;    // bit i: group n + 1 - i has this lane's key
+  uint32_t ring_begin_;  // where group n's first piece lies in the ring
+  uint2 scales_;         // of group n
 };
 
 // A warp has 8 keys of a group, and of each key's 64-dimension tiles a quarter to a lane, all the way from the copy to
@@ -295,15 +322,15 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
   const int warp = threadIdx.x / 32 % kWarps, lane = threadIdx.x % 32;
   const int key = lane / kLanesPerKey, quarter = lane % kLanesPerKey;
   const int word = group * kWarps + warp;  // of `valid`: the 8 rows of a tile that are this warp's
-  Groups<Work> groups(args, word * kKeysPerWarp + key);
+  Keys<Work> keys(args, group);
   Copies copies(args, shared, key, quarter);
-  KeySlot slot = groups.first();  // of the group after the one that copies are at, or will be next
 
   // The first round only fills the pipeline.
-  for (int n = -1; n < 0 || copies.more(); ++n) {
-    const KeySlot next_slot = slot;
-    slot = groups.fetch();
-    copies.turn(args, n, next_slot);
+  bool more = true;
+  for (int n = -1; more; ++n) {
+    const Key next = keys.next();
+    more = next.group;
+    copies.turn(n, next);
     if (n < 0) {
       copies.begin();
       continue;
@@ -315,12 +342,7 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
     const uint32_t lanes = __ballot_sync(~0u, copies.real());
     copies.wait_for_scales(n);
     barrier_wait(&shared.free[buffer][group], n / kTiles % 2 ^ 1);
-    if (lane == 0) {
-      uint32_t keys = 0;
-#pragma unroll
-      for (int i = 0; i < kKeysPerWarp; ++i) keys |= (lanes >> (kLanesPerKey * i) & 1) << i;
-      shared.valid[buffer][word] = keys;
-    }
+    if (lane == 0) shared.valid[buffer][word] = lanes;
     copies.expand(rows);
     fence_proxy_async();
     __syncwarp();

@@ -115,16 +115,16 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
       // S[h, k] = sum_d Q[h, d] K[k, d]
       float s[32];
       multiply_scores(shared, buffer, s);
-      uint32_t valid[kKeyTile / kKeysPerWarp], all = ~0u;
+      uint32_t valid[kKeyTile / kKeysPerWarp], all = kAllValid;
 #pragma unroll
       for (int j = 0; j < kKeyTile / kKeysPerWarp; ++j) all &= valid[j] = shared.valid[buffer][j];
       wgmma_wait<0>();
 
       // Before anything else, for what a key nobody attends to has in store may be NaN.
-      if (all != (1u << kKeysPerWarp) - 1) {
+      if (all != kAllValid) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
-          if (!(valid[i / 4] >> (2 * (lane % 4) + i % 2) & 1)) s[i] = -INFINITY;
+          if (!is_valid(valid[i / 4], 2 * (lane % 4) + i % 2)) s[i] = -INFINITY;
         }
       }
 

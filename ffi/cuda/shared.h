@@ -26,6 +26,11 @@ static_assert(kKeysPerWarp == 8, "a row of swizzled units, and a word of `valid`
 // What a thread has of the multiprocessor's registers when a block of so many is launched.
 constexpr int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
 
+// Of 8 keys of a tile, whether key i is attended to, by their word of `valid`: the votes of the lanes that copied them.
+constexpr int kLanesPerKey = 32 / kKeysPerWarp;
+constexpr uint32_t kAllValid = ~0u;
+__device__ __forceinline__ bool is_valid(uint32_t word, int i) { return word >> (kLanesPerKey * i) & 1; }
+
 // So that the compiler knows warps to be of one role.
 __device__ __forceinline__ int role_of_warp() { return __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0); }
 
@@ -42,7 +47,7 @@ struct __align__(1024) ManyHeadsShared {
   // Packed bytes on their way, a ring of pieces per producing warp; a lane reads only what it copied.
   uint4 packed[kProducers * kWarps][kPiecesAhead][32];
   uint2 scales[kProducers * kWarps][4][kKeysPerWarp];
-  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // bit i of word j: key 8 j + i of the tile is attended to
+  uint32_t valid[kTiles][kKeyTile / kKeysPerWarp];  // see is_valid()
   float factor[2][kHeadsPerBlock];  // rescales the accumulators before P is added; an item's last one normalises
   uint64_t full[kTiles][kGroups], free[kTiles][kGroups];
   uint64_t factor_full[2], p_full[2], p_free[2];
