@@ -456,8 +456,10 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
         before, own = jnp.split(windows, 2, axis=2)
         windows = jnp.concatenate([before[..., :dim], own[..., dim:]], axis=2)
     value, score = windows[..., 0, :], windows[..., 1, :]  # [b, c, w, dim]
-    entry = jnp.einsum("bcwk,bcwk->bck", value, jax.nn.softmax(score, axis=2))
-    entry = rms_norm(entry.astype(x.dtype), w["norm"], config)
+    # Barriers: XLA's GPU compilers would fuse the average, the norm and the rotation into what writes the entries, compute the average
+    # again for every number that the norm sums, and take minutes to compile that.
+    entry = lax.optimization_barrier(jnp.einsum("bcwk,bcwk->bck", value, jax.nn.softmax(score, axis=2)))
+    entry = lax.optimization_barrier(rms_norm(entry.astype(x.dtype), w["norm"], config))
     return rotate(entry, rope_angle(first, "compress", config)), rows
 
 

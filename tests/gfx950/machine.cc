@@ -321,7 +321,8 @@ class DenormalMode {
 
 void run(Launch& launch) {
   const Kernel& k = *launch.kernel;
-  if (static_cast<int>(launch.kernarg.size()) < k.kernarg_bytes) launch.kernarg.resize(k.kernarg_bytes);
+  // AMD allocates arguments in units of 64 bytes, and LLVM reads six dwords at their end as eight.
+  launch.kernarg.resize(std::max<size_t>(launch.kernarg.size(), (k.kernarg_bytes + 63) / 64 * 64));
   fill_hidden(launch);
   // hsa_kernel_dispatch_packet_t, as far as compiled code reads it: the sizes of workgroup and grid.
   std::vector<uint8_t> dispatch(64);

@@ -72,6 +72,18 @@ def of_step(given, n):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, n, keepdims=False), given)
 
 
+def bytes_in_use(device):
+    return device.memory_stats()["bytes_in_use"]
+
+
+def wait_until_freed(device, in_use):
+    """Until no more memory is in use. XLA frees a program's workspaces on a thread of its own."""
+    give_up = time.monotonic() + 60
+    while (now := bytes_in_use(device)) > in_use:
+        assert time.monotonic() < give_up, f"{now} bytes are in use, and {in_use} should be"
+        time.sleep(0.001)
+
+
 def test_steps_are_captured_and_replayed(plugged, gpu, layout):
     """XLA records the handlers in its command buffers, which it uses by default, and replays them with new lengths and values in the same
     buffers. After buffers moved it records again, and gives its graph the new nodes. The same bits come out without command buffers."""
@@ -86,15 +98,16 @@ def test_steps_are_captured_and_replayed(plugged, gpu, layout):
 
     def run(**options):
         program = jax.jit(next_step, donate_argnums=0, **options)
-        state, answers, before, _ = jax.tree.map(jnp.copy, start), [], decode_calls(), gpu.counters()
+        state, answers, before, _ = jax.block_until_ready(jax.tree.map(jnp.copy, start)), [], decode_calls(), gpu.counters()
+        in_use = bytes_in_use(plugged)
         for n in range(steps):
             if n == 3:
-                moved, kept = jax.tree.map(jnp.copy, state), state  # both live: what moved is elsewhere
-                state = moved
+                moved, kept = jax.block_until_ready(jax.tree.map(jnp.copy, state)), state  # both live: what moved is elsewhere
+                state, in_use = moved, bytes_in_use(plugged)
             state, outs = program(state, given)
             answers.append(jax.tree.map(np.asarray, outs))
-            del outs  # its buffers are the next step's
-            time.sleep(0.1)  # and so are its workspaces, which XLA frees on a thread of its own
+            del outs  # its buffers are the next step's, and so are its workspaces
+            wait_until_freed(plugged, in_use)
         counted = decode_calls() - before, gpu.counters()
         indices, lengths, *_ = of_step(given, steps - 1)
         for cache, got in zip(state[1], answers[-1]):
@@ -181,6 +194,20 @@ def run(*arguments):
     return subprocess.run(
         [sys.executable, plugin.__file__, *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     ).stdout
+
+
+def test_decode_loop(tmp_path):
+    """A model with a layer of each kind, in its default layout here: the CPU's text. These tokens float32 draws too; the sixth is a tie."""
+    if aiter_kernel.wheel_directory() is None:
+        pytest.skip("AITER's kernels are not here: pip install --no-deps amd-aiter")
+    command = ["examples/decode_loop.py", "--max-new-tokens", "5", "--prefill-chunk", "4", "--context", "32"]  # 3 tokens of a prompt
+    run(*command, "--json", tmp_path / "rocm")
+    got = json.loads((tmp_path / "rocm").read_text())
+    assert (got["cache_layout"], got["implementation"], got["device"]) == ("aiter_bf16", "aiter", "AMD Instinct MI355X (software)")
+    options = ["--dtype", "bfloat16", "--cache-layout", "aiter_bf16", "--json", tmp_path / "cpu"]
+    subprocess.run([sys.executable, *command, *options], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    want = json.loads((tmp_path / "cpu").read_text())
+    assert (got["tokens"], got["text"]) == (want["tokens"], want["text"])
 
 
 def test_doctor():
