@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     padded = np.zeros((len(prompts), bucket(-(-lengths.max() // chunk)) * chunk), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    measures = args.cache_layout == "aiter_fp8" and args.cache_scale is None
+    measures = args.cache_layout in ("aiter_fp8", "aiter_fp8_fnuz") and args.cache_scale is None
     options = dict(layout=args.cache_layout, scale=1.0 if measures else args.cache_scale, dtype=args.dtype)
     options["chunk"] = max(chunk, TOKENS_PER_STEP if config.mtp else 1)
     try:
@@ -184,14 +184,15 @@ def measured_scale(programs: Programs, weights: Any, padded: np.ndarray, lengths
     """The scale for a cache of fp8 numbers, from the latents of the prompts' first chunk, `padded`, in bf16."""
     requests, chunk = padded.shape
     room = requests, chunk + TOKENS_PER_STEP
-    options = options | {"layout": "aiter_bf16", "scale": None}
+    layout, options = options["layout"], options | {"layout": "aiter_bf16", "scale": None}
     cache, ahead = programs.create_cache(*room, **options), programs.create_ahead(*room, **options)
     inputs = (*(programs.place(x, REQUESTS) for x in (padded, lengths, np.ones_like(lengths))), programs.place(np.uint32(seed), P()))
     state: State = programs.prefill(chunk)(weights, cache, *inputs, *([ahead] if ahead else []))
     numbers_only(programs.fetch(state.token)[:, None])
     layers = state.cache.layers, state.draft.cache.layers if state.draft else ()
     leaves = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, dsv4.KVCache))
-    return dsv4.fp8_scale(jnp.stack([jnp.max(jnp.abs(leaf.data)) for leaf in leaves if isinstance(leaf, dsv4.KVCache)]))
+    largest = jnp.stack([jnp.max(jnp.abs(leaf.data)) for leaf in leaves if isinstance(leaf, dsv4.KVCache)])
+    return dsv4.fp8_scale(largest, layout)
 
 
 def numbers_only(tokens: np.ndarray) -> np.ndarray:
@@ -250,7 +251,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
     add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
     add("--cache-layout", metavar="NAME", help="of jax_dsv4.KVCache (default: aiter_bf16 on AMD, fp8_ds_mla elsewhere)")
-    add("--cache-scale", type=float, metavar="S", help="of layout aiter_fp8 (default: measured from the prompts' first latents)")
+    add("--cache-scale", type=float, metavar="S", help="of aiter_fp8 and its _fnuz (default: measured from the prompts' first latents)")
     add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
     add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")

@@ -11,10 +11,11 @@ Slot s is row `s % block_size` of block `s // block_size`. Layouts, for a latent
 `"bf16"`        512 bfloat16 a slot.
 `"float32"`     512 float32 a slot, for exactness tests (CPU and XLA).
 `"aiter_fp8"`   576 bytes a slot: 512 e4m3fn, nope and rope alike, in units of the cache's one scale, then 64 zeros.
+`"aiter_fp8_fnuz"`  the same in e4m3fnuz: half the value of most codes, the largest 240, 0x80 NaN.
 `"aiter_bf16"`  1152 bytes a slot: 512 bfloat16, then 64 zeros.
 
-`"aiter_fp8"` and `"aiter_bf16"` are what AITER's persistent kernels read. They also read row 0 for lanes that have no key, so the first
-block is zeros and belongs to no slot: slot s is row `block_size + s`.
+These three are what AITER's persistent kernels read, on gfx942 in e4m3fnuz, on gfx950 in e4m3fn. They also read row 0 for lanes that have
+no key, so the first block is zeros and belongs to no slot: slot s is row `block_size + s`.
 
 DeepSeek-V4.1's two, `"mxfp8_528"` and `"nvfp4_288"`, come in two arrangements, which no byte tells apart. `"inline"`: each slot's scales
 directly follow its numbers, without padding between slots. `"footer"`: the scales of all slots of a block follow the numbers of all, as in
@@ -61,6 +62,7 @@ class Layout:
     stride_multiple: int = 1  # that writers round a block up to whose scales are at its end
     arrangements: tuple[str, ...] = ()  # that a cache may have, where it may have several
     extra_only: bool = False  # not for the sliding window
+    codes: Any = None  # of layouts in units of the cache's one scale: the format of their bytes
 
     @property
     def row(self) -> int:
@@ -79,10 +81,11 @@ LAYOUTS = {
         Layout("fp8_ds_mla", 0, jnp.uint8, PACKED_TOKEN_BYTES, scale_bytes=PACKED_SCALE_BYTES, stride_multiple=576),
         Layout("bf16", 1, jnp.bfloat16, 2 * LATENT_DIM),
         Layout("float32", 2, jnp.float32, 4 * LATENT_DIM),
-        Layout("aiter_fp8", 3, jnp.uint8, AITER_ROW, zero_blocks=1),
+        Layout("aiter_fp8", 3, jnp.uint8, AITER_ROW, zero_blocks=1, codes=jnp.float8_e4m3fn),
         Layout("aiter_bf16", 4, jnp.bfloat16, 2 * AITER_ROW, zero_blocks=1),
         Layout("mxfp8_528", 5, jnp.uint8, 528, scale_bytes=16, stride_multiple=512, arrangements=ARRANGEMENTS),
         Layout("nvfp4_288", 6, jnp.uint8, 288, scale_bytes=32, stride_multiple=512, arrangements=ARRANGEMENTS, extra_only=True),
+        Layout("aiter_fp8_fnuz", 7, jnp.uint8, AITER_ROW, zero_blocks=1, codes=jnp.float8_e4m3fnuz),
     )
 }
 
@@ -97,14 +100,15 @@ class KVCache:
         wrote can be wrapped as they are, also as vLLM sees them: [num_blocks, block_size, 584].
         `"mxfp8_528"`, `"nvfp4_288"`: likewise with 528 and 288. An inline block's stride is a multiple of these.
         `"bf16"`, `"float32"`: [num_blocks, block_size, 512] of that dtype.
-        `"aiter_bf16"`, `"aiter_fp8"`: bfloat16 or uint8 [1 + num_blocks, block_size, 576], the first block zeros.
+        `"aiter_bf16"`, `"aiter_fp8"`, `"aiter_fp8_fnuz"`: bfloat16 or uint8 [1 + num_blocks, block_size, 576], the first block zeros.
       block_size: slots in a block.
-      layout: `"fp8_ds_mla"`, `"mxfp8_528"`, `"nvfp4_288"`, `"bf16"`, `"float32"`, `"aiter_bf16"` or `"aiter_fp8"`.
+      layout: `"fp8_ds_mla"`, `"mxfp8_528"`, `"nvfp4_288"`, `"bf16"`, `"float32"`, `"aiter_bf16"`, `"aiter_fp8"` or
+        `"aiter_fp8_fnuz"`. Bytes of one of the last two, read as the other, give wrong numbers and no error.
       arrangement: `"mxfp8_528"` and `"nvfp4_288"`: where the scales are, `"inline"` or `"footer"`. Bytes read in the wrong one give wrong
         numbers and no error. Other layouts: None.
-      scale: `"aiter_fp8"`: what a stored number is multiplied by, a positive Python float. The largest magnitude that can be kept is
-        448 * scale, the smallest that is not rounded to zero scale / 1024. There is no default: `fp8_scale` measures one. Other layouts
-        have none.
+      scale: `"aiter_fp8"`, `"aiter_fp8_fnuz"`: what a stored number is multiplied by, a positive Python float. The largest magnitude that
+        can be kept is 448 (240) * scale, the smallest that is not rounded to zero scale / 1024 (2048). There is no default: `fp8_scale`
+        measures one. Other layouts have none.
 
     Bytes that no valid slot of a call names may be anything, NaN included.
 
@@ -161,7 +165,7 @@ class KVCache:
         scale: float | None = None,
         arrangement: str | None = None,
     ) -> KVCache:
-        """A cache of zeros. `scale` is for `"aiter_fp8"` alone, and has to be given there.
+        """A cache of zeros. `scale` is for `"aiter_fp8"` and `"aiter_fp8_fnuz"` alone, and has to be given there.
 
         `block_stride_bytes` is for layouts with scales; default: as FlashMLA and vLLM pad a block, to a multiple of 576 bytes
         (`"fp8_ds_mla"`) or 512 (footers), and inline blocks not at all.
@@ -263,24 +267,28 @@ jax.export.register_pytree_node_serialization(
 jax.export.register_namedtuple_serialization(Scope, serialized_name="jax_dsv4.Scope")
 
 
-def fp8_scale(latents: jax.Array) -> float:
-    """A scale for a cache in layout `"aiter_fp8"`, measured from the first latents: 448 times it is twice the largest magnitude among them.
+def fp8_scale(latents: jax.Array, layout: str = "aiter_fp8") -> float:
+    """A scale for a cache, measured from the first latents: the layout's largest number, times it, is twice the largest among them.
 
     Args:
       latents: [*any] bfloat16 or float32, numbers at hand: a cache's scale is a constant of the programs that use it. Infinities and NaN
         are passed over.
+      layout: `"aiter_fp8"` or `"aiter_fp8_fnuz"`.
 
     Raises:
-      ValueError: a traced array, a wrong dtype, or no number but zeros.
+      ValueError: a traced array, a wrong dtype, no number but zeros, or a layout without a scale.
     """
     op = "fp8_scale"
+    spec = _layout(layout, op)
+    scaled = " or ".join(repr(name) for name, each in LAYOUTS.items() if each.codes is not None)
+    _checks.require(spec.codes is not None, op, "layout", f"be {scaled}", repr(layout))
     rule = "be an array at hand, not traced by jit"
     _checks.require(not isinstance(latents, jax.core.Tracer), op, "latents", rule, latents)
     _checks.require_dtype(latents, op, "latents", jnp.bfloat16, jnp.float32)
     magnitudes = jnp.abs(latents.astype(jnp.float32))
     largest = float(jnp.max(magnitudes, initial=0, where=jnp.isfinite(magnitudes)))
     _checks.require(largest > 0, op, "latents", "have a finite number other than 0", f"a largest magnitude of {largest}")
-    return 2 * largest / 448
+    return 2 * largest / float(jnp.finfo(spec.codes).max)
 
 
 def dequantize(cache: KVCache, slots: jax.Array | None = None) -> jax.Array:
@@ -321,7 +329,7 @@ def read_rows(cache: KVCache, slots: jax.Array) -> jax.Array:
     spec = LAYOUTS[cache.layout]
     if not spec.scale_bytes:
         numbers = cache.data[spec.zero_blocks + block, offset, :LATENT_DIM]
-        return _from_e4m3(numbers) * jnp.float32(cache.scale) if cache.layout == "aiter_fp8" else numbers.astype(jnp.float32)
+        return numbers.astype(jnp.float32) if spec.codes is None else _from_e4m3(numbers, spec.codes) * jnp.float32(cache.scale)
     row_at, scales_at = _places(cache, offset)
     rows, scales = _gather_bytes(cache.data, block, row_at, spec.row_bytes), _gather_bytes(cache.data, block, scales_at, spec.scale_bytes)
     return _UNPACK[cache.layout](rows, scales)
@@ -346,8 +354,8 @@ def write_rows(cache: KVCache, latents: jax.Array, slots: jax.Array) -> jax.Arra
     offset = slots % cache.block_size
     spec = LAYOUTS[cache.layout]
     if not spec.scale_bytes:
-        scaled = cache.layout == "aiter_fp8"
-        numbers = _to_e4m3(latents.astype(jnp.float32) * _inverse(cache.scale)) if scaled else latents.astype(spec.dtype)
+        scaled = latents.astype(jnp.float32) * _inverse(cache.scale)
+        numbers = latents.astype(spec.dtype) if spec.codes is None else _to_e4m3(scaled, spec.codes)
         numbers = jnp.pad(numbers, ((0, 0), (0, spec.row - LATENT_DIM)))
         return cache.data.at[spec.zero_blocks + block, offset].set(numbers, mode="drop")
     rows, scales = _PACK[cache.layout](latents.astype(jnp.float32))
@@ -438,14 +446,15 @@ def _to_scaled_e4m3(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _to_e4m3(tiles * power[0] * power[1]), (k + 127).astype(jnp.uint8)
 
 
-def _to_e4m3(values: jax.Array) -> jax.Array:
-    """Codes of e4m3fn, saturated; 0x7F for NaN."""
-    codes = jax.lax.bitcast_convert_type(jnp.clip(values, -448, 448).astype(jnp.float8_e4m3fn), jnp.uint8)
-    return jnp.where(jnp.isnan(values), jnp.uint8(0x7F), codes)
+def _to_e4m3(values: jax.Array, dtype: Any = jnp.float8_e4m3fn) -> jax.Array:
+    """Codes of e4m3fn or e4m3fnuz, saturated; 0x7F or 0x80 for NaN."""
+    largest, nan = (448, 0x7F) if dtype == jnp.float8_e4m3fn else (240, 0x80)
+    codes = jax.lax.bitcast_convert_type(jnp.clip(values, -largest, largest).astype(dtype), jnp.uint8)
+    return jnp.where(jnp.isnan(values), jnp.uint8(nan), codes)
 
 
-def _from_e4m3(codes: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+def _from_e4m3(codes: jax.Array, dtype: Any = jnp.float8_e4m3fn) -> jax.Array:
+    return jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
 
 
 def _from_e2m1(codes: jax.Array) -> jax.Array:
@@ -496,13 +505,13 @@ def _scatter_bytes(data: jax.Array, block: jax.Array, start: jax.Array, values: 
 def _checked_scale(scale: float | None, spec: Layout, op: str) -> float:
     if scale is None:
         rule = f"be given for layout {spec.name!r} (fp8_scale measures one)"
-        _checks.require(spec.name != "aiter_fp8", op, "scale", rule, scale)
+        _checks.require(spec.codes is None, op, "scale", rule, scale)
         return 1.0
     is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
     _checks.require(is_number, op, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
     # Within these neither the scale nor its inverse is subnormal in float32.
     _checks.require(2.0**-100 <= scale <= 2.0**100, op, "scale", "be positive, from 2**-100 to 2**100", scale)
-    _checks.require(spec.name == "aiter_fp8" or scale == 1, op, "scale", f"be 1 for layout {spec.name!r}", scale)
+    _checks.require(spec.codes is not None or scale == 1, op, "scale", f"be 1 for layout {spec.name!r}", scale)
     return float(scale)
 
 

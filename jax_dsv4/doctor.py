@@ -38,7 +38,7 @@ from jax_dsv4._work import MAX_HEADS
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "amd-aiter")
 # A result is right if it is this close to float64 on the stored cache. In fp8, AITER's kernels keep q and the softmax's weights in it too.
-COSINE = {"aiter_fp8": 0.999}
+COSINE = dict.fromkeys(("aiter_fp8", "aiter_fp8_fnuz"), 0.999)
 COSINE_OTHERS = 0.9999
 LSE_ERROR = 0.05
 # The case of a self-test: a token's two scopes have as many keys each.
@@ -119,7 +119,7 @@ def self_test(name: str, layout: str, heads: int) -> dict[str, Any]:
     sink = jnp.asarray(rng.normal(size=heads), jnp.float32)
     indices = [jnp.asarray(rng.integers(0, slots, (tokens, max(n))), jnp.int32) for n in (WINDOW, EXTRA)]
     lengths = [jnp.asarray(n, jnp.int32) for n in (WINDOW, EXTRA)]
-    scale = dsv4.fp8_scale(latents) if layout == "aiter_fp8" else None
+    scale = dsv4.fp8_scale(latents, layout) if layout in COSINE else None
     append = jax.jit(partial(dsv4.append, implementation=name))
     cache = append(dsv4.KVCache.create(slots // BLOCK_SIZE, BLOCK_SIZE, layout, scale=scale), latents, jnp.arange(slots, dtype=jnp.int32))
     scopes = [dsv4.Scope(cache, *each) for each in zip(indices, lengths)]

@@ -101,11 +101,11 @@ def test_residuals():
     assert all(bool(jnp.isfinite(x).all()) for x in (acc, l, m))
 
 
-@pytest.mark.parametrize("layout", ["fp8_ds_mla", "bf16", "float32", "aiter_bf16", "aiter_fp8"])
+@pytest.mark.parametrize("layout", ["fp8_ds_mla", "bf16", "float32", "aiter_bf16", "aiter_fp8", "aiter_fp8_fnuz"])
 def test_cache_from_latents(layout):
     """The bytes that append writes."""
     latents = jnp.asarray(np.random.default_rng(2).normal(size=(3, 5, 512)), jnp.bfloat16)
-    scale = {"scale": 0.02} if layout == "aiter_fp8" else {}
+    scale = {"scale": 0.02} if layout.startswith("aiter_fp8") else {}
     got = adapters.cache_from_latents(latents, layout, **scale)
     empty = dsv4.KVCache.create(3, 5, layout, **scale)
     want = dsv4.append(empty, latents.reshape(-1, 512), jnp.arange(15, dtype=jnp.int32), implementation="xla")

@@ -159,6 +159,10 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
         lambda: dsv4.KVCache.create(3, 64, "aiter_fp8"),
         "KVCache.create: scale must be given for layout 'aiter_fp8' (fp8_scale measures one), got None",
     ),
+    (
+        lambda: dsv4.fp8_scale(jnp.ones(512), "aiter_bf16"),
+        "fp8_scale: layout must be 'aiter_fp8' or 'aiter_fp8_fnuz', got 'aiter_bf16'",
+    ),
     (lambda: dsv4.KVCache.create(3, 64, "aiter_bf16", scale=2.0), "KVCache.create: scale must be 1 for layout 'aiter_bf16', got 2.0"),
     (
         lambda: dsv4.fp8_scale(jnp.full((2, 512), jnp.nan)),
@@ -256,16 +260,18 @@ def test_the_same_calls_pass_without_the_fault() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "cuda", "aiter_gluon"])
-@pytest.mark.parametrize("layout", ["aiter_bf16", "aiter_fp8"])
+@pytest.mark.parametrize("layout", ["aiter_bf16", "aiter_fp8", "aiter_fp8_fnuz"])
 def test_no_other_reads_aiters(implementation: str, layout: str) -> None:
-    cache = dsv4.KVCache.create(1, 4, layout, scale=0.5 if layout == "aiter_fp8" else None)
+    cache = dsv4.KVCache.create(1, 4, layout, scale=0.5 if layout.startswith("aiter_fp8") else None)
     assert repr(layout) in str(REGISTRY[implementation].unsupported(16, [cache], jnp.bfloat16))
 
 
 @pytest.mark.parametrize("layout", ["mxfp8_528", "nvfp4_288"])
 def test_aiter_does_not_read_these(layout: str) -> None:
     cache = dsv4.KVCache.create(1, 4, layout, arrangement="inline")
-    assert AITER.unsupported(16, [cache]) == f"it reads layouts ('aiter_bf16', 'aiter_fp8'), and the cache's is {layout!r}"
+    assert (
+        AITER.unsupported(16, [cache]) == f"it reads layouts ('aiter_bf16', 'aiter_fp8', 'aiter_fp8_fnuz'), and the cache's is {layout!r}"
+    )
 
 
 @needs_cpu

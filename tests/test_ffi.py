@@ -343,7 +343,7 @@ def test_python_and_cpp_state_the_same() -> None:
     for name, layout in (("Mxfp8", kv.LAYOUTS["mxfp8_528"]), ("Nvfp4", kv.LAYOUTS["nvfp4_288"])):
         assert (cpp[f"k{name}RowBytes"], cpp[f"k{name}ScaleBytes"]) == (layout.row_bytes, layout.scale_bytes)
     spelled = {"fp8_ds_mla": "kFp8DsMla", "bf16": "kBf16", "float32": "kFloat32", "aiter_fp8": "kAiterFp8"}
-    spelled |= {"aiter_bf16": "kAiterBf16", "mxfp8_528": "kMxfp8", "nvfp4_288": "kNvfp4"}
+    spelled |= {"aiter_bf16": "kAiterBf16", "mxfp8_528": "kMxfp8", "nvfp4_288": "kNvfp4", "aiter_fp8_fnuz": "kAiterFp8Fnuz"}
     assert {name: cpp[f"Layout::{spelled[name]}"] for name in kv.LAYOUTS} == {name: layout.code for name, layout in kv.LAYOUTS.items()}
 
 

@@ -20,7 +20,7 @@ BLOCK, TOKENS, TOPK = 2, 3, 5
 
 
 def cache_of(layout: str) -> dsv4.KVCache:
-    scale = 2.0**-5 if layout == "aiter_fp8" else 1.0
+    scale = 2.0**-5 if dsv4.cache.LAYOUTS[layout].codes is not None else 1.0
     arrangement = "inline" if dsv4.cache.LAYOUTS[layout].arrangements else None
     empty = dsv4.KVCache.create(3, BLOCK, layout, scale=scale, arrangement=arrangement)
     noise = np.random.default_rng(0).integers(0, 100, empty.nbytes, dtype=np.uint8)

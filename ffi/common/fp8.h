@@ -55,6 +55,20 @@ JAX_DSV4_HD uint8_t float_to_e4m3(float value) {
   return static_cast<uint8_t>(sign | (rounded >> 20));
 }
 
+// e4m3fnuz: bias 8, no -0, 0x80 is NaN, largest 240. As above: to nearest even, saturated.
+JAX_DSV4_HD uint8_t float_to_e4m3fnuz(float value) {
+  const uint32_t bits = float_to_bits(value), sign = (bits >> 24) & 0x80, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x80;
+  if (magnitude >= 0x43700000u) return static_cast<uint8_t>(sign | 0x7f);  // >= 240
+  uint32_t code;
+  if (magnitude < ((127u - 7u) << 23)) {  // below 2^-7: a multiple of 2^-10, which adding 2^13 rounds to
+    code = float_to_bits(bits_to_float(magnitude) + 0x1p13f) - float_to_bits(0x1p13f);
+  } else {
+    code = (magnitude + 0x7ffff + ((magnitude >> 20) & 1) - ((127u - 8u) << 23)) >> 20;
+  }
+  return static_cast<uint8_t>(code ? sign | code : 0);
+}
+
 // e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and with bit 3 their negatives.
 JAX_DSV4_HD float e2m1_to_float(uint8_t code) {
   const uint32_t sign = static_cast<uint32_t>(code & 8) << 28, magnitude = code & 7;

@@ -43,7 +43,8 @@ enum class Layout : int32_t {
   kAiterFp8 = 3,
   kAiterBf16 = 4,
   kMxfp8 = 5,
-  kNvfp4 = 6
+  kNvfp4 = 6,
+  kAiterFp8Fnuz = 7
 };
 enum class Dtype : int32_t { kBf16 = 0, kFloat32 = 1 };
 

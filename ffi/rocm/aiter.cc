@@ -51,14 +51,14 @@ struct Known {
   int heads;
   bool any_heads, reports_lse;
   int fewest, most;  // heads of a call that it is taken for
-  bool on_gfx942 = false;
+  const char* architecture = "gfx950";
 };
-constexpr Layout kFp8 = Layout::kAiterFp8, kBf16 = Layout::kAiterBf16;
+constexpr Layout kFp8 = Layout::kAiterFp8, kFnuz = Layout::kAiterFp8Fnuz, kBf16 = Layout::kAiterBf16;
 // In order of preference. Left out: the fp8 kernel of 32 heads, whose lse of unsplit rows is never written and which
-// wraps at 4 GiB; and the bf16 ones of 64 (qh64_qseqlen1_gqaratio64), which put 0 in the place of every number of the
-// output beyond 64, and of NaN. Those of 64 heads and more report an unsplit row of NaN as an empty one: their lse is
-// taken from partial results alone. The bf16 one of 128 takes any smaller number of heads; from 17 on it costs less
-// than passes of 16.
+// wraps at 4 GiB; the bf16 ones of 64 (qh64_qseqlen1_gqaratio64), which put 0 in the place of every number of the
+// output beyond 64, and of NaN; and gfx942's fp8 ones of 64, which were reported to fault (aiter#4363, aiter#4957).
+// Those of 64 heads and more report an unsplit row of NaN as an empty one: their lse is taken from partial results
+// alone. The bf16 one of 128 takes any smaller number of heads; from 17 on it costs less than passes of 16.
 constexpr Known kKnown[] = {
     {"mla_a8w8_qh32_qseqlen4_gqaratio32_lse_ps", kFp8, 128, false, false, 128, 128},
     {"mla_a8w8_qh16_qseqlen4_gqaratio16_lse_v3_ps", kFp8, 64, false, false, 64, 64},
@@ -66,16 +66,20 @@ constexpr Known kKnown[] = {
     {"mla_a8w8_qh16_qseqlen1_gqaratio16_ps", kFp8, 16, false, false, 1, kMaxHeads},
     {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_lse_ps", kBf16, 16, false, true, 1, 16},
     {"mla_a16w16_qh32_qseqlen4_gqaratio32_lse_ps", kBf16, 128, true, false, 1, kMaxHeads},
-    {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", kBf16, 16, false, false, 1, kMaxHeads, /*on_gfx942=*/true},
+    {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", kBf16, 16, false, false, 1, kMaxHeads},
+    {"mla_a8w8_qh128_m32x4_n16x2_msk0_ps", kFnuz, 128, false, false, 128, 128, "gfx942"},
+    {"mla_a8w8_qh16_qseqlen1_gqaratio16_ps", kFnuz, 16, false, false, 1, kMaxHeads, "gfx942"},
+    {"mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", kBf16, 16, false, false, 1, kMaxHeads, "gfx942"},
 };
 
-// The 16-head bf16 kernels load the slots of an item's second 16 keys, then 18 rows, and wait until 19 loads are under
-// way: the first of them may not have landed when it is used. The loop's own waits are for 18, and so is this one made.
+// These kernels load the slots of an item's second 16 keys, then 18 rows, and wait until 19 loads are under way: the
+// first of them may not have landed when it is used. The loop's own waits are for 18, and so is this one made.
 constexpr uint32_t kWaitFor19 = 0xBF8C4073, kWaitFor18 = 0xBF8C4072;  // s_waitcnt vmcnt(n) lgkmcnt(0)
 constexpr Mend kMends[] = {
     {0xe9d72b8633d4a380, 0x21f4, kWaitFor19, kWaitFor18},  // gfx950, _ps, of the wheel of 2025 and of e404860
     {0x4f33413da49c7ec8, 0x21f4, kWaitFor19, kWaitFor18},  // gfx942, the same
     {0xe5fdb498ca36f178, 0x2524, kWaitFor19, kWaitFor18},  // gfx950, _lse_ps, of e404860
+    {0xeccc7bd0cf9524b4, 0x2830, kWaitFor19, kWaitFor18},  // gfx942, fp8 of 128 heads, of both
 };
 
 std::string& directory() {
@@ -84,7 +88,7 @@ std::string& directory() {
 }
 
 // What AITER calls a layout's numbers.
-const char* type_name(Layout layout) { return layout == kFp8 ? "fp8" : "bf16"; }
+const char* type_name(Layout layout) { return layout == kBf16 ? "bf16" : "fp8"; }
 
 // AITER's list of kernels, where it has one: name of the file -> type and symbol, for persistent decode kernels.
 std::map<std::string, std::string> read_registry(const std::string& folder, bool* exists) {
@@ -165,7 +169,7 @@ Candidates find_kernels(const std::string& architecture) {
   for (const Known& known : kKnown) {
     const std::string name = std::string(known.name) + ".co", file = folder + "/" + name;
     std::ifstream in(file, std::ios::binary);
-    if (!in || (architecture == "gfx942" && !known.on_gfx942)) continue;
+    if (!in || architecture != known.architecture) continue;
     const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
     CodeObjectNotes notes;
     std::string reason;
@@ -201,7 +205,7 @@ Candidates find_kernels(const std::string& architecture) {
     // ones work on 16 (16 heads) and 32 keys at a time; a cut costs more than finer ones would save.
     const bool rewritten = kernel.kernarg_bytes == kBytesWithLse;
     kernel.wraps_at_4gib = !rewritten;
-    kernel.tile = known.layout == kFp8 && known.heads == 16 && rewritten ? 128 : 64;
+    kernel.tile = is_fp8(known.layout) && known.heads == 16 && rewritten ? 128 : 64;
     found.kernels.push_back(kernel);
   }
   if (found.kernels.empty() && found.reasons.empty())
@@ -221,8 +225,10 @@ const AiterKernel* choose_kernel(const std::string& architecture, Layout layout,
   auto it = found->find(architecture);
   if (it == found->end()) it = found->emplace(architecture, find_kernels(architecture)).first;
   const Candidates& candidates = it->second;
-  if (architecture == "gfx942" && layout == kFp8) {
-    *reason = "AITER's fp8 kernels take e4m3fnuz on gfx942, and layout aiter_fp8 holds e4m3fn; use aiter_bf16";
+  if (is_fp8(layout) && !candidates.kernels.empty() && (architecture == "gfx942") != (layout == kFnuz)) {
+    const bool gfx942 = architecture == "gfx942";
+    *reason = "AITER's fp8 kernels take " + std::string(gfx942 ? "e4m3fnuz on gfx942, layout aiter_fp8_fnuz"
+                                                               : "e4m3fn on " + architecture + ", layout aiter_fp8");
     return nullptr;
   }
   const bool large = pool_bytes >= int64_t{1} << 32;
@@ -262,7 +268,7 @@ std::vector<uint8_t> pack_arguments(const AiterKernel& kernel, const DecodeScope
   put(kQoIndptr, p.qo_indptr);
   put(kWork, p.work_pointers);
   put(kOut, p.out);
-  if (p.layout == kFp8) put(kQScale, p.scales), put(kKvScale, p.scales + 1);
+  if (is_fp8(p.layout)) put(kQScale, p.scales), put(kKvScale, p.scales + 1);
   put(kOut16NoSplit, int64_t{1});
   put(kLse, p.lse);
   put(kContextRanks, int32_t{1});

@@ -1,4 +1,4 @@
-// XLA FFI handlers on ROCm for layouts aiter_fp8 and aiter_bf16: bind, check, enqueue on XLA's stream.
+// XLA FFI handlers on ROCm for layouts aiter_bf16, aiter_fp8 and aiter_fp8_fnuz: bind, check, enqueue on XLA's stream.
 // jax_dsv4/_implementations/aiter.py states the same operands. Modules are loaded in the initialize stage, which never
 // runs under capture; execute only enqueues, so the handlers may be part of a command buffer.
 #include <cstring>
@@ -11,18 +11,14 @@
 namespace jax_dsv4::rocm {
 namespace {
 
-// A pool's numbers say which layout it is.
-Layout layout_of(const Buffer& pool) {
-  return pool.element_type() == ffi::DataType::BF16 ? Layout::kAiterBf16 : Layout::kAiterFp8;
-}
-
 // The kernel that the program was made for: its workspaces have that kernel's sizes. Another AITER than then may be
 // installed.
-const AiterKernel* kernel_for(int device, const Buffer& pool, int32_t kernel_heads, std::string* reason) {
+const AiterKernel* kernel_for(int device, const Buffer& pool, Layout layout, int32_t kernel_heads,
+                              std::string* reason) {
   const std::string architecture = architecture_of(device, reason);
   if (architecture.empty()) return nullptr;
   const AiterKernel* kernel =
-      choose_kernel(architecture, layout_of(pool), kernel_heads, static_cast<int64_t>(pool.size_bytes()), reason);
+      choose_kernel(architecture, layout, kernel_heads, static_cast<int64_t>(pool.size_bytes()), reason);
   if (!kernel || heads_at_a_time(*kernel, kernel_heads) == kernel_heads) return kernel;
   *reason = "the program was made for AITER's kernel of " + std::to_string(kernel_heads) +
             " heads, which the AITER installed here has not";
@@ -97,20 +93,26 @@ ffi::Error initialize_decode(int32_t device, ffi::RemainingArgs args, ffi::Remai
   constexpr const char* kOp = "sparse_mla_decode";
   const auto pool = args.get<Buffer>(1);
   const auto kernel_heads = attrs.get<int32_t>("kernel_heads");
-  if (!pool.has_value() || !kernel_heads.has_value()) return status(kOp, "the cache or kernel_heads is missing");
+  const auto layout = attrs.get<int32_t>("layout");
+  if (!pool.has_value() || !kernel_heads.has_value() || !layout.has_value())
+    return status(kOp, "the cache, layout or kernel_heads is missing");
   std::string reason;
-  const AiterKernel* kernel = kernel_for(device, *pool, *kernel_heads, &reason);
+  const AiterKernel* kernel = kernel_for(device, *pool, static_cast<Layout>(*layout), *kernel_heads, &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, std::string(kOp) + ": " + reason);
   return status(kOp, load_modules(device, kernel));
 }
 
-// The pool: uint8 (aiter_fp8) or bfloat16 (aiter_bf16) [1 + num_blocks, block_size, 576].
-bool fill_pool(Checker& check, const Buffer& pool, int32_t block_size, float cache_scale, int64_t* num_slots) {
+// The pool: uint8 (aiter_fp8, aiter_fp8_fnuz) or bfloat16 (aiter_bf16) [1 + num_blocks, block_size, 576].
+bool fill_pool(Checker& check, const Buffer& pool, int32_t layout, int32_t block_size, float cache_scale,
+               int64_t* num_slots) {
+  const bool bf16 = layout == static_cast<int32_t>(Layout::kAiterBf16);
+  check.require(bf16 || is_fp8(static_cast<Layout>(layout)), "cache.layout",
+                "be aiter_bf16, aiter_fp8 or aiter_fp8_fnuz", std::to_string(layout));
   check.require(block_size > 0, "cache.block_size", "be positive", std::to_string(block_size));
   check.require(cache_scale >= 0x1p-100f && cache_scale <= 0x1p100f, "cache.scale",
                 "be positive, from 2**-100 to 2**100", std::to_string(cache_scale));
   check.shape(pool, "cache", "(1 + num_blocks, block_size, 576)", {-1, block_size, kRowNumbers});
-  if (layout_of(pool) == Layout::kAiterFp8) check.dtype(pool, "cache", ffi::DataType::U8);
+  check.dtype(pool, "cache", bf16 ? ffi::DataType::BF16 : ffi::DataType::U8);
   if (!check.ok()) return false;
   const int64_t blocks = pool.dimensions()[0];
   check.require(blocks >= kZeroBlocks, "cache", "begin with a block of zeros", std::to_string(blocks) + " blocks");
@@ -126,14 +128,14 @@ struct ScopeDecodeOperands {
   Buffer out, lse, q_packed, rows, state, own_indptr, own_items, qo_indptr, work_pointers, scales, amax;
   Buffer partial_out, partial_lse;
   float scale, cache_scale;
-  int32_t block_size, workers, kernel_heads;
+  int32_t block_size, workers, kernel_heads, layout;
 };
 
 template <typename Binding>
 auto scope_decode_binding(Binding&& context) {
   return with_attributes<int32_t>(
       with_attributes<float>(with_results<13>(with_operands<10>(std::move(context))), "scale", "cache_scale"),
-      "block_size", "workers", "kernel_heads");
+      "block_size", "workers", "kernel_heads", "layout");
 }
 
 // The operands that say what to compute.
@@ -141,7 +143,7 @@ bool fill_call(Checker& check, const ScopeDecodeOperands& o, DecodeScopeParams* 
   constexpr ffi::DataType kInt = ffi::DataType::S32;
   if (!fill_q(check, o.q, &p->q, &p->q_dtype)) return false;
   const int64_t tokens = o.q.dimensions()[0];
-  if (!fill_pool(check, o.scope.cache, o.block_size, o.cache_scale, &p->num_slots)) return false;
+  if (!fill_pool(check, o.scope.cache, o.layout, o.block_size, o.cache_scale, &p->num_slots)) return false;
   check.buffer(o.scope.indices, "indices", kInt, "(tokens, topk)", {tokens, -1});
   check.buffer(o.scope.lengths, "lengths", kInt, "(tokens,)", {tokens});
   if (!check.ok() || !fill_plan(check, tokens, o.plan, &p->plan)) return false;
@@ -150,7 +152,7 @@ bool fill_call(Checker& check, const ScopeDecodeOperands& o, DecodeScopeParams* 
   check.require(o.kernel_heads >= 1, "kernel_heads", "be positive", std::to_string(o.kernel_heads));
   if (!check.ok()) return false;
   p->pool = data_of<uint8_t>(o.scope.cache);
-  p->layout = layout_of(o.scope.cache);
+  p->layout = static_cast<Layout>(o.layout);
   p->indices = data_of<int32_t>(o.scope.indices);
   p->lengths = data_of<int32_t>(o.scope.lengths);
   p->block_size = o.block_size;
@@ -220,7 +222,7 @@ ffi::Error decode(const ScopeDecodeOperands& o, hip::Stream stream, int32_t devi
   DecodeScopeParams p{};
   if (!fill_call(check, o, &p)) return check.error();
   std::string reason;
-  const AiterKernel* kernel = kernel_for(device, o.scope.cache, o.kernel_heads, &reason);
+  const AiterKernel* kernel = kernel_for(device, o.scope.cache, p.layout, o.kernel_heads, &reason);
   if (!kernel) return ffi::Error(ffi::ErrorCode::kUnimplemented, "sparse_mla_decode: " + reason);
   if (!fill_results(check, o, *kernel, &p)) return check.error();
   return status("sparse_mla_decode", enqueue_decode(device, stream, *kernel, p));
@@ -234,27 +236,28 @@ ffi::Error initialize_append(int32_t device, ffi::RemainingArgs, ffi::RemainingR
 
 struct PoolAppendOperands {
   Buffer pool, latents, slots, updated;
-  int32_t block_size;
+  int32_t block_size, layout;
   float cache_scale;
 };
 
 template <typename Binding>
 auto pool_append_binding(Binding&& context) {
   return with_attributes<float>(
-      with_attributes<int32_t>(with_results<1>(with_operands<3>(std::move(context))), "block_size"), "cache_scale");
+      with_attributes<int32_t>(with_results<1>(with_operands<3>(std::move(context))), "block_size", "layout"),
+      "cache_scale");
 }
 
 ffi::Error append_rows(const PoolAppendOperands& o, hip::Stream stream, int32_t device) {
   Checker check("append");
   PoolAppendParams p{};
-  if (!fill_pool(check, o.pool, o.block_size, o.cache_scale, &p.num_slots) ||
+  if (!fill_pool(check, o.pool, o.layout, o.block_size, o.cache_scale, &p.num_slots) ||
       !fill_rows(check, o.latents, o.slots, o.pool, o.updated, &p)) {
     return check.error();
   }
   p.pool = data_of<uint8_t>(o.updated);
   p.block_size = o.block_size;
   p.cache_scale = o.cache_scale;
-  p.layout = layout_of(o.pool);
+  p.layout = static_cast<Layout>(o.layout);
   const std::string error = copy_unless_aliased(o.pool, p.pool, stream);
   return status("append", error.empty() ? enqueue_append(device, stream, p) : error);
 }

@@ -96,9 +96,12 @@ __device__ void store_row(uint8_t* rows, int64_t row, uint32_t lane, Layout layo
   };
   const Eight eight = from >= 0 ? load_eight(data, dtype, from * kWave + lane) : Eight{};
   uint8_t* to = rows + row * row_bytes(layout);
-  if (layout == Layout::kAiterFp8) {
+  if (is_fp8(layout)) {
     Codes codes;
-    for (int k = 0; k < 8; ++k) codes.bits[k] = float_to_e4m3(eight.values[k] * factor);
+    for (int k = 0; k < 8; ++k) {
+      const float value = eight.values[k] * factor;
+      codes.bits[k] = layout == Layout::kAiterFp8 ? float_to_e4m3(value) : float_to_e4m3fnuz(value);
+    }
     store_eight(to, lane, codes);
   } else {
     Halves halves;
@@ -208,7 +211,7 @@ JAX_DSV4_KERNEL void dsv4_metadata_finish(MetadataParams p) {
   for (int32_t w = units + 1 + thread_id(); w <= p.plan.workers; w += kThreads) p.plan.work_indptr[w] = items;
 }
 
-// ---- Queries: one scale for all, then e4m3 rows of 576.
+// ---- Queries: rows of 576; in fp8 one scale for all.
 
 // Each of kAmaxBlocks workgroups leaves the largest finite |q| it has seen.
 JAX_DSV4_KERNEL void dsv4_amax(DecodeScopeParams p) {
@@ -236,10 +239,10 @@ JAX_DSV4_KERNEL void dsv4_pack_q(DecodeScopeParams p) {
   if (row >= p.tokens * padded) return;
   const uint32_t token = row / padded, head = row % padded;
   static_assert(kAmaxBlocks == kWave && kLatentDim == 8 * kWave, "one for each lane");
-  const bool scaled = p.layout == Layout::kAiterFp8;
+  const bool scaled = is_fp8(p.layout);
   const float top = scaled ? max_over_wave(p.amax[lane]) : 0;
   // The least scale is one whose inverse is finite; it is reached when all of q is zero or next to it.
-  const float scale = top > 1e-30f ? top / kMaxE4m3 : 1e-30f;
+  const float scale = top > 1e-30f ? top / largest_of(p.layout) : 1e-30f;
   const bool inside = head < static_cast<uint32_t>(p.heads);
   store_row(p.q_packed, row, lane, p.layout, p.q, p.q_dtype, inside ? static_cast<int64_t>(token) * p.heads + head : -1,
             1 / scale);

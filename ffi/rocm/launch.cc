@@ -313,7 +313,7 @@ std::string enqueue_decode(int device, hip::Stream stream, const AiterKernel& ke
   hip::Function aiter;
   std::string error = loaded(device, &kernel, &own, &aiter);
   if (!error.empty() || p.tokens == 0) return error;
-  if (p.layout == Layout::kAiterFp8) error = launch(own, kAmax, kAmaxBlocks, stream, p);
+  if (is_fp8(p.layout)) error = launch(own, kAmax, kAmaxBlocks, stream, p);
   if (error.empty())
     error = launch(own, kPackQ, blocks_of(int64_t{p.tokens} * p.head_passes * p.kernel_heads, kWave), stream, p);
   if (error.empty()) error = launch(own, kPackSlots, blocks_of(p.tokens, kWave), stream, p);

@@ -10,14 +10,16 @@
 namespace jax_dsv4::rocm {
 
 // A row of the cache and of a packed query head: 512 numbers, 64 zeros. AITER's kernels compute scores over 576 numbers
-// and take the first 512 as the value. The numbers are e4m3 in layout aiter_fp8, bfloat16 in aiter_bf16.
+// and take the first 512 as the value. The numbers are e4m3fn in layout aiter_fp8, e4m3fnuz in aiter_fp8_fnuz, bfloat16
+// in aiter_bf16.
 constexpr int kRowNumbers = 576;
-JAX_DSV4_HD int row_bytes(Layout layout) { return layout == Layout::kAiterFp8 ? kRowNumbers : 2 * kRowNumbers; }
+JAX_DSV4_HD bool is_fp8(Layout layout) { return layout == Layout::kAiterFp8 || layout == Layout::kAiterFp8Fnuz; }
+JAX_DSV4_HD int row_bytes(Layout layout) { return is_fp8(layout) ? kRowNumbers : 2 * kRowNumbers; }
 // The kernels' padding lanes read row 0 of the pool, so block 0 is zeros and belongs to no slot: slot s is row
 // s + block_size.
 constexpr int kZeroBlocks = 1;
-// Largest finite e4m3fn number.
-constexpr float kMaxE4m3 = 448.0f;
+// Largest finite number of an fp8 layout.
+JAX_DSV4_HD float largest_of(Layout layout) { return layout == Layout::kAiterFp8 ? 448.0f : 240.0f; }
 // Workgroups that look for the largest |q|; each leaves one number.
 constexpr int kAmaxBlocks = 64;
 constexpr int kThreads = 256;
@@ -51,8 +53,8 @@ struct DecodeScopeParams {
   WorkInfo* work_info_set;  // [head_passes * plan.max_items]
   int32_t* qo_indptr;       // [tokens * head_passes + 1] 0, 1, 2, ...
   uint64_t* work_pointers;  // [2] where work_indptr and work_info_set are
-  float* scales;            // [2] of q and of the cache; aiter_fp8
-  float* amax;              // [kAmaxBlocks]; aiter_fp8
+  float* scales;            // [2] of q and of the cache; fp8
+  float* amax;              // [kAmaxBlocks]; fp8
   float* partial_out;       // [max_partials + tokens + 1, head_passes * kernel_heads, 512]
   float* partial_lse;       // [max_partials + tokens + 1, head_passes * kernel_heads]
   int64_t num_slots;

@@ -1,7 +1,8 @@
-"""AITER's persistent MLA decode kernels on ROCm, layouts `"aiter_bf16"` and `"aiter_fp8"`; ffi/rocm has the other side.
+"""AITER's persistent MLA decode kernels on ROCm, layouts `"aiter_bf16"`, `"aiter_fp8"` and `"aiter_fp8_fnuz"`; ffi/rocm has the other side.
 
 The kernels are AITER's own code objects, found where it is installed. The cache is in the kernel's format already, so no step casts a
-cache. q is written in that format in the same call: for `"aiter_fp8"` as e4m3fn, with one scale for all of it. Each scope is a call.
+cache. q is written in that format in the same call, in fp8 with one scale for all of it. Each scope is a call. fp8 is e4m3fnuz on gfx942,
+e4m3fn on gfx950: each architecture has kernels for two of the three.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax_dsv4._work import MAX_WORKERS, Geometry, WorkPlan, partial_rows, plan_s
 from jax_dsv4.merge import apply_attn_sink
 
 AMAX_BLOCKS = 64  # ffi/rocm/params.h
-LAYOUTS = ("aiter_bf16", "aiter_fp8")
+LAYOUTS = ("aiter_bf16", "aiter_fp8", "aiter_fp8_fnuz")
 
 
 class Choice(ctypes.Structure):
@@ -140,12 +141,18 @@ class _AITER:
             block_size=np.int32(cache.block_size),
             workers=np.int32(workers),
             kernel_heads=np.int32(choice.kernel_heads),
+            layout=_code(cache),
         )
         return (out if call.attn_sink is None else apply_attn_sink(out, lse, call.attn_sink)), lse
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
         call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype), input_output_aliases={0: 0})
-        return call(cache.data, latents, slots, block_size=np.int32(cache.block_size), cache_scale=np.float32(cache.scale))
+        attributes = dict(block_size=np.int32(cache.block_size), cache_scale=np.float32(cache.scale), layout=_code(cache))
+        return call(cache.data, latents, slots, **attributes)
+
+
+def _code(cache: kv.KVCache) -> np.int32:
+    return np.int32(kv.LAYOUTS[cache.layout].code)
 
 
 def _builder(choice: Choice) -> Path | None:

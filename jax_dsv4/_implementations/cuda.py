@@ -54,7 +54,7 @@ class _CUDA:
         if q_dtype is not None and q_dtype != jnp.bfloat16:
             return f"its kernels take q in bfloat16, not {jnp.dtype(q_dtype).name}"
         for cache in caches:
-            if cache.layout in ("float32", "aiter_bf16", "aiter_fp8"):
+            if cache.layout == "float32" or cache.layout.startswith("aiter_"):
                 return f"its kernels do not read layout {cache.layout!r}"
         return None
 

@@ -27,8 +27,8 @@ def append(cache: KVCache, latents: jax.Array, slots: jax.Array, *, implementati
     blocks are spread over devices, `local_slots` says which rows are whose.
 
     `"fp8_ds_mla"` quantises every 64 nope numbers to e4m3fn with the scale 2^ceil(log2(max(amax, 1e-4) / 448)), stored as ue8m0; rope
-    stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout. Rounding is to nearest even. In e4m3fn
-    infinities and what is too large saturate. NaN stays NaN.
+    stays bfloat16. `"aiter_fp8"` divides by the cache's scale and keeps e4m3fn throughout, `"aiter_fp8_fnuz"` e4m3fnuz. Rounding is to
+    nearest even. In these formats infinities and what is too large saturate. NaN stays NaN.
 
     `"mxfp8_528"` does with every 32 of all 512 numbers what `"fp8_ds_mla"` does with 64. There a number that is not finite makes its 32
     numbers NaN. `"nvfp4_288"` quantises every 16 numbers to e2m1 with the scale clip(amax / 6, 2^-9, 448), rounded to e4m3fn. Quotients are

@@ -35,6 +35,7 @@ class Precision:
 
 # The cosine: the cast of the weights is by about 2 % of a row's norm at worst; over 28 lengths it never fell under 0.99974.
 FP8 = Precision(F8, 2.0**-4, 2.0**-10, Tolerance(abs=1e-5, rel=2.0**-8, cosine=1e-3), Tolerance(abs=1e-3, rel=0, cosine=1e-3))
+FNUZ = dataclasses.replace(FP8, dtype=ml_dtypes.float8_e4m3fnuz)  # its smallest steps are half as large
 # Outputs and weights in bfloat16 are FlashMLA's own, so the cosine is too (tests/compare.py). lse is that of scores in float32: sums of 512
 # products, which pass through numbers of about 2^1 to 2^2, each rounded by 2^-24 of itself; large scores are rounded by more.
 BF16 = Precision(
@@ -53,10 +54,11 @@ class KernelCase:
     kernarg_bytes: int
     has_lse: bool  # writes the final LSE of an unsplit row
     wraps_at_4gib: bool = False  # computes 32-bit offsets into the pool
+    architecture: str = "gfx950"
 
     @property
     def precision(self) -> Precision:
-        return BF16 if "a16w16" in self.name else FP8
+        return BF16 if "a16w16" in self.name else FP8 if self.architecture == "gfx950" else FNUZ
 
     @property
     def symbol(self) -> str:
@@ -74,6 +76,9 @@ KERNELS = (
     KernelCase("tree", "mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_lse_ps", 16, 64, 352, True, wraps_at_4gib=True),
     KernelCase("tree", "mla_a16w16_qh64_qseqlen1_gqaratio64_lse_v3_ps", 64, 64, 384, True),
     KernelCase("tree", "mla_a16w16_qh32_qseqlen4_gqaratio32_lse_ps", 128, 64, 384, True),
+    KernelCase("wheel", "mla_a16w16_qh16_m16x4_n16x1_coex0_mask1_ps", 16, 64, 256, False, True, "gfx942"),
+    KernelCase("wheel", "mla_a8w8_qh16_qseqlen1_gqaratio16_ps", 16, 64, 288, False, True, "gfx942"),
+    KernelCase("wheel", "mla_a8w8_qh128_m32x4_n16x2_msk0_ps", 128, 64, 288, False, True, "gfx942"),
 )
 
 
@@ -95,7 +100,7 @@ def tree_directory() -> pathlib.Path | None:
 
 def find(case: KernelCase) -> pathlib.Path | None:
     root = wheel_directory() if case.source == "wheel" else tree_directory()
-    path = root / "gfx950/mla" / f"{case.name}.co" if root else None
+    path = root / case.architecture / "mla" / f"{case.name}.co" if root else None
     return path if path and path.exists() else None
 
 
@@ -114,7 +119,7 @@ class Problem:
 def make_problem(rng, kernel: KernelCase, lengths, topk: int, slots: int = 0, heads: int = 0) -> Problem:
     """Slot 0 is the zero row that padding lanes read; what no token attends to is NaN."""
     precision = kernel.precision
-    q_scale, kv_scale = (0.02, 0.015) if precision is FP8 else (1.0, 1.0)
+    q_scale, kv_scale = {BF16: (1.0, 1.0), FP8: (0.02, 0.015), FNUZ: (0.04, 0.03)}[precision]  # nothing overflows
     lengths = np.asarray(lengths, np.int32)
     slots = slots or int(max(lengths.max(initial=1), 1)) * 2 + 8
 

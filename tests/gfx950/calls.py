@@ -3,20 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aiter_kernel import BF16, FP8, LATENT, answer
+from aiter_kernel import BF16, FNUZ, FP8, LATENT, answer
 from compare import Answer, assert_answer
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import reference
 
+GFX950_LAYOUTS = ("aiter_bf16", "aiter_fp8")  # gfx942 has the first, and aiter_fp8_fnuz
+
 
 def precision_of(layout):
     """Of the kernels that read it. Plain JAX, which reads the others as well, is no worse than bf16."""
-    return FP8 if layout == "aiter_fp8" else BF16
+    return {"aiter_fp8": FP8, "aiter_fp8_fnuz": FNUZ}.get(layout, BF16)
 
 
 def create_cache(num_blocks, block_size, layout, scale=0.02):
-    return dsv4.KVCache.create(num_blocks, block_size, layout, scale=scale if layout == "aiter_fp8" else None)
+    return dsv4.KVCache.create(num_blocks, block_size, layout, scale=scale if precision_of(layout) is not BF16 else None)
 
 
 def make_cache(rng, slots, layout, block_size=16):
@@ -51,17 +53,17 @@ def make_q(rng, tokens, heads, dtype=jnp.bfloat16):
     return jnp.asarray(rng.normal(size=(tokens, heads, LATENT)), dtype)
 
 
-def round_to_fp8(q):
+def round_to_fp8(q, dtype):
     """As the handler does: e4m3 in units of one step for all of q."""
     q = np.asarray(q).astype(np.float32)
-    step = np.abs(q).max(initial=1e-30) / np.float32(448)
-    return (q * (np.float32(1) / step)).astype(jnp.float8_e4m3fn).astype(np.float64) * np.float64(step)
+    step = np.abs(q).max(initial=1e-30) / np.float32(jnp.finfo(dtype).max)
+    return (q * (np.float32(1) / step)).astype(dtype).astype(np.float64) * np.float64(step)
 
 
 def expected(q, scopes, sink=None, scale: float = LATENT**-0.5, round_q=True) -> Answer:
     """float64, on q rounded as the handler rounds it (or as it is) and the caches, of one layout, as they are stored."""
     precision = precision_of(scopes[0].cache.layout)
-    rounded = round_to_fp8(q) if precision is FP8 else q.astype(jnp.bfloat16)
+    rounded = q.astype(jnp.bfloat16) if precision is BF16 else round_to_fp8(q, precision.dtype)
     q = np.asarray(rounded if round_q else q, np.float64)
     pools = [np.asarray(dsv4.dequantize(scope.cache), np.float64) for scope in scopes]
     keys = [reference.ReferenceScope(pool, np.asarray(s.indices), np.asarray(s.lengths)) for pool, s in zip(pools, scopes)]

@@ -2,6 +2,7 @@ import os
 
 import aiter_kernel
 import bridge as xla_bridge
+import calls
 import gluon
 import jax
 import plugin
@@ -121,7 +122,7 @@ def rocm(request, gpu, rocm_library, hsa):
     aiter.choose_kernel.cache_clear()
 
 
-@pytest.fixture(params=aiter.LAYOUTS)
+@pytest.fixture(params=calls.GFX950_LAYOUTS)
 def layout(request):
     """Of the caches."""
     return request.param

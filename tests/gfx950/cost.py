@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from calls import create_cache
+from calls import GFX950_LAYOUTS, create_cache
 
 import jax_dsv4 as dsv4
 from jax_dsv4._implementations import aiter, aiter_gluon
@@ -44,7 +44,7 @@ def row(kernels, heads, tokens, times=1):
     )
 
 
-@pytest.mark.parametrize("layout", aiter.LAYOUTS)
+@pytest.mark.parametrize("layout", GFX950_LAYOUTS)
 def test_assembly(bridge, gpu, table, monkeypatch, layout):
     monkeypatch.setenv("GFX950_UNITS", str(UNITS))
     aiter.choose_kernel.cache_clear()

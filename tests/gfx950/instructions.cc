@@ -321,29 +321,43 @@ u32 to_bf16(float f) {
   return (x + 0x7fff + (x >> 16 & 1)) >> 16;
 }
 
-// e4m3fn, round to nearest even. Beyond the largest finite value: NaN, as the hardware does when it does not clamp.
-u32 to_e4m3(float f) {
-  const u32 x = std::bit_cast<u32>(f), sign = x >> 24 & 0x80;
-  const float a = std::fabs(f);
-  if (!(a <= 464.0f)) return sign | 0x7f;
-  if (a < 0.015625f) return sign | static_cast<u32>(std::nearbyint(a * 512.0f));  // subnormal: steps of 2^-9
-  const u32 rounded = (x & 0x7fffffff) + 0x7ffff + (x >> 20 & 1);
-  const u32 code = (rounded >> 20) - ((127 - 7) << 3);
-  return sign | (code > 0x7e ? 0x7f : code);
-}
+// Two formats of a sign, four bits of exponent and three of mantissa. e4m3fn, gfx950's: bias 7, NaN is 0x7f and 0xff.
+// e4m3fnuz, gfx942's: bias 8, NaN is 0x80, and there is no -0.
+template <bool Fnuz>
+struct E4m3 {
+  static constexpr int kBytes = 1, kBias = Fnuz ? 8 : 7;
+  static constexpr u32 kLargest = Fnuz ? 0x7f : 0x7e;
 
-const std::array<float, 256>& e4m3_values() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> t;
-    for (int c = 0; c < 256; ++c) {
-      const int exponent = c >> 3 & 15, mantissa = c & 7;
-      const float a = exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
-      t[c] = (c & 0x7f) == 0x7f ? std::numeric_limits<float>::quiet_NaN() : c & 0x80 ? -a : a;
-    }
-    return t;
-  }();
-  return table;
-}
+  // Round to nearest even. Beyond the largest finite value: NaN, as the hardware does when it does not clamp.
+  static u32 code(float f) {
+    const u32 x = std::bit_cast<u32>(f), sign = x >> 24 & 0x80, nan = Fnuz ? 0x80 : sign | 0x7f;
+    const float a = std::fabs(f);
+    if (!(a <= 480.0f)) return nan;
+    u32 code = (x & 0x7fffffff) + 0x7ffff + (x >> 20 & 1);
+    if (a < std::ldexp(1.0f, 1 - kBias))
+      code = static_cast<u32>(std::nearbyint(std::ldexp(a, kBias + 2)));  // subnormal
+    else
+      code = (code >> 20) - ((127 - kBias) << 3);
+    return code > kLargest ? nan : Fnuz && code == 0 ? 0 : sign | code;
+  }
+
+  static const std::array<float, 256>& values() {
+    static const std::array<float, 256> table = [] {
+      std::array<float, 256> t;
+      for (u32 c = 0; c < 256; ++c) {
+        const int exponent = c >> 3 & 15, mantissa = c & 7;
+        const float a = std::ldexp((exponent ? 1.0f : 0.0f) + mantissa / 8.0f, (exponent ? exponent : 1) - kBias);
+        const bool nan = Fnuz ? c == 0x80 : (c & 0x7f) == 0x7f;
+        t[c] = nan ? std::numeric_limits<float>::quiet_NaN() : c & 0x80 ? -a : a;
+      }
+      return t;
+    }();
+    return table;
+  }
+  static float value(u32 bits) { return values()[bits]; }
+};
+using Fp8 = E4m3<false>;
+using Fp8Fnuz = E4m3<true>;
 
 int exponent_field(float x) { return std::bit_cast<u32>(x) >> 23 & 0xff; }
 bool is_denormal(float x) { return exponent_field(x) == 0 && x != 0; }
@@ -555,12 +569,13 @@ void v_pk_mov(Wave& w, I i) {
 }
 
 // v_cvt_pk_fp8_f32: op_sel's third bit puts the pair into the high half and leaves the low one.
+template <class T>
 void v_cvt_pk_fp8(Wave& w, I i) {
   const Reader<float> a(w, i, 1, 0), b(w, i, 2, 1);
   const int reg = vgpr(w, i, i.operands[0], kDestination), shift = i.op_sel >> 2 & 1 ? 16 : 0;
   Lanes out;
   for (int l = 0; l < kLanes; ++l)
-    out[l] = (w.v[reg][l] & ~(0xffffu << shift)) | (to_e4m3(a(l)) | to_e4m3(b(l)) << 8) << shift;
+    out[l] = (w.v[reg][l] & ~(0xffffu << shift)) | (T::code(a(l)) | T::code(b(l)) << 8) << shift;
   write_vgpr(w, i, reg, out);
 }
 
@@ -571,7 +586,7 @@ void v_cvt_scalef32_pk_f32_fp8(Wave& w, I i) {
   Lanes out[2];  // written at the end: the source may be among the destination
   for (int k = 0; k < 2; ++k)
     for (int l = 0; l < kLanes; ++l)
-      out[k][l] = std::bit_cast<u32>(e4m3_values()[pair(l) >> (shift + 8 * k) & 0xff] *
+      out[k][l] = std::bit_cast<u32>(Fp8::values()[pair(l) >> (shift + 8 * k) & 0xff] *
                                      std::bit_cast<float>(scale(l) & 0x7f800000));
   for (int k = 0; k < 2; ++k) write_vgpr(w, i, reg + k, out[k]);
 }
@@ -640,10 +655,6 @@ void v_permlane_swap(Wave& w, I i) {
 }
 
 // What a matrix instruction multiplies.
-struct Fp8 {
-  static constexpr int kBytes = 1;
-  static float value(u32 bits) { return e4m3_values()[bits]; }
-};
 struct Bf16 {
   static constexpr int kBytes = 2;
   static float value(u32 bits) { return std::bit_cast<float>(bits << 16); }
@@ -1343,7 +1354,7 @@ void add_vector(Table& t) {
       {"v_cvt_f64_u32", lanes([](u32 a) { return static_cast<double>(a); })},
       {"v_cvt_f64_i32", lanes([](i32 a) { return static_cast<double>(a); })},
       {"v_cvt_f32_f64", lanes([](double a) { return static_cast<float>(a); })},
-      {"v_cvt_f32_fp8", lanes([](u32 a) { return e4m3_values()[a & 0xff]; })},
+      {"v_cvt_f32_fp8", lanes([](u32 a) { return Fp8::values()[a & 0xff]; })},
       {"v_cvt_pk_bf16_f32", lanes([](float a, float b) { return to_bf16(a) | to_bf16(b) << 16; })},
 
       {"v_add_co_u32", carrying([](u64 a, u64 b, u64 c) { return a + b + c; })},
@@ -1374,7 +1385,8 @@ void add_vector(Table& t) {
       {"v_div_scale_f32", &v_div_scale},
       {"v_div_fmas_f32", &v_div_fmas},
       {"v_pk_mov_b32", &v_pk_mov},
-      {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8},
+      {"v_cvt_pk_fp8_f32", &v_cvt_pk_fp8<Fp8>},
+      {"v_cvt_pk_fp8_f32 fnuz", &v_cvt_pk_fp8<Fp8Fnuz>},
       {"v_cvt_scalef32_pk_f32_fp8", &v_cvt_scalef32_pk_f32_fp8},
       {"v_bitop3_b16", &v_bitop3<16>},
       {"v_bitop3_b32", &v_bitop3<32>},
@@ -1391,6 +1403,7 @@ void add_vector(Table& t) {
       {"v_nop", &nothing}};
   for (auto [name, execute] : others) t[name] = {execute, Class::kVector};
   t["v_mfma_f32_16x16x32_fp8_fp8"] = {&v_mfma<Fp8, 16, 32>, Class::kMatrix};
+  t["v_mfma_f32_16x16x32_fp8_fp8 fnuz"] = {&v_mfma<Fp8Fnuz, 16, 32>, Class::kMatrix};
   t["v_mfma_f32_16x16x128_f8f6f4"] = {&v_mfma<Fp8, 16, 128>, Class::kMatrix};
   t["v_mfma_f32_32x32x64_f8f6f4"] = {&v_mfma<Fp8, 32, 64>, Class::kMatrix};
   t["v_mfma_f32_16x16x16_bf16"] = {&v_mfma<Bf16, 16, 16>, Class::kMatrix};

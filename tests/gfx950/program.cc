@@ -235,7 +235,7 @@ Instruction parse(const std::string& line, uint64_t address, uint32_t encoding) 
     if (mnemonic.size() > n && mnemonic.compare(mnemonic.size() - n, n, suffix) == 0)
       mnemonic.resize(mnemonic.size() - n);
   }
-  if (architecture() == "gfx942" && mnemonic.find("fp8") != std::string::npos) cannot_read(i.text, "e4m3fnuz");
+  if (architecture() == "gfx942" && mnemonic.find("fp8") != std::string::npos) mnemonic += " fnuz";
   const Opcode* opcode = find_opcode(mnemonic);
   if (!opcode) cannot_read(i.text, "unknown instruction " + mnemonic);
   i.execute = opcode->execute, i.kind = opcode->kind;

@@ -167,8 +167,9 @@ class SoftwareGpu:
         return self.lib.gfx950_hazards(int(reset)).decode().splitlines()
 
 
-def assemble(text: str, architecture: str = "gfx950") -> bytes:
-    """A code object from assembly text."""
+def assemble(text: str) -> bytes:
+    """A code object from assembly text, for what the machine says it is."""
+    architecture = os.environ.get("GFX950_ARCHITECTURE", "gfx950")
     return _compile(["-x", "assembler", "-target", "amdgcn-amd-amdhsa", f"-mcpu={architecture}"], ".s", text.encode())
 
 

@@ -9,8 +9,9 @@ from compare import assert_answer
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
 
 
-@pytest.fixture(params=aiter_kernel.KERNELS, ids=lambda c: f"{c.source}-{c.name}")
-def kernel(request, gpu):
+@pytest.fixture(params=aiter_kernel.KERNELS, ids=lambda c: f"{c.architecture}-{c.source}-{c.name}")
+def kernel(request, gpu, monkeypatch):
+    monkeypatch.setenv("GFX950_ARCHITECTURE", request.param.architecture)
     if not aiter_kernel.find(request.param):
         pytest.skip(
             "no amd-aiter here: pip install --no-deps amd-aiter, or name an unpacked wheel in JAX_DSV4_AITER_WHEEL"
@@ -140,8 +141,9 @@ def test_a_nan_in_row_0_is_caught(gpu, kernel):
 def test_lost_numbers_are_caught(gpu, kernel):
     """The bf16 kernel of 64 heads answers 0 for every number beyond 64."""
     problem = aiter_kernel.make_problem(np.random.default_rng(10), kernel, [40, 1], topk=40)
-    problem.kv_scale *= 100 if kernel.precision is aiter_kernel.FP8 else 1
-    if kernel.precision is not aiter_kernel.FP8:
+    if kernel.precision is not aiter_kernel.BF16:
+        problem.kv_scale *= 100
+    else:
         problem.kv = (problem.kv.astype(np.float32) * 100).astype(problem.kv.dtype)
     problem.scale /= 100
     want = aiter_kernel.expected(problem).out
@@ -171,15 +173,18 @@ def test_weak_waits_are_found(gpu, wheel_kernel):
 # Instructions until a load arrives, and with which of them a kernel is wrong.
 GLOBAL, LDS = (0, 20, 160, 300, 600, 3000), (0, 4, 8, 16, 30, 1000)
 WRONG = {
-    ("a8w8", "wheel", 16): ((), ()),
-    ("a8w8", "tree", 16): ((600,), (16, 30, 1000)),
-    ("a8w8", "tree", 32): ((600,), (16, 30, 1000)),
-    ("a8w8", "tree", 64): ((300, 600, 3000), (0, 4, 30, 1000)),
-    ("a8w8", "tree", 128): ((), (1000,)),
-    ("a16w16", "wheel", 16): ((300, 600, 3000), ()),
-    ("a16w16", "tree", 16): ((300, 600, 3000), ()),
-    ("a16w16", "tree", 64): ((600, 3000), (30, 1000)),
-    ("a16w16", "tree", 128): ((3000,), (30, 1000)),
+    ("gfx950", "a8w8", "wheel", 16): ((), ()),
+    ("gfx950", "a8w8", "tree", 16): ((600,), (16, 30, 1000)),
+    ("gfx950", "a8w8", "tree", 32): ((600,), (16, 30, 1000)),
+    ("gfx950", "a8w8", "tree", 64): ((300, 600, 3000), (0, 4, 30, 1000)),
+    ("gfx950", "a8w8", "tree", 128): ((), (1000,)),
+    ("gfx950", "a16w16", "wheel", 16): ((300, 600, 3000), ()),
+    ("gfx950", "a16w16", "tree", 16): ((300, 600, 3000), ()),
+    ("gfx950", "a16w16", "tree", 64): ((600, 3000), (30, 1000)),
+    ("gfx950", "a16w16", "tree", 128): ((3000,), (30, 1000)),
+    ("gfx942", "a16w16", "wheel", 16): ((300, 600, 3000), ()),
+    ("gfx942", "a8w8", "wheel", 16): ((), ()),
+    ("gfx942", "a8w8", "wheel", 128): ((600, 3000), ()),
 }
 
 
@@ -204,5 +209,5 @@ def test_timing(gpu, kernel, table):
             tuple(n for n in LDS if not is_right(lds_latency=n, exact_lgkm=True)),
         )
     lines = [f"  {what}: {tried}; wrong at {bad or 'none'}" for what, tried, bad in zip(("global memory", "LDS"), (GLOBAL, LDS), wrong)]
-    table(f"instructions until a load arrives, {kernel.name} of AITER's {kernel.source}", lines)
-    assert wrong == WRONG[kernel.name.split("_")[1], kernel.source, kernel.heads]
+    table(f"instructions until a load arrives, {kernel.architecture}: {kernel.name} of AITER's {kernel.source}", lines)
+    assert wrong == WRONG[kernel.architecture, kernel.name.split("_")[1], kernel.source, kernel.heads]

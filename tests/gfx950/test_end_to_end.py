@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import software_gpu
 from aiter_kernel import LATENT
-from calls import attend, check, create_cache, expected, make_cache, make_q, make_scope, plan_for
+from calls import GFX950_LAYOUTS, attend, check, create_cache, expected, make_cache, make_q, make_scope, plan_for
 
 import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi, _work, doctor
 from jax_dsv4._implementations import aiter, native
+from jax_dsv4.cache import LAYOUTS
 
 
 def test_holes(rocm, layout):
@@ -279,8 +280,19 @@ def test_a_plan_that_decode_has_no_use_for(rocm):
 def test_other_layouts_are_refused(rocm):
     cache = dsv4.KVCache.create(4, 64)
     scope = dsv4.Scope(cache, jnp.zeros((1, 8), jnp.int32))
-    with pytest.raises(NotImplementedError, match=r"it reads layouts \('aiter_bf16', 'aiter_fp8'\), and the cache's is 'fp8_ds_mla'"):
+    with pytest.raises(
+        NotImplementedError, match=r"it reads layouts \('aiter_bf16', 'aiter_fp8', 'aiter_fp8_fnuz'\), and the cache's is 'fp8_ds_mla'"
+    ):
         dsv4.sparse_mla_decode(jnp.zeros((1, 16, LATENT)), scope, implementation="aiter")
+
+
+def test_fp8_of_gfx942_is_refused(rocm):
+    reason = "AITER's fp8 kernels take e4m3fn on gfx950, layout aiter_fp8"
+    scope = dsv4.Scope(create_cache(2, 16, "aiter_fp8_fnuz"), jnp.zeros((1, 8), jnp.int32))
+    with pytest.raises(NotImplementedError, match=reason):
+        dsv4.sparse_mla_decode(jnp.zeros((1, 16, LATENT)), scope, implementation="aiter")
+    with pytest.raises(NotImplementedError, match=reason):
+        dsv4.append(scope.cache, jnp.zeros((1, LATENT)), jnp.zeros(1, jnp.int32), implementation="aiter")
 
 
 def test_a_pool_beyond_4_gib_never_meets_a_kernel_that_wraps(rocm, layout, reports_lse):
@@ -308,12 +320,18 @@ def test_kernel_choice(rocm, layout, reports_lse):
 
 
 def test_handler_checks_in_the_words_of_python(rocm):
-    def append(shape=(2, 8, 576), scale=1.0):
+    def append(shape=(2, 8, 576), scale=1.0, layout="aiter_fp8"):
         call = jax.ffi.ffi_call("dsv4_aiter_append", jax.ShapeDtypeStruct(shape, jnp.uint8))
         rows = jnp.zeros((1, 512)), jnp.zeros(1, jnp.int32)
-        jax.block_until_ready(call(jnp.zeros(shape, jnp.uint8), *rows, block_size=np.int32(8), cache_scale=np.float32(scale)))
+        attributes = dict(block_size=np.int32(8), cache_scale=np.float32(scale), layout=np.int32(LAYOUTS[layout].code))
+        jax.block_until_ready(call(jnp.zeros(shape, jnp.uint8), *rows, **attributes))
 
     append()
+    append(layout="aiter_fp8_fnuz")  # the bytes do not say
+    with pytest.raises(Exception, match="append: cache must have dtype bfloat16, got uint8"):
+        append(layout="aiter_bf16")
+    with pytest.raises(Exception, match=r"append: cache.layout must be aiter_bf16, aiter_fp8 or aiter_fp8_fnuz, got 0"):
+        append(layout="fp8_ds_mla")
     with pytest.raises(
         Exception, match=r"append: cache must have shape \(1 \+ num_blocks, block_size, 576\) = \(\*, 8, 576\), got \(2, 8, 512\)"
     ):
@@ -380,6 +398,6 @@ def test_doctor(bridge, capsys):
     assert "dsv4_gfx950.co" in facts
     assert "aiter_bf16, 16 heads: 1 x 16 heads" in facts
     tests = report["implementations"]["aiter"]["self_tests"]
-    cases = itertools.product(aiter.LAYOUTS, (16, 64, 128))
+    cases = itertools.product(GFX950_LAYOUTS, (16, 64, 128))
     assert [(test["layout"], test["heads"], test["ok"]) for test in tests] == [(*case, True) for case in cases]
     assert min(test["cosine"] for test in tests if test["layout"] == "aiter_bf16") > 0.99999

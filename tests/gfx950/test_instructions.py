@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 import software_gpu
 
-F8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
+F8, FNUZ, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.bfloat16
+
+
+@pytest.fixture(params=[F8, FNUZ], ids=["gfx950", "gfx942"])
+def fp8(request, monkeypatch):
+    """The format of a machine's fp8 numbers."""
+    if request.param is FNUZ:
+        monkeypatch.setenv("GFX950_ARCHITECTURE", "gfx942")
+    return request.param
+
+
 LANES = np.arange(64, dtype=np.uint32)
 
 
@@ -17,6 +27,7 @@ def registers(matrix, per_lane, rows):
 
 @pytest.mark.parametrize(("name", "m", "k", "dtype"), [
     ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32, F8),
+    ("v_mfma_f32_16x16x32_fp8_fp8", 16, 32, FNUZ),
     ("v_mfma_f32_16x16x128_f8f6f4", 16, 128, F8),
     ("v_mfma_f32_32x32x64_f8f6f4", 32, 64, F8),
     ("v_mfma_f32_16x16x16_bf16", 16, 16, BF16),
@@ -24,7 +35,8 @@ def registers(matrix, per_lane, rows):
     ("v_mfma_f32_32x32x16_bf16", 32, 16, BF16),
     ("v_mfma_f32_16x16x32_bf16", 16, 32, BF16),
 ])  # fmt: skip
-def test_matrix_layout(assembler, name, m, k, dtype):
+def test_matrix_layout(assembler, monkeypatch, name, m, k, dtype):
+    monkeypatch.setenv("GFX950_ARCHITECTURE", "gfx942" if dtype is FNUZ else "gfx950")
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-8, 9, shape).astype(dtype) for shape in ((m, k), (k, m)))
     per_lane, out = m * k // 64, m * m // 64
@@ -90,11 +102,12 @@ def test_dpp_without_a_source(assembler):
     np.testing.assert_array_equal(zeroed, np.where(LANES // 16 % 2, 99, np.where(LANES % 16 < 2, 0, LANES - 2)))
 
 
-def test_conversion_to_fp8(assembler):
+def test_conversion_to_fp8(assembler, fp8):
     rng = np.random.default_rng(2)
     x = np.concatenate(
-        [[0.0, -0.0, 448.0, 463.0, 465.0, 2**-9, 2**-10, 3 * 2**-10, 0.0155, np.nan, -np.inf, 1.0625], rng.normal(size=52) * 30]
-    )
+        [[0.0, -0.0, 448.0, 463.0, 465.0, 2**-9, 2**-10, 3 * 2**-10, 0.0155, np.nan, -np.inf, 1.0625],
+         [240.0, 247.9, 248.0, -249.0, 2**-11, -(2**-11), 3 * 2**-11, 0.0077], rng.normal(size=44) * 30]
+    )  # fmt: skip
     y = rng.normal(size=64) * 0.05
     x, y = x.astype(np.float32), y.astype(np.float32)
     body = """v_mov_b32 v40, 0x11223344
@@ -102,12 +115,24 @@ def test_conversion_to_fp8(assembler):
       v_mov_b32 v41, 0x11223344
       v_cvt_pk_fp8_f32 v41, v10, v11"""
     high, low = assembler(body, [x, y], 2)
-    pair = x.astype(F8).view(np.uint8).astype(np.uint32) | y.astype(F8).view(np.uint8).astype(np.uint32) << 8
+    pair = x.astype(fp8).view(np.uint8).astype(np.uint32) | y.astype(fp8).view(np.uint8).astype(np.uint32) << 8
     # NaN's sign is the hardware's own business.
-    nan = ~np.isfinite(x.astype(F8).astype(np.float32))
+    nan = ~np.isfinite(x.astype(fp8).astype(np.float32))
     np.testing.assert_array_equal(np.where(nan, 0, high), np.where(nan, 0, pair << 16 | 0x3344))
     np.testing.assert_array_equal(np.where(nan, 0, low), np.where(nan, 0, 0x11220000 | pair))
-    assert np.isnan((high >> 16 & 0xFF).astype(np.uint8).view(F8).astype(np.float32)[nan]).all()
+    assert np.isnan((high >> 16 & 0xFF).astype(np.uint8).view(fp8).astype(np.float32)[nan]).all()
+
+
+def test_every_fp8_number(assembler, fp8):
+    """As the products see it: each code times 1."""
+    codes = np.arange(256, dtype=np.uint8).view(fp8)
+    for first in range(0, 256, 16):
+        a, b = np.zeros((16, 32), fp8), np.zeros((16, 32), fp8)
+        a[:, 0], b[:, 0] = codes[first : first + 16], 1
+        inputs = registers(a, 8, 16) + registers(b, 8, 16)
+        d = assembler("v_mfma_f32_16x16x32_fp8_fp8 v[40:43], v[10:11], v[12:13], 0", inputs, 4).view(np.float32)
+        want = codes[first : first + 16].astype(np.float32)
+        np.testing.assert_array_equal(d[:, ::16].T.ravel(), want)
 
 
 def test_conversion_from_fp8(assembler):
