@@ -14,71 +14,64 @@ The loop itself is `prefill` and `generate` in deepseek_v4/generate.py, the mode
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
-import json
 import os
 import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
-from deepseek_v4 import memory, processes
+from deepseek_v4 import command, memory, processes
+from deepseek_v4.command import (
+    ModelError,
+    Parser,
+    UsageError,
+    add_model_options,
+    check_implementation,
+    check_model_options,
+    complain,
+    encode,
+    exit_status,
+    positive,
+    printing,
+    progress,
+    set_defaults,
+    tolerate_characters,
+)
 from deepseek_v4.config import CheckpointError, Config, load_config
 from deepseek_v4.generate import NOT_A_TOKEN, REJECTED, Sampling, State
 from deepseek_v4.mesh import NAMES, REQUESTS, MeshError, Programs, bytes_per_device, create_mesh, fitting_mesh, parse_mesh
 from deepseek_v4.speculate import TOKENS_PER_STEP
-from deepseek_v4.tokenizer import Tokenizer, encode_chat, load_tokenizer
+from deepseek_v4.tokenizer import Tokenizer, load_tokenizer
 from deepseek_v4.weights import fingerprint, load_weights
 from jax.sharding import PartitionSpec as P
 
 import jax_dsv4 as dsv4
 
-TINY = Path(__file__).parent / "deepseek_v4" / "tiny"
+PROGRAM = "decode_loop.py"
 DEFAULT_PROMPT = "A function definition"
 SHORTEST_CHUNK, LONGEST_CHUNK = 32, 512  # prompt tokens per step, unless asked for
 STEPS_PER_CALL = 4  # tokens of each request between two looks at them
 
 
-class UsageError(Exception):
-    """The command cannot be run as given. The message is one line."""
-
-
-class ModelError(Exception):
-    """The model does not compute numbers. The message is one line."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    return exit_status(PROGRAM, lambda: run_together(args) if args.coordinator else run(args))
+
+
+def run_together(args: argparse.Namespace) -> None:
+    """`run`, as one of many processes."""
     try:
-        if args.coordinator:
-            processes.join(args.coordinator, args.num_processes, args.process_id, args.process_timeout)
-        with jax.numpy_rank_promotion("allow"):  # the model broadcasts [d] against [b, t, d], whatever else this process wants
-            run(args)
-    except (UsageError, CheckpointError, MeshError, NotImplementedError, OSError) as error:
-        return complain(error)
-    except ModelError as error:
-        return complain(error, 1)
-    except MemoryError as error:
-        return complain(f"out of memory: {error}")
-    except KeyboardInterrupt:
-        return complain("interrupted", processes.INTERRUPTED)
+        processes.join(args.coordinator, args.num_processes, args.process_id, args.process_timeout)
+        run(args)
     except jax.errors.JaxRuntimeError as error:
-        if not args.coordinator:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return complain(f"out of memory: {error}")
-        complain(f"process {args.process_id} stops: another one did, or cannot be reached: {error}")
+        complain(PROGRAM, f"process {args.process_id} stops: another one did, or cannot be reached: {error}")
         os._exit(3)  # an orderly shutdown would wait for the other one
-    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,12 +79,7 @@ def run(args: argparse.Namespace) -> None:
         with printing():
             print(memory.table())
         return
-    if args.cache_layout is None:  # what the platform's best kernels read
-        args.cache_layout = "aiter_bf16" if jax.export.default_export_platform() == "rocm" else "fp8_ds_mla"
-    if args.dtype is None:
-        args.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if args.dtype == "float32" and jax.default_backend() != "cpu":
-        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would multiply TF32
+    set_defaults(args)
     config, tokenizer, prompts, context, mesh = prepare(args)
     sampling = Sampling(args.temperature, args.top_p)
     programs = Programs(config, mesh, sampling, args.implementation)
@@ -198,7 +186,7 @@ def measured_scale(programs: Programs, weights: Any, padded: np.ndarray, lengths
 def numbers_only(tokens: np.ndarray) -> np.ndarray:
     """`tokens`, unless some were drawn from NaN."""
     if bad := sorted({int(request) for request in np.argwhere(tokens == NOT_A_TOKEN)[:, 0]}):
-        raise ModelError(f"the model computes NaN or infinite logits for request {', '.join(map(str, bad))}: weights or config are damaged")
+        raise ModelError(bad)
     return tokens
 
 
@@ -225,40 +213,22 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Tokenizer | None, list[Se
     return config, tokenizer, prompts, context, mesh
 
 
-def complain(error: object, status: int = 2) -> int:
-    print(f"decode_loop.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return status
-
-
 # ------------------------------------------------------------------------------------------------------------- the input
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"{self.prog}: {message}\n")
-
-    parser = Parser(prog="decode_loop.py", description="Decode with a DeepSeek-V4 checkpoint, by default a tiny one of this repository.")
+    parser = Parser(prog=PROGRAM, description="Decode with a DeepSeek-V4 checkpoint, by default a tiny one of this repository.")
+    add_model_options(parser)
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder: config.json, *.safetensors")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text; needs the checkpoint's tokenizer")
     prompt.add_argument("--prompt-ids", metavar="IDS", help='token ids: "1,2,3;4,5" is two requests')
-    add("--chat", action="store_true", help="put the prompt as a user's question, in DeepSeek-V4's own form")
-    add("--think", action="store_true", help="with --chat: let the model think before it answers")
     add("--batch", type=positive, metavar="N", help="requests; prompts are repeated in turn (default: one of each)")
     add("--max-new-tokens", type=positive, default=128, metavar="N")
     add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
     add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
-    add("--cache-layout", metavar="NAME", help="of jax_dsv4.KVCache (default: aiter_bf16 on AMD, fp8_ds_mla elsewhere)")
     add("--cache-scale", type=float, metavar="S", help="of aiter_fp8 and its _fnuz (default: measured from the prompts' first latents)")
-    add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
     add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability")
-    add("--seed", type=int, default=0, metavar="N")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
-    add("--json", type=Path, metavar="FILE", help="write prompt_ids, tokens, tokens_per_second and more")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
     add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads, cached context; experts over all')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")
@@ -275,46 +245,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
 
-    if not 0 <= args.temperature < float("inf"):
-        parser.error(f"--temperature must be at least 0, got {args.temperature}")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p must be in (0, 1], got {args.top_p}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
+    check_model_options(parser, args)
     if args.chat and args.prompt_ids is not None:
         parser.error("--chat is for text: it goes with --prompt, not with --prompt-ids")
-    if args.think and not args.chat:
-        parser.error("--think goes with --chat")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json must name a file in a folder that exists, got {args.json}")
-    if args.json and (reason := cannot_write(args.json)):
-        parser.error(f"--json {args.json} cannot be written: {reason}")
     if bool(args.coordinator) != (args.num_processes > 1):
         parser.error("--coordinator and --num-processes of at least 2 go together")
     if not 0 <= args.process_id < args.num_processes:
         parser.error(f"--process-id must be in [0, {args.num_processes}), got {args.process_id}")
     return args
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def cannot_write(path: Path) -> str | None:
-    """Why `path` cannot be written, as far as opening it tells. It is left as it was."""
-    new = not path.exists()
-    if not new and not path.is_file():
-        return None  # the reader of a pipe would take this for the end
-    try:
-        path.open("ab").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 def find_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
@@ -324,7 +262,7 @@ def find_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     except CheckpointError as error:
         if args.prompt_ids is None:
             raise
-        complain(f"tokens alone, no text: {error}")
+        complain(PROGRAM, f"tokens alone, no text: {error}")
         return None
 
 
@@ -339,9 +277,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
         raise UsageError(f"{args.checkpoint} has no tokenizer: give --prompt-ids")
     else:
         text = DEFAULT_PROMPT if args.prompt is None else args.prompt
-        prompts = [encode_chat(tokenizer, text, args.think) if args.chat else tokenizer.encode(text)]
-        if left_out := tokenizer.left_out(text):
-            complain(f"the tokenizer has no token for {left_out!r} of the prompt: left out")
+        prompts = [encode(tokenizer, text, args.chat, args.think, PROGRAM)]
     for prompt in prompts:
         if not prompt:
             raise UsageError("a prompt must have at least one token")
@@ -377,8 +313,8 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh | None, requests: int, 
     sizes = dict(mesh.shape) if mesh else dict.fromkeys(NAMES, 1)
     needed = sum(bytes_per_device(config, sizes, requests, context, options))
     count, human = int(np.prod(list(sizes.values()))), memory.human
+    room = memory.room()
     if jax.default_backend() != "cpu":
-        room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if room and needed > room:
             better = fitting_mesh(room, config, requests, context, options)
             advice = "no mesh spreads them over such devices"
@@ -386,18 +322,8 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh | None, requests: int, 
                 named = ",".join(f"{name}={size}" for name, size in better.items() if size > 1)
                 advice = f"--mesh {named} would fit, on {np.prod(list(better.values()))} of them"
             raise UsageError(f"weights and cache take {human(needed)} on each of {count} devices with {human(room)}; {advice}")
-    elif jax.process_count() == 1 and hasattr(os, "sysconf"):  # here a program that takes too much is ended without a word
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if count * needed > there:
-            raise UsageError(f"weights and cache take {human(count * needed)}, and this machine has {human(there)} of memory")
-
-
-def check_implementation(name: str | None) -> None:
-    known = dsv4.implementations()
-    if name is not None and name not in known:
-        raise UsageError(f"--implementation must be one of {', '.join(known)}, got {name!r}")
-    if name is not None and not known[name].available:
-        raise UsageError(f"--implementation {name} is not there: {known[name].detail}")
+    elif room and jax.process_count() == 1 and count * needed > room:  # here a program that takes too much is ended without a word
+        raise UsageError(f"weights and cache take {human(count * needed)}, and this machine has {human(room)} of memory")
 
 
 # ------------------------------------------------------------------------------------------------------------ the output
@@ -471,31 +397,6 @@ class Stream:
         return f"\n{self.tokenizer.decode(self.prompts[i])}{self.tokenizer.decode(self.tokens[i])}"
 
 
-def deliver(report: dict[str, Any], file: Path | None, failed: UsageError | None = None) -> None:
-    """Writes the report to `file` and prints its numbers: each even if the other fails, or something has `failed` before."""
-    if file:
-        try:
-            file.write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            failed = UsageError(f"--json {file} cannot be written: {error.strerror}")
-    with printing():
-        print_report(report)
-    if failed:
-        raise failed
-
-
-@contextlib.contextmanager
-def printing() -> Iterator[None]:
-    """Sees to it that what is printed arrives, or that one line says why not."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        # Else Python would try again, and complain, on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UsageError(f"the output cannot be written: {error.strerror}") from None
-
-
 def print_report(report: dict[str, Any]) -> None:
     step, attention, prefill = report["seconds_per_step"], report["attention_seconds_per_step"], report["prefill_seconds"]
     batch, read = len(report["tokens"]), sum(map(len, report["prompt_ids"]))
@@ -511,44 +412,9 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{report['compile_seconds']:10.1f}  s to compile prefill and decode, once; on {report['device']}")
 
 
-class Progress:
-    """Progress bars where rich is installed (the `example` extra), else a line per stage; on stderr."""
-
-    def __init__(self, start: Callable[[str], None], bar: Any = None):
-        self.start, self.bar = start, bar
-
-    def track(self, label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-        """A function that yields the items of a sequence and shows how far it is."""
-
-        def items(sequence: Sequence[Any]) -> Iterable[Any]:
-            self.start(label)
-            return self.bar.track(sequence, description=label) if self.bar else sequence
-
-        return items
-
-    @contextlib.contextmanager
-    def spinner(self, label: str) -> Iterator[None]:
-        for _ in self.track(label)([None]):
-            yield
-
-
-@contextlib.contextmanager
-def progress(transient: bool = False) -> Iterator[Progress]:
-    """Shows stages while it is entered; a transient one leaves nothing behind."""
-    try:
-        from rich import console, progress
-    except ImportError:
-        yield Progress(lambda label: None if transient else print(f"{label} …", file=sys.stderr))
-        return
-    columns = (progress.SpinnerColumn(), *progress.Progress.get_default_columns(), progress.TimeElapsedColumn())
-    stderr = console.Console(stderr=True)
-    hidden = transient and not stderr.is_terminal  # where nothing can be taken back, a transient bar is not shown
-    with progress.Progress(*columns, console=stderr, transient=transient, disable=hidden) as bar:
-        yield Progress(lambda label: None, bar)
+deliver = partial(command.deliver, print_report=print_report)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a token's characters
+    tolerate_characters()
     processes.leave(main())

@@ -9,6 +9,7 @@ generate.py     prefill, decode, sampling
 speculate.py    drafts of the layer that predicts the token after next
 mesh.py         the same over many devices
 processes.py    the same over many processes
+command.py      what the commands have in common: options, errors, output
 memory.py       bytes of weights and caches
 train_tiny.py   made tiny/, the checkpoint of this repository
 """

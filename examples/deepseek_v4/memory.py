@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,15 @@ CONTEXTS = {"8k": 8 * 1024, "128k": 128 * 1024, "1M": 1024 * 1024}
 def nbytes(tree: Any) -> int:
     """Bytes of all leaves, arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def room() -> int | None:
+    """Bytes of memory that a device has, or this machine if its processors are the devices; None if that is not known."""
+    if jax.default_backend() != "cpu":
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def stored_bytes(tensor: Tensor) -> int:
