@@ -18,12 +18,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import decode_loop  # noqa: E402, F401
 from deepseek_v4 import config as config_module  # noqa: E402, F401
-from deepseek_v4 import memory, mesh, safetensors, train_tiny  # noqa: E402, F401
+from deepseek_v4 import memory, mesh, pages, safetensors, serving, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.axes import Axes  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
 from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, REJECTED, Sampling, State, draw, generate, prefill  # noqa: E402, F401
-from deepseek_v4.model import Cache, create_cache, forward, logits, moe, read_streams, rope_angle, run_experts, score_entries  # noqa: E402, F401
+from deepseek_v4.model import (  # noqa: E402, F401
+    BLOCK_SIZE,
+    Cache,
+    create_cache,
+    forward,
+    logits,
+    moe,
+    read_streams,
+    rope_angle,
+    run_experts,
+    score_entries,
+)
 from deepseek_v4.speculate import one_layer, predict  # noqa: E402, F401
 from deepseek_v4.tokenizer import Pieces, load_tokenizer  # noqa: E402, F401
 from deepseek_v4.weights import (  # noqa: E402, F401

@@ -64,6 +64,9 @@ class Cache(NamedTuple):
     layers: tuple[LayerCache, ...]
     tables: dict[Kind, Array]  # int32 [b, pages]: the block that holds page p of request b
     position: Array  # int32 [b]: tokens so far
+    # int32 [b], where requests share pages (serving.py): tokens at the front that others have written, read and never written here. The
+    # indexer's keys are then paged as the CSA entries are, [blocks, 64, 128].
+    shared: Array | None = None
 
 
 def create_cache(
@@ -133,7 +136,7 @@ class Entries(NamedTuple):
     """The compressed entries of one kind that a step may complete, and those that its tokens see."""
 
     number: Array  # int32 [b, c]
-    complete: Array  # bool [b, c]: the entry's last token is in this step
+    complete: Array  # bool [b, c]: the entry's last token is in this step, and it is not shared
     slots: Array  # int32 [b, c]; −1 unless complete
     visible: Array  # int32 [b, t]: a token sees the entries before this one
     max_entries: int  # that the cache has room for
@@ -146,6 +149,7 @@ class Step(NamedTuple):
     position: Array  # int32 [b, t]
     valid: Array  # bool [b, t]: false where a request has fewer than t tokens in this step
     tables: dict[Kind, Array]  # as in Cache
+    key_table: Array | None  # of the indexer's keys; None: they are in a row
     angle: dict[str, Array]  # float32 [b, t, 32]: "main" for SWA layers, "compress" for the others
     swa_slots: Array  # int32 [b, t]: where each token's latent is written
     swa_indices: Array  # int32 [b, t, window]
@@ -172,10 +176,11 @@ def begin_step(
 
     entries: dict[Kind, Entries] = {}
     extra_lengths: dict[Kind, Array] = {}
+    shared = jnp.zeros_like(counts) if cache.shared is None else cache.shared
     for kind in sorted(set(config.layers) - {"swa"}):
         ratio = config.ratio(kind)
         number = cache.position[:, None] // ratio + jnp.arange((t + ratio - 2) // ratio + 1, dtype=jnp.int32)
-        complete = (number + 1) * ratio <= (cache.position + counts)[:, None]
+        complete = ((number + 1) * ratio <= (cache.position + counts)[:, None]) & (number * ratio >= shared[:, None])
         slots = slots_of(cache.tables[kind], number, kind, complete)
         visible = jnp.where(valid, (position + 1) // ratio, 0)
         entries[kind] = Entries(number, complete, slots, visible, cache.tables[kind].shape[1] * BLOCK_SIZE[kind])
@@ -213,8 +218,9 @@ def begin_step(
         position=position,
         valid=valid,
         tables=cache.tables,
+        key_table=None if cache.shared is None else cache.tables.get("csa"),
         angle={name: rope_angle(position, name, config) for name in ("main", "compress")},
-        swa_slots=slots_of(cache.tables["swa"], position % ring, "swa", valid),
+        swa_slots=slots_of(cache.tables["swa"], position % ring, "swa", valid & (position >= shared[:, None])),
         swa_indices=swa_indices,
         swa_lengths=swa_lengths,
         entries=entries,
@@ -272,7 +278,7 @@ def run_layers(
         y = moe(y, w["ffn"], step.all_tokens, config, axes)
         x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
         layers.append(layer)
-    return x, Cache(tuple(layers), cache.tables, cache.position + counts)
+    return x, cache._replace(layers=tuple(layers), position=cache.position + counts)
 
 
 def read_streams(x: Array, w: Any, config: Config) -> Array:
@@ -470,17 +476,20 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
     `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of n peers, at e div n.
     """
     entries, devices, device = step.entries["csa"], lax.axis_size(axes.peers), lax.axis_index(axes.peers)
-    count = cache.keys.shape[1]
+    count = cache.keys.shape[1] if step.key_table is None else entries.max_entries
     key, rows = compress(x, w["compressor"], cache.rows, step, "csa", config)
     mine = entries.complete & (entries.number % devices == device)
     here = jnp.where(mine, entries.number // devices, count)  # past the end, where writes are dropped
-    keys = cache.keys.at[jnp.arange(len(x))[:, None], here].set(key.astype(cache.keys.dtype), mode="drop")
+    row = jnp.arange(len(x))[:, None]
+    if step.key_table is not None:
+        row, here = jnp.divmod(jnp.where(mine, entries.slots, cache.keys.shape[0] * cache.keys.shape[1]), cache.keys.shape[1])
+    keys = cache.keys.at[row, here].set(key.astype(cache.keys.dtype), mode="drop")
 
     q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
     q = rotate(q, step.angle["compress"][:, :, None])  # [b, t, h, k]
     weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
     weight *= (config.index_head_dim * config.index_n_heads) ** -0.5
-    score = score_entries(q, weight, keys, (jnp.max(entries.visible) - device + devices - 1) // devices)
+    score = score_entries(q, weight, keys, (jnp.max(entries.visible) - device + devices - 1) // devices, step.key_table)
     score = jnp.where(devices * jnp.arange(count, dtype=jnp.int32) + device < entries.visible[..., None], score, -jnp.inf)
 
     topk = extra_topk(entries, "csa", config)
@@ -489,23 +498,29 @@ def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step
     return slots_of(step.tables["csa"], chosen, "csa"), IndexCache(keys, rows)
 
 
-def score_entries(q: Array, weight: Array, keys: Array, visible: Array) -> Array:
+def score_entries(q: Array, weight: Array, keys: Array, visible: Array, table: Array | None = None) -> Array:
     """Scores [b, t, c] of the first `visible` keys [b, c, k], and of some more; the rest are 0.
 
-    By pieces: the scores of all heads, [b, t, h, c], are as large as h caches.
+    By pieces: the scores of all heads, [b, t, h, c], are as large as h caches. With a `table` [b, pages], of keys [blocks, 64, k].
     """
 
     def score(keys: Array) -> Array:
         products = jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32)
         return jnp.einsum("bthc,bth->btc", jax.nn.relu(products), weight)
 
-    count, piece = keys.shape[1], max(2048 // q.shape[1], 256)
+    def read(first: Array | int, size: int) -> Array:
+        if table is None:
+            return lax.dynamic_slice_in_dim(keys, first, size, axis=1)
+        pages = lax.dynamic_slice_in_dim(table, first // keys.shape[1], size // keys.shape[1], axis=1)
+        return keys[pages].reshape(len(table), size, -1)
+
+    count, piece = keys.shape[1] * (1 if table is None else table.shape[1]), max(2048 // q.shape[1] // 64 * 64, 256)
     if count <= piece:
-        return score(keys)
+        return score(read(0, count))
 
     def add_piece(i: Array, scores: Array) -> Array:
         first = jnp.minimum(i * piece, count - piece)
-        new = score(lax.dynamic_slice_in_dim(keys, first, piece, axis=1))
+        new = score(read(first, piece))
         return lax.dynamic_update_slice_in_dim(scores, new, first, axis=2)
 
     return lax.fori_loop(0, -(-visible // piece), add_piece, jnp.zeros((*q.shape[:2], count), jnp.float32))

@@ -1,0 +1,139 @@
+"""The two programs of a server: `read` runs a chunk of one request's text, `decode` a step of all slots.
+
+Lengths, block tables, slots and limits are data, so that each is compiled once. A slot without a request that draws is an empty row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import jax_dsv4 as dsv4
+from deepseek_v4.config import Config, Kind
+from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate
+from deepseek_v4.model import (
+    BLOCK_SIZE,
+    Cache,
+    CompressedCache,
+    Implementation,
+    IndexCache,
+    LayerCache,
+    create_cache,
+    forward,
+    logits,
+    read_streams,
+)
+
+Layers = tuple[LayerCache, ...]
+
+
+def create_layers(config: Config, slots: int, blocks: dict[Kind, int], chunk: int, dtype: jax.typing.DTypeLike, **latents: Any) -> Layers:
+    """Caches of `blocks` of each kind, and the compressors' rows of each slot; `latents` as `jax_dsv4.KVCache.create` takes them."""
+    one_block = create_cache(config, 1, 1, chunk=chunk, dtype=dtype, **latents)
+
+    def pool(kind: Kind) -> dsv4.KVCache:
+        return dsv4.KVCache.create(blocks[kind], BLOCK_SIZE[kind], **latents)
+
+    def rows(one: Array) -> Array:
+        return jnp.zeros((slots, *one.shape[1:]), one.dtype)
+
+    def layer(kind: Kind, one: LayerCache) -> LayerCache:
+        if one.compressed is None:
+            return LayerCache(pool("swa"))
+        indexer = one.compressed.indexer
+        if indexer is not None:
+            keys = jnp.zeros((blocks["csa"], BLOCK_SIZE["csa"], config.index_head_dim), dtype)
+            indexer = IndexCache(keys, rows(indexer.rows))
+        return LayerCache(pool("swa"), CompressedCache(pool(kind), rows(one.compressed.rows), indexer))
+
+    return tuple(map(layer, config.layers, one_block.layers))
+
+
+def map_rows(function: Callable[..., Array], layers: Layers, *others: Layers) -> Layers:
+    """`layers` with a function of their compressors' rows in the place of these, which are what a slot has for itself."""
+
+    def of_layer(layer: LayerCache, *others: LayerCache) -> LayerCache:
+        if layer.compressed is None:
+            return layer
+        rest: Any = [other.compressed for other in others]
+        indexer = layer.compressed.indexer
+        if indexer is not None:
+            indexer = indexer._replace(rows=function(indexer.rows, *(other.indexer.rows for other in rest)))
+        rows = function(layer.compressed.rows, *(other.rows for other in rest))
+        return layer._replace(compressed=layer.compressed._replace(rows=rows, indexer=indexer))
+
+    return tuple(map(of_layer, layers, *others))
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "implementation"), donate_argnames="layers")
+def read(
+    weights: Any,
+    layers: Layers,
+    tables: dict[Kind, Array],
+    tokens: Array,
+    slot: Array,
+    number: Array,
+    count: Array,
+    position: Array,
+    shared: Array,
+    seed: Array,
+    *,
+    config: Config,
+    sampling: Sampling = GREEDY,
+    implementation: Implementation = None,
+) -> tuple[Layers, Array]:
+    """Runs a chunk of one request's text, and draws what follows its last token.
+
+    Args:
+        layers: as `create_layers` makes them. Donated.
+        tables: int32 [1, pages] of each kind, the request's.
+        tokens: int32 [1, chunk].
+        slot, number: int32 [], of the request. Draws depend on the number, not on the slot.
+        count: int32 [], how many of the tokens are real.
+        position: int32 [], of the first of them.
+        shared: int32 [], as in `Cache`.
+    """
+    mine = map_rows(lambda rows: lax.dynamic_slice_in_dim(rows, slot, 1), layers)
+    cache = Cache(mine, tables, position[None], shared[None])
+    x, cache = forward(weights, cache, tokens, count[None], config=config, implementation=implementation)
+    last = lax.dynamic_slice_in_dim(x, jnp.maximum(count - 1, 0), 1, axis=1)
+    one = jnp.ones(1, jnp.int32)
+    state = State(cache, one, one, keys_of(seed, number[None]))
+    state = draw(state, logits(weights, read_streams(last, weights, config)[:, 0]), sampling, config)
+
+    def back(new: Array, old: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
+
+    return map_rows(back, cache.layers, layers), state.token
+
+
+@partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation"), donate_argnames="layers")
+def decode(
+    weights: Any,
+    layers: Layers,
+    tables: dict[Kind, Array],
+    number: Array,
+    token: Array,
+    position: Array,
+    shared: Array,
+    left: Array,
+    seed: Array,
+    *,
+    steps: int,
+    config: Config,
+    sampling: Sampling = GREEDY,
+    implementation: Implementation = None,
+) -> tuple[Layers, Array]:
+    """`steps` steps of all slots: int32 tokens [slots, steps], −1 after a request's end. `left` is 0 where there is nothing to draw."""
+    state = State(Cache(layers, tables, position, shared), token, left, keys_of(seed, number))
+    state, drawn = generate(weights, state, steps=steps, config=config, sampling=sampling, implementation=implementation)
+    return state.cache.layers, drawn
+
+
+def keys_of(seed: Array, number: Array) -> Array:
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(number)
