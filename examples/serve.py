@@ -90,7 +90,10 @@ def run(args: argparse.Namespace) -> None:
     source: Source = Load(args, tokenizer, config) if args.rate else Lines(args, tokenizer)
     server = create_server(args, config)
     weights_bytes = memory.nbytes(abstract_weights(config, args.dtype))
-    cache_bytes = memory.nbytes(jax.eval_shape(server.create))
+    try:
+        cache_bytes = memory.nbytes(jax.eval_shape(server.create))
+    except ValueError as error:
+        raise UsageError(error) from None
     room = memory.room()
     if room and weights_bytes + cache_bytes > room:
         taken, there = memory.human(weights_bytes + cache_bytes), memory.human(room)

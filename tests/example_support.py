@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import decode_loop  # noqa: E402, F401
+import serve  # noqa: E402, F401
 from deepseek_v4 import config as config_module  # noqa: E402, F401
 from deepseek_v4 import memory, mesh, pages, safetensors, serving, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401

@@ -1,0 +1,132 @@
+"""`python examples/serve.py` as a user meets it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_support import PRESETS, golden_folder, serve, serving, strict_types, train_tiny  # noqa: F401
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], layers=("swa",), hidden_size=32, vocab_size=53, n_routed_experts=2, moe_intermediate_size=32, num_hash_layers=0
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Its tokens are letters, and the space."""
+    train_tiny.save(tmp_path, train_tiny.initialise(SMALL), SMALL, [*string.ascii_letters, " "])
+    return tmp_path
+
+
+def give(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """`text` as stdin."""
+    reader, writer = os.pipe()
+    os.write(writer, text.encode())
+    os.close(writer)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+
+
+SIZES = ["--slots", "3", "--prefill-chunk", "16", "--context", "160"]
+
+
+def test_prompts_from_stdin_are_answered_by_number(checkpoint, monkeypatch, capsys) -> None:
+    """All of them, but for one that does not fit, and the last though its line does not end."""
+    give(monkeypatch, "\n".join(["abc", "", "x" * 150, *"defg", "h"]))
+    out = checkpoint / "out.json"
+    assert serve.main(["--checkpoint", str(checkpoint), *SIZES, "--max-new-tokens", "110", "--json", str(out)]) == 2
+    said = capsys.readouterr()
+    assert "serve.py: a prompt of 150 tokens and 110 new ones do not fit a cache of 160 tokens\n" in said.err
+    assert said.err.endswith("serve.py: 1 prompts were not served\n")
+    requests = json.loads(out.read_text())["requests"]
+    assert [len(request["prompt_ids"]) for request in requests] == [3, 1, 1, 1, 1, 1]
+    for number, request in enumerate(requests, start=1):
+        lines = [line.removeprefix(f"{number}: ") for line in said.out.splitlines() if line.startswith(f"{number}: ")]
+        text = "".join([*string.ascii_letters, " "][token] for token in request["tokens"])
+        assert len(text) == 110
+        assert "".join(lines) == text
+        assert max(map(len, lines)) <= serve.LINE
+
+
+def test_a_load_is_measured(checkpoint, capsys) -> None:
+    out = checkpoint / "out.json"
+    (checkpoint / "pieces.json").unlink()
+    command = ["--checkpoint", str(checkpoint), *SIZES, "--max-new-tokens", "8", "--json", str(out)]
+    command += ["--rate", "200", "--requests", "7", "--prompt-tokens", "20", "--shared-tokens", "70"]
+    assert serve.main(command) == 0
+    report, said = json.loads(out.read_text()), capsys.readouterr().out
+    requests = report["requests"]
+    assert len(requests) == 7
+    assert len({tuple(request["prompt_ids"][:70]) for request in requests}) == 1
+    assert len({tuple(request["prompt_ids"][70:]) for request in requests}) == 7
+    for request in requests:
+        assert 80 <= len(request["prompt_ids"]) <= 90
+        assert 4 <= len(request["tokens"]) == len(request["drawn"]) <= 8
+        assert np.all(np.diff([request["arrived"], *request["drawn"]]) >= 0)
+    assert report["tokens"] == sum(len(request["tokens"]) for request in requests)
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"])
+    first = [request["drawn"][0] - request["arrived"] for request in requests]
+    assert report["first_token_seconds"]["median"] == pytest.approx(np.median(first))
+    assert 0 < report["occupancy"] <= 1
+    assert report["pages_shared"] == 6  # of 64 tokens, as the window's blocks are: of all requests but the first
+    assert report["prompt_tokens_shared"] == 6 * 63
+    assert f"{report['tokens_per_second']:.1f}  tokens/s (7 requests" in said
+    assert "6  pages of 64 tokens shared" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "0"], "--rate must be positive, got 0.0"),
+        (["--rate", "1", "--shared-tokens", "-1"], "--shared-tokens must be at least 0, got -1"),
+        (["--slots", "0"], "must be at least 1, got 0"),
+        (["--rate", "1", "--context", "5000"], "--context must be at most max_position_embeddings = 4096, got 5000"),
+        (["--checkpoint", "/nowhere"], "no config.json there"),
+        (["--checkpoint", str(golden_folder("hca"))], "has no tokenizer for prompts from stdin"),
+        (["--rate", "1", "--cache-layout", "fp3"], "layout must be one of"),
+        (["--json", "/nowhere/out.json"], "--json must name a file in a folder that exists"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(arguments, message, capsys) -> None:
+    try:
+        code = serve.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert message in said.err
+    assert said.err.startswith("serve.py: ")
+    assert said.err.count("\n") == 1
+
+
+def test_what_goes_wrong_while_it_serves_is_one_line(checkpoint, monkeypatch, capsys) -> None:
+    """Ctrl-C; a disk that is full; a model that computes NaN."""
+    command = ["--checkpoint", str(checkpoint), *SIZES, "--max-new-tokens", "3"]
+
+    def interrupt(self: serving.Server) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        give(patch, "a\n")
+        patch.setattr(serving.Server, "step", interrupt)
+        assert serve.main(command) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "serve.py: interrupted"
+
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            give(patch, "a\n")
+            patch.setattr(sys, "stdout", full)
+            assert serve.main(command) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "serve.py: the output cannot be written: No space left on device"
+
+    weights = train_tiny.initialise(SMALL)
+    train_tiny.save(checkpoint, {**weights, "embed": weights["embed"].at[1].set(np.nan)}, SMALL, [*string.ascii_letters, " "])
+    give(monkeypatch, "a\nab\n")
+    assert serve.main(command) == 1
+    assert "the model computes NaN or infinite logits for request " in capsys.readouterr().err.splitlines()[-1]
