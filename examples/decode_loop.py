@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deepseek_v4 import command, memory, processes
+from deepseek_v4 import command, memory, processes, products
 from deepseek_v4.command import (
     ModelError,
     Parser,
@@ -156,7 +156,9 @@ def run(args: argparse.Namespace) -> None:
         "load_seconds": load_seconds,
         "cache_bytes": cache_bytes,
         "cache_tokens_per_request": context,
+        "weights": args.weights,
         "weights_bytes": memory.nbytes(weights),
+        "products": products.in_use(),
         "cache_layout": args.cache_layout,
         "cache_scale": options["scale"],
         "device": jax.devices()[0].device_kind,
@@ -197,7 +199,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Tokenizer | None, list[Se
     """
     facts = {name: value for name, value in vars(args).items() if name not in ("process_id", "json", "checkpoint")}
     try:
-        config = dataclasses.replace(load_config(args.checkpoint), mtp=args.speculate)
+        config = dataclasses.replace(load_config(args.checkpoint), mtp=args.speculate, packed=args.weights == "packed")
         tokenizer = find_tokenizer(args)
         prompts = read_prompts(args, tokenizer, config)
         context = cache_tokens(args, prompts, config)
@@ -229,6 +231,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
     add("--cache-scale", type=float, metavar="S", help="of aiter_fp8 and its _fnuz (default: measured from the prompts' first latents)")
     add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
+    add(
+        "--weights",
+        choices=("packed", "bf16"),
+        default="bf16",
+        help="packed: as published, fp8 and fp4; bf16, the default: dequantised, of --dtype",
+    )
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
     add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads, cached context; experts over all')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")
@@ -321,6 +329,9 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh | None, requests: int, 
             if better:
                 named = ",".join(f"{name}={size}" for name, size in better.items() if size > 1)
                 advice = f"--mesh {named} would fit, on {np.prod(list(better.values()))} of them"
+            if not config.packed:
+                kept = sum(bytes_per_device(dataclasses.replace(config, packed=True), sizes, requests, context, options))
+                advice += f"; --weights packed would take {human(kept)}"
             raise UsageError(f"weights and cache take {human(needed)} on each of {count} devices with {human(room)}; {advice}")
     elif room and jax.process_count() == 1 and count * needed > room:  # here a program that takes too much is ended without a word
         raise UsageError(f"weights and cache take {human(count * needed)}, and this machine has {human(room)} of memory")
@@ -408,7 +419,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{prefill:10.3f}  s to read {read} tokens of prompts ({read / prefill:.1f} tokens/s, in chunks of {report['prefill_chunk']})")
     room = f"{report['cache_tokens_per_request']} tokens per request, {report['cache_layout']}"
     print(f"{report['cache_bytes']:10d}  bytes of cache ({room})")
-    print(f"{report['load_seconds']:10.1f}  s to load {memory.human(report['weights_bytes'])} of weights")
+    held = f"{memory.human(report['weights_bytes'])} of weights, {'packed' if report['weights'] == 'packed' else 'dequantised'}"
+    print(f"{report['load_seconds']:10.1f}  s to load {held}; multiplied by {report['products']}")
     print(f"{report['compile_seconds']:10.1f}  s to compile prefill and decode, once; on {report['device']}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import decode_loop  # noqa: E402, F401
 import serve  # noqa: E402, F401
 from deepseek_v4 import config as config_module  # noqa: E402, F401
-from deepseek_v4 import memory, mesh, pages, safetensors, serving, train_tiny  # noqa: E402, F401
+from deepseek_v4 import kernels, memory, mesh, packed, pages, safetensors, serving, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.axes import Axes  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
@@ -29,13 +30,15 @@ from deepseek_v4.model import (  # noqa: E402, F401
     Cache,
     create_cache,
     forward,
+    hyper_connection,
     logits,
     moe,
     read_streams,
+    rms_norm,
     rope_angle,
-    run_experts,
     score_entries,
 )
+from deepseek_v4.products import run_experts, swiglu  # noqa: E402, F401
 from deepseek_v4.speculate import one_layer, predict  # noqa: E402, F401
 from deepseek_v4.tokenizer import Pieces, load_tokenizer  # noqa: E402, F401
 from deepseek_v4.weights import (  # noqa: E402, F401
@@ -53,6 +56,8 @@ from deepseek_v4.weights import (  # noqa: E402, F401
 from benchmarks import scaling_model  # noqa: E402, F401
 
 GOLDEN = ("yarn", "hca")
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 # float32 throughout, sums in another order, and values of order 1 after four layers.
 EXACT = 1e-4
@@ -182,3 +187,33 @@ def decode(
     first = np.asarray(state.token)[:, None]
     state, rest = generate(weights, state, steps=int(limits.max()) - 1, **options)
     return [[int(t) for t in row if t >= 0] for row in np.concatenate([first, np.asarray(rest)], axis=1)]
+
+
+def leaves(config) -> list[Tensor]:
+    return jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
+
+
+def quantised_checkpoint(config) -> dict[str, np.ndarray]:
+    """Random bytes under the published names, stored as DeepSeek stores each tensor."""
+    random, tensors = np.random.default_rng(0), {}
+    for tensor in leaves(config):
+        experts = range(tensor.shape[0]) if "*" in tensor.name else [0]
+        shape = tensor.shape[1:] if "*" in tensor.name else tensor.shape
+        for expert in experts:
+            name = tensor.name.replace("*", str(expert))
+            scale_name = name.removesuffix(".weight") + ".scale"
+            if tensor.stored == "fp8":
+                tensors[name] = random.standard_normal(shape).astype(FP8)
+                grid = -(-shape[0] // 128), -(-shape[1] // 128)
+            elif tensor.stored == "fp4":
+                tensors[name] = random.integers(-128, 128, (shape[0], shape[1] // 2)).astype(np.int8)
+                grid = shape[0], shape[1] // 32
+            elif tensor.stored == "int64":
+                tensors[name] = random.integers(0, config.n_routed_experts, shape)
+                continue
+            else:
+                dtype = ml_dtypes.bfloat16 if tensor.stored == "bf16" else np.float32
+                tensors[name] = random.standard_normal(shape).astype(dtype)
+                continue
+            tensors[scale_name] = (2.0 ** random.integers(-3, 4, grid)).astype(ml_dtypes.float8_e8m0fnu)
+    return tensors

@@ -13,26 +13,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 from example_support import (
+    FP8,
     PRESETS,
     RENAMES,
     ROOT,
     CheckpointError,
     Config,
-    Tensor,
     dequantize,
     golden,
     golden_folder,
+    leaves,
     load_config,
     load_weights,
     open_checkpoint,
     parse_config,
     published_name,
+    quantised_checkpoint,
     safetensors,
-    schema,
     strict_types,  # noqa: F401
 )
-
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 QUANTISED = dataclasses.replace(
     PRESETS["tiny"],
@@ -44,36 +43,6 @@ QUANTISED = dataclasses.replace(
     moe_intermediate_size=96,
     yarn=None,
 )
-
-
-def leaves(config) -> list[Tensor]:
-    return jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
-
-
-def quantised_checkpoint(config) -> dict[str, np.ndarray]:
-    """Random bytes under the published names, stored as DeepSeek stores each tensor."""
-    random, tensors = np.random.default_rng(0), {}
-    for tensor in leaves(config):
-        experts = range(tensor.shape[0]) if "*" in tensor.name else [0]
-        shape = tensor.shape[1:] if "*" in tensor.name else tensor.shape
-        for expert in experts:
-            name = tensor.name.replace("*", str(expert))
-            scale_name = name.removesuffix(".weight") + ".scale"
-            if tensor.stored == "fp8":
-                tensors[name] = random.standard_normal(shape).astype(FP8)
-                grid = -(-shape[0] // 128), -(-shape[1] // 128)
-            elif tensor.stored == "fp4":
-                tensors[name] = random.integers(-128, 128, (shape[0], shape[1] // 2)).astype(np.int8)
-                grid = shape[0], shape[1] // 32
-            elif tensor.stored == "int64":
-                tensors[name] = random.integers(0, config.n_routed_experts, shape)
-                continue
-            else:
-                dtype = ml_dtypes.bfloat16 if tensor.stored == "bf16" else np.float32
-                tensors[name] = random.standard_normal(shape).astype(dtype)
-                continue
-            tensors[scale_name] = (2.0 ** random.integers(-3, 4, grid)).astype(ml_dtypes.float8_e8m0fnu)
-    return tensors
 
 
 def test_quantised_checkpoint_is_dequantised_on_load(tmp_path):

@@ -84,7 +84,9 @@ class Config:
     hc_eps: float = 1e-6
     hc_sinkhorn_iters: int = 20
     eos_token_ids: tuple[int, ...] = ()
-    mtp: bool = False  # whether the layer that predicts the token after next is loaded; config.json has no say
+    # What a run decides; config.json has no say.
+    mtp: bool = False  # whether the layer that predicts the token after next is loaded
+    packed: bool = False  # whether quantised matrices are kept as they are published
 
     def __post_init__(self) -> None:
         _check_fields(self, RULES)
@@ -233,7 +235,7 @@ def parse_config(raw: Any) -> Config:
     csa_ratio = raw.get("compress_rate_csa", rates.get("compressed_sparse_attention", 4))
     hca_ratio = raw.get("compress_rate_hca", rates.get("heavily_compressed_attention", 128))
     translated = dict(layers=tuple(layers), num_hash_layers=num_hash_layers, csa_ratio=csa_ratio, hca_ratio=hca_ratio)
-    translated |= dict(mtp=False, eos_token_ids=parse_ends(raw.get("eos_token_id")), **_parse_rope(raw))
+    translated |= dict(mtp=False, packed=False, eos_token_ids=parse_ends(raw.get("eos_token_id")), **_parse_rope(raw))
     same = {f.name: f.default for f in dataclasses.fields(Config) if f.name not in translated}
     return Config(**{name: raw[name] for name, default in same.items() if name in raw or default is dataclasses.MISSING}, **translated)
 

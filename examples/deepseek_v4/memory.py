@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from deepseek_v4.config import PRESETS, Config
 from deepseek_v4.model import create_cache
+from deepseek_v4.packed import published_shapes
 from deepseek_v4.weights import Tensor, abstract_weights, schema
 
 CONTEXTS = {"8k": 8 * 1024, "128k": 128 * 1024, "1M": 1024 * 1024}
@@ -34,11 +36,7 @@ def stored_bytes(tensor: Tensor) -> int:
     """Bytes of one of the weights as DeepSeek publishes it, its scales included."""
     bits = {"fp32": 32, "bf16": 16, "int64": 64, "fp8": 8, "fp4": 4}[tensor.stored]
     size = int(np.prod(tensor.shape))
-    scales = 0
-    if tensor.stored == "fp4":
-        scales = size // 32
-    elif tensor.stored == "fp8":
-        scales = -(-tensor.shape[-2] // 128) * -(-tensor.shape[-1] // 128)
+    scales = int(np.prod(published_shapes(tensor.shape, tensor.stored)[1])) if tensor.stored in ("fp8", "fp4") else 0
     return size * bits // 8 + scales
 
 
@@ -56,12 +54,13 @@ def table() -> str:
     """Markdown: weights, and cache per request by context and layout."""
     contexts = " | ".join(f"{name} context" for name in CONTEXTS)
     lines = [
-        f"| model | weights, published | weights, bf16 | cache layout | {contexts} |",
-        "|---|---:|---:|---|" + "---:|" * len(CONTEXTS),
+        f"| model | weights, published | weights, packed | weights, bf16 | cache layout | {contexts} |",
+        "|---|---:|---:|---:|---|" + "---:|" * len(CONTEXTS),
     ]
     for name in ("v4-flash", "v4-pro"):
         config = PRESETS[name]
-        weights = f"{human(published_bytes(config))} | {human(nbytes(abstract_weights(config)))}"
+        kept = nbytes(abstract_weights(dataclasses.replace(config, packed=True)))
+        weights = f"{human(published_bytes(config))} | {human(kept)} | {human(nbytes(abstract_weights(config)))}"
         for layout in ("fp8_ds_mla", "bf16"):
             caches = " | ".join(human(cache_bytes(config, tokens, layout)) for tokens in CONTEXTS.values())
             lines.append(f"| {name} | {weights} | {layout} | {caches} |")

@@ -30,7 +30,7 @@ from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import Sampling, State, attend, generate, prefill
 from deepseek_v4.model import Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
 from deepseek_v4.speculate import Draft, one_layer
-from deepseek_v4.weights import Tensor, map_schema
+from deepseek_v4.weights import Tensor, map_schema, schema
 
 NAMES = AXES.every
 REQUESTS = P(AXES.data)
@@ -68,6 +68,10 @@ def cannot_split(sizes: dict[str, int], config: Config, requests: int) -> str | 
         if count % devices_along(axes, sizes):
             named = [f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1]
             return f"the {'product of the axes' if len(named) > 1 else 'axis'} {', '.join(named)} must divide the {count} {what}"
+    peers = devices_along(AXES.peers, sizes)
+    for tensor in jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor)):
+        if tensor.packed and tensor.stored == "fp8" and tensor.split is not None and tensor.shape[tensor.split] % (128 * peers):
+            return f"{peers} devices must leave whole blocks of 128 of {tensor.name}, of {tensor.shape}: --weights bf16 has no blocks"
     return None
 
 

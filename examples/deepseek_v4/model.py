@@ -16,6 +16,7 @@ groups and experts, a part of the vocabulary, and some blocks of the compressed 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +25,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jax_dsv4 as dsv4
+from deepseek_v4 import kernels
 from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
+from deepseek_v4.products import dense, dense_groups, run_experts, swiglu
 
 Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
 
@@ -268,15 +271,13 @@ def run_layers(
     step = begin_step(cache, tokens, counts, config, implementation, axes)
     layers = []
     for kind, w, layer in zip(config.layers, weights, cache.layers, strict=True):
-        pre, post, mix = hyper_connection(x, w["attn_hc"], config)
-        y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["attn_norm"], config)
+        y, post, mix = read_in(x, w["attn_hc"], w["attn_norm"], config)
         y, layer = attention(y, w["attn"], layer, step, kind, config, implementation, axes)
-        x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
+        x = write_back(x, y, post, mix)
 
-        pre, post, mix = hyper_connection(x, w["ffn_hc"], config)
-        y = rms_norm(jnp.einsum("btn,btnd->btd", pre, x), w["ffn_norm"], config)
+        y, post, mix = read_in(x, w["ffn_hc"], w["ffn_norm"], config)
         y = moe(y, w["ffn"], step.all_tokens, config, axes)
-        x = jnp.einsum("btn,btd->btnd", post, y) + jnp.einsum("btmn,btmd->btnd", mix, x)
+        x = write_back(x, y, post, mix)
         layers.append(layer)
     return x, cache._replace(layers=tuple(layers), position=cache.position + counts)
 
@@ -341,6 +342,23 @@ def stream_mixes(x: Array, w: Any, config: Config) -> Array:
     return jnp.einsum("btx,mx->btm", flat, w["fn"])
 
 
+def read_in(x: Array, w: Any, norm: Array, config: Config) -> tuple[Array, Array, Array]:
+    """A sublayer's input [b, t, d] from the streams x [b, t, n, d], RMS-normed, and how its output goes back (`hyper_connection`)."""
+    flat = x.reshape(-1, *x.shape[2:])
+    if kernels.available() and kernels.reads(flat):
+        eps = config.rms_norm_eps, config.hc_eps
+        y, post, mix = kernels.read_streams(flat, w, norm, eps, config.hc_sinkhorn_iters)
+        return y.reshape(*x.shape[:2], -1), post.reshape(*x.shape[:2], -1), mix.reshape(*x.shape[:2], *mix.shape[1:])
+    pre, post, mix = hyper_connection(x, w, config)
+    return rms_norm(jnp.einsum("btn,btnd->btd", pre, x), norm, config), post, mix
+
+
+def write_back(x: Array, y: Array, post: Array, mix: Array) -> Array:
+    """The streams x [b, t, n, d] mixed, with a sublayer's output y [b, t, d] in them."""
+    mixed = sum(mix[:, :, m, :, None] * x[:, :, m, None] for m in range(x.shape[2]))
+    return (post[..., None] * y[:, :, None] + mixed).astype(x.dtype)
+
+
 @partial(jax.jit, static_argnames="config")  # here and below: traced once for all layers
 def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Array]:
     """mHC: how a sublayer reads the n residual streams (pre), writes them (post), and how they mix (m → n).
@@ -376,20 +394,25 @@ def attention(
     append = partial(dsv4.append, implementation=implementation)
     angle = step.angle["main" if kind == "swa" else "compress"]
 
-    q_low = rms_norm(jnp.einsum("btd,rd->btr", x, w["wq_a"]), w["q_norm"], config)
-    q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(b, t, -1, config.head_dim)
-    q = rotate(rms_norm(q, None, config), angle[:, :, None])  # [b, t, h, k]
+    # All that is projected of x, in one product.
+    compressors = [w["compressor"]] if kind == "hca" else [w["compressor"], w["indexer"]["compressor"]] if kind == "csa" else []
+    matrices = [w["wq_a"], w["wkv"], *(c[name] for c in compressors for name in ("wkv", "wgate"))]
+    q_low, latent, *projected = dense(x, *matrices, *([w["indexer"]["weights_proj"]] if kind == "csa" else []), dtype=jnp.float32)
 
-    latent = rms_norm(jnp.einsum("btd,kd->btk", x, w["wkv"]), w["kv_norm"], config)
+    q_low = rms_norm(q_low, w["q_norm"], config).astype(x.dtype)
+    q, *index_q = dense(q_low, w["wq_b"], *([w["indexer"]["wq_b"]] if kind == "csa" else []))
+    q = rotate(rms_norm(q.reshape(b, t, -1, config.head_dim), None, config), angle[:, :, None])  # [b, t, h, k]
+
+    latent = rms_norm(latent, w["kv_norm"], config).astype(x.dtype)
     layer = layer._replace(swa=append(layer.swa, rotate(latent, angle), step.swa_slots))
     swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
 
     if layer.compressed is not None:
         old, rows, indexer = layer.compressed
-        entry, rows = compress(x, w["compressor"], rows, step, kind, config)
-        new = append(old, entry, slots_here(old, step.entries[kind].slots, axes))
+        entry, rows = compress(projected[:2], w["compressor"], rows, step, kind, config)
+        new = append(old, entry.astype(x.dtype), slots_here(old, step.entries[kind].slots, axes))
         if indexer is not None:
-            indices, indexer = choose_entries(x, q_low, w["indexer"], indexer, step, config, axes)
+            indices, indexer = choose_entries(index_q[0], projected[2:], w["indexer"], indexer, step, config, axes)
             extra = scope_here(dsv4.Scope(new, indices, step.extra_lengths[kind]), axes)
         else:
             extra = step.all_entries[kind]._replace(cache=new)
@@ -400,11 +423,13 @@ def attention(
     out = attend_over(q, swa, extra, w["sink"], step.plan[kind], implementation, axes, shared)
     # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
     out = rotate(out, -angle[:, :, None])
-    wo_a, wo_b = w["wo_a"].reshape(groups, config.o_lora_rank, -1), w["wo_b"].reshape(-1, groups, config.o_lora_rank)
+    wo_a, wo_b = w["wo_a"], w["wo_b"]
     if shared:
-        wo_a, wo_b = share(wo_a, 0, axes), share(wo_b, 1, axes)
-    out = out.reshape(b, t, len(wo_a), -1)  # [b, t, g, heads of the group · k]
-    out = jnp.einsum("btgr,dgr->btd", jnp.einsum("btgx,grx->btgr", out, wo_a), wo_b)
+        groups //= lax.axis_size(axes.context)
+        wo_a, wo_b = (jax.tree.map(lambda leaf, axis=axis: share(leaf, axis, axes), wo) for axis, wo in enumerate((wo_a, wo_b)))
+    wo_a = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), wo_a)
+    (out,) = dense_groups(out.reshape(b, t, groups, -1), wo_a)  # [b, t, g, heads of the group · k] → [b, t, g, r]
+    (out,) = dense(out.reshape(b, t, -1), wo_b)
     return lax.psum(out, axes.peers if shared else axes.model), layer
 
 
@@ -433,8 +458,10 @@ def attend_over(
     return (out if sink is None else dsv4.apply_attn_sink(out, lse, sink)).astype(q.dtype)
 
 
-def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Config) -> tuple[Array, Array]:
-    """The entries that this step may complete, [b, c, dim], and the rolling rows with this step's in them.
+def compress(projected: Sequence[Array], w: Any, rows: Array, step: Step, kind: Kind, config: Config) -> tuple[Array, Array]:
+    """The entries that this step may complete, float32 [b, c, dim], and the rolling rows with this step's in them.
+
+    Of what its two matrices make of the tokens, float32 [b, t, width] each: values and their scores.
 
     An entry is a per-channel softmax average of what its window's tokens project, in float32. HCA's windows are its 128
     tokens. CSA's overlap: 4 tokens of the window before, which give the first half of their channels, and its own 4,
@@ -442,8 +469,7 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     the position would not be static.
     """
     ratio, entries = config.ratio(kind), step.entries[kind]
-    value = jnp.einsum("btd,xd->btx", x, w["wkv"], preferred_element_type=jnp.float32)
-    score = jnp.einsum("btd,xd->btx", x, w["wgate"], preferred_element_type=jnp.float32)
+    value, score = projected
     score += w["ape"][step.position % ratio]
 
     ring = rows.shape[1]
@@ -465,32 +491,39 @@ def compress(x: Array, w: Any, rows: Array, step: Step, kind: Kind, config: Conf
     # Barriers: XLA's GPU compilers would fuse the average, the norm and the rotation into what writes the entries, compute the average
     # again for every number that the norm sums, and take minutes to compile that.
     entry = lax.optimization_barrier(jnp.einsum("bcwk,bcwk->bck", value, jax.nn.softmax(score, axis=2)))
-    entry = lax.optimization_barrier(rms_norm(entry.astype(x.dtype), w["norm"], config))
+    entry = lax.optimization_barrier(rms_norm(entry, w["norm"], config))
     return rotate(entry, rope_angle(first, "compress", config)), rows
 
 
-def choose_entries(x: Array, q_low: Array, w: Any, cache: IndexCache, step: Step, config: Config, axes: Axes) -> tuple[Array, IndexCache]:
+def choose_entries(
+    q: Array, projected: Sequence[Array], w: Any, cache: IndexCache, step: Step, config: Config, axes: Axes
+) -> tuple[Array, IndexCache]:
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
+
+    Of q [b, t, h · k] and of what is projected of the tokens: for its compressor, and a weight of each head [b, t, h].
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
     `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of n peers, at e div n.
     """
     entries, devices, device = step.entries["csa"], lax.axis_size(axes.peers), lax.axis_index(axes.peers)
     count = cache.keys.shape[1] if step.key_table is None else entries.max_entries
-    key, rows = compress(x, w["compressor"], cache.rows, step, "csa", config)
+    *compressed, weight = projected
+    key, rows = compress(compressed, w["compressor"], cache.rows, step, "csa", config)
     mine = entries.complete & (entries.number % devices == device)
     here = jnp.where(mine, entries.number // devices, count)  # past the end, where writes are dropped
-    row = jnp.arange(len(x))[:, None]
+    row = jnp.arange(len(q))[:, None]
     if step.key_table is not None:
         row, here = jnp.divmod(jnp.where(mine, entries.slots, cache.keys.shape[0] * cache.keys.shape[1]), cache.keys.shape[1])
     keys = cache.keys.at[row, here].set(key.astype(cache.keys.dtype), mode="drop")
 
-    q = jnp.einsum("btr,xr->btx", q_low, w["wq_b"]).reshape(*x.shape[:2], -1, config.index_head_dim)
-    q = rotate(q, step.angle["compress"][:, :, None])  # [b, t, h, k]
-    weight = jnp.einsum("btd,hd->bth", x, w["weights_proj"], preferred_element_type=jnp.float32)
+    q = rotate(q.reshape(*q.shape[:2], -1, config.index_head_dim), step.angle["compress"][:, :, None])  # [b, t, h, k]
     weight *= (config.index_head_dim * config.index_n_heads) ** -0.5
-    score = score_entries(q, weight, keys, (jnp.max(entries.visible) - device + devices - 1) // devices, step.key_table)
-    score = jnp.where(devices * jnp.arange(count, dtype=jnp.int32) + device < entries.visible[..., None], score, -jnp.inf)
+    visible = (entries.visible - device + devices - 1) // devices  # of those that are here
+    if step.key_table is None and kernels.available() and kernels.scores(q, keys):
+        score = kernels.score(q, weight, keys, visible)
+    else:
+        score = score_entries(q, weight, keys, jnp.max(visible), step.key_table)
+        score = jnp.where(jnp.arange(count, dtype=jnp.int32) < visible[..., None], score, -jnp.inf)
 
     topk = extra_topk(entries, "csa", config)
     best, chosen = lax.top_k(score, min(topk, count))
@@ -529,22 +562,18 @@ def score_entries(q: Array, weight: Array, keys: Array, visible: Array, table: A
 # -------------------------------------------------------------------------------------------------------------------- MoE
 
 
-def swiglu(gate: Array, up: Array, config: Config) -> Array:
-    limit = config.swiglu_limit
-    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
-
-
 def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d].
 
     A device has some of the experts, of all devices, and among its peers a part of the shared one's inner size. It is given all devices'
     tokens, and each token's sum goes back to where its request is. `tokens` are `Step.all_tokens`.
     """
-    gate, up = (jnp.einsum("btd,id->bti", x, w["shared"][name]) for name in ("w1", "w3"))
-    out = jnp.einsum("bti,di->btd", swiglu(gate, up, config), w["shared"]["w2"])
+    gate, up = dense(x, w["shared"]["w1"], w["shared"]["w3"], dtype=jnp.float32)
+    (out,) = dense(swiglu(gate, up, config).astype(x.dtype), w["shared"]["w2"])
 
     x = to_experts(x, axes)
-    score = jnp.sqrt(jax.nn.softplus(jnp.einsum("btd,ed->bte", x, w["gate"], preferred_element_type=jnp.float32)))
+    (score,) = dense(x, w["gate"], dtype=jnp.float32)
+    score = jnp.sqrt(jax.nn.softplus(score))
     if "tid2eid" in w:  # hash layers: the token's id names its experts
         chosen = w["tid2eid"][tokens]
     else:  # the bias balances the load; it picks experts and does not weigh them
@@ -552,38 +581,7 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
     weight = config.routed_scaling_factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
 
-    chosen -= len(w["experts"]["w1"]) * lax.axis_index(axes.every)  # of the experts here; others are not
+    chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.every)  # of the experts here; others are not
     chosen = jnp.where(tokens[..., None] < 0, -1, chosen)
     routed = run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
     return from_experts(routed, out, axes)
-
-
-@partial(jax.jit, static_argnames="config")
-def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) -> Array:
-    """Σ weight · expert(token) over a token's experts that are here: x [b, t, d], chosen, weight [b, t, k] → float32 [b, t, d].
-
-    Tokens are sorted by expert and cut into blocks, each of one expert. So the experts that were chosen are read, and no others; and each
-    multiplies its own tokens, and at most a block less one of others.
-    """
-    count = len(w["w1"])
-    size = min(1 << max(chosen.size // config.n_routed_experts - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
-    here, number = (chosen >= 0) & (chosen < count), jnp.arange(count, dtype=jnp.int32)
-    expert = jnp.where(here, chosen, count).reshape(-1)  # of each pair of a token and a choice
-    order = jnp.argsort(expert)
-    rows = x.reshape(-1, x.shape[-1])[jnp.pad(order // chosen.shape[-1], (0, size))]  # [s, d], by expert
-    first, end = (compare(expert, number[:, None]).sum(axis=1, dtype=jnp.int32) for compare in (jnp.less, jnp.less_equal))
-    blocks = -((first - end) // size)  # of each expert
-    blocks_end = jnp.where(number <= number[:, None], blocks, 0).sum(axis=1, dtype=jnp.int32)
-
-    def run_block(i: Array, out: Array) -> Array:
-        e = jnp.sum(blocks_end <= i, dtype=jnp.int32)
-        at = first[e] + (i - blocks_end[e] + blocks[e]) * size
-        w1, w3, w2 = (lax.dynamic_index_in_dim(w[name], e, keepdims=False) for name in ("w1", "w3", "w2"))
-        block = lax.dynamic_slice_in_dim(rows, at, size)
-        gate, up = jnp.einsum("sd,id->si", block, w1), jnp.einsum("sd,id->si", block, w3)
-        y = jnp.einsum("si,di->sd", swiglu(gate, up, config), w2, preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(out, y, at, axis=0)  # what it writes past its expert, the next block writes anew
-
-    out = lax.fori_loop(0, blocks_end[-1], run_block, jnp.zeros(rows.shape, jnp.float32))
-    out = out[jnp.argsort(order)].reshape(*chosen.shape, -1)  # [b, t, k, d]
-    return jnp.where(here[..., None], out * weight[..., None], 0).sum(axis=2)

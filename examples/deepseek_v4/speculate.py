@@ -17,6 +17,7 @@ from jax import Array
 from deepseek_v4.axes import Axes
 from deepseek_v4.config import Config
 from deepseek_v4.model import Cache, Implementation, logits, read_streams, rms_norm, run_layers
+from deepseek_v4.products import dense
 
 TOKENS_PER_STEP = 2
 """That a step of the model takes: the caches' `chunk` must be at least this."""
@@ -45,8 +46,9 @@ def predict(
         counts: int32 [b] in 0…t: how many of them are real.
     """
     w = weights["mtp"]
-    token = jnp.einsum("btd,ed->bte", rms_norm(weights["embed"][tokens], w["enorm"], config), w["e_proj"])
-    x = jnp.einsum("btnd,ed->btne", rms_norm(x, w["hnorm"], config), w["h_proj"]) + token[:, :, None]
+    (token,) = dense(rms_norm(weights["embed"][tokens], w["enorm"], config), w["e_proj"])
+    (x,) = dense(rms_norm(x, w["hnorm"], config), w["h_proj"])  # [b, t, n, d]
+    x += token[:, :, None]
     x, cache = run_layers(x, [w["layer"]], cache, tokens, counts, one_layer(config), implementation, axes)
     return read_streams(x, w, config), cache
 

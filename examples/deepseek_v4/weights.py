@@ -25,6 +25,7 @@ from jax import Array, lax
 from deepseek_v4 import safetensors
 from deepseek_v4.axes import AXES
 from deepseek_v4.config import CheckpointError, Config, Kind, read_json
+from deepseek_v4.packed import FEWEST, MOST, pack_fp4, pack_fp8, packed_form, published_shapes
 
 Weights = dict[str, Any]
 """A pytree of arrays shaped like `schema`: dictionaries, with one list, `layers`."""
@@ -40,9 +41,16 @@ class Tensor(NamedTuple):
     split: int | None = None  # the axis that is spread over a mesh's axes `over`; None: every device has all of it
     over: tuple[str, ...] = AXES.model
     below: int | None = None  # of a table of numbers: each is from 0 to less than this
+    keep: bool = False  # as it is published, if it is quantised and its sizes let it be packed
 
-    def struct(self, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, self.dtype or dtype)
+    @property
+    def packed(self) -> Any:
+        """The leaf's shapes and dtypes if it is kept as it is published."""
+        return packed_form(self.shape, self.stored) if self.keep else None
+
+    def struct(self, dtype: jax.typing.DTypeLike) -> Any:
+        """The leaf's shapes and dtypes."""
+        return self.packed or jax.ShapeDtypeStruct(self.shape, self.dtype or dtype)
 
 
 def schema(config: Config) -> Weights:
@@ -54,7 +62,7 @@ def schema(config: Config) -> Weights:
         return Tensor(f"{name}.weight", (size,), f32)
 
     def linear(name: str, rows: int, columns: int, stored: str = "bf16", split: int | None = None) -> Tensor:
-        return Tensor(f"{name}.weight", (rows, columns), stored=stored, split=split)
+        return Tensor(f"{name}.weight", (rows, columns), stored=stored, split=split, keep=c.packed)
 
     def hyper_connection(name: str) -> Weights:
         mixes = (2 + c.hc_mult) * c.hc_mult  # pre, post: [n]; comb: [n, n]
@@ -75,6 +83,7 @@ def schema(config: Config) -> Weights:
 
     def attention(name: str, kind: Kind) -> Weights:
         heads_dim = c.num_attention_heads * c.head_dim
+        wo_a = linear(f"{name}.wo_a", c.o_groups * c.o_lora_rank, heads_dim // c.o_groups, "fp8", split=0)
         weights: Weights = {
             "wq_a": linear(f"{name}.wq_a", c.q_lora_rank, c.hidden_size, "fp8"),
             "q_norm": norm(f"{name}.q_norm", c.q_lora_rank),
@@ -82,7 +91,7 @@ def schema(config: Config) -> Weights:
             "wkv": linear(f"{name}.wkv", c.head_dim, c.hidden_size, "fp8"),
             "kv_norm": norm(f"{name}.kv_norm", c.head_dim),
             "sink": Tensor(f"{name}.attn_sink", (c.num_attention_heads,), f32, "fp32", split=0),
-            "wo_a": linear(f"{name}.wo_a", c.o_groups * c.o_lora_rank, heads_dim // c.o_groups, "fp8", split=0),
+            "wo_a": wo_a._replace(keep=c.packed and c.o_lora_rank % 128 == 0),  # its groups are of whole blocks
             "wo_b": linear(f"{name}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank, "fp8", split=1),
         }
         if kind != "swa":
@@ -176,7 +185,7 @@ def load_weights(
     track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
     sharding: Callable[[Tensor], jax.sharding.Sharding] | None = None,
 ) -> Weights:
-    """Reads a `DeepseekV4ForCausalLM` checkpoint: one or many safetensors files, fp8 and fp4 dequantised.
+    """Reads a `DeepseekV4ForCausalLM` checkpoint: one or many safetensors files, fp8 and fp4 dequantised or, if `config.packed`, kept.
 
     File by file, several tensors at a time, and from each tensor only what this process's devices are to hold.
 
@@ -186,20 +195,26 @@ def load_weights(
         track: wraps the list of tensors as it is read, for a progress bar.
         sharding: where each tensor goes; default: all to the default device.
     Raises:
-        CheckpointError: a file or tensor is missing or does not have the shape that the config asks for.
+        CheckpointError: a file or tensor is missing or does not have the shape that the config asks for, or cannot be packed.
     """
     tensors = open_checkpoint(folder)
     wanted = jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor))
     place = {name: i for i, name in enumerate(tensors)}
     wanted.sort(key=lambda t: place.get(t.name.replace("*", "0"), place.get(t.name, 0)))
 
-    def load(tensor: Tensor) -> jax.Array:
-        kind = np.dtype(tensor.dtype or dtype)
+    def put(tensor: Tensor, shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
         if sharding is None:
-            return jax.device_put(_read(tensors, tensor, folder, (slice(None),) * len(tensor.shape), kind))
-        read = cache(lambda index: _read(tensors, tensor, folder, tuple(slice(*ends) for ends in index), kind))
-        part_of = lambda index: read(tuple(i.indices(n)[:2] for i, n in zip(index, tensor.shape)))  # noqa: E731
-        return jax.make_array_from_callback(tensor.shape, sharding(tensor), part_of)
+            return jax.device_put(read((slice(None),) * len(shape)))
+        once = cache(lambda index: read(tuple(slice(*ends) for ends in index)))
+        part_of = lambda index: once(tuple(i.indices(n)[:2] for i, n in zip(index, shape)))  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding(tensor), part_of)
+
+    def load(tensor: Tensor) -> Any:
+        if tensor.packed:
+            bytes_of = [put(tensor, *part) for part in _published_bytes(tensors, tensor, folder)]
+            pack = pack_fp8 if tensor.stored == "fp8" else pack_fp4
+            return jax.jit(pack, out_shardings=sharding and sharding(tensor))(*bytes_of)
+        return put(tensor, tensor.shape, lambda index: _read(tensors, tensor, folder, index, np.dtype(tensor.dtype or dtype)))
 
     pool = ThreadPoolExecutor(WORKERS)
     try:
@@ -320,6 +335,48 @@ def _read(tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, in
     out = memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     _fill(out, tensors, tensor, folder, index)
     return out
+
+
+def _published_bytes(
+    tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path
+) -> list[tuple[tuple[int, ...], Callable[[tuple[slice, ...]], np.ndarray]]]:
+    """Shape and reader of a quantised tensor's codes, and of its scales, both uint8."""
+    fp8 = tensor.stored == "fp8"
+    name = tensor.name.removesuffix(".weight")
+
+    def read(kind: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        key = f"{name}.{kind}"
+        if "*" in name and key not in tensors:
+            experts = range(shape[0])[index[0]]
+            return np.stack([part(key.replace("*", str(e)), kind, shape[1:], index[1:]) for e in experts])
+        return part(key, kind, shape, index)
+
+    def part(key: str, kind: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise CheckpointError(f"{folder}: tensor {key}{message}; --weights bf16 may take it")
+
+        require(key in tensors, " is missing")
+        found = tensors[key]
+        require(found.shape == shape, f" must have shape {shape}, got {found.shape}")
+        if kind == "weight":
+            kinds = (FP8,) if fp8 else (np.int8, np.uint8)
+            require(found.dtype in kinds, f" must be {tensor.stored} to be packed, got {safetensors.dtype_name(found)}")
+            codes = found[index].view(np.uint8)
+            require(not fp8 or not np.any(codes & 0x7F == 0x7F), " has NaN in it")
+            return codes
+        scale = found[index]
+        if scale.dtype in FLOATS:
+            mantissa, exponent = np.frexp(scale.astype(np.float64))
+            require(bool(np.all(mantissa == 0.5)), " must be powers of two to be packed")
+            scale = exponent + 126
+        else:
+            scale = scale.view(np.uint8)
+        inside = bool(np.all((scale >= FEWEST) & (scale <= MOST)))
+        require(inside, f" must be from 2^{FEWEST - 127} to 2^{MOST - 127} to be packed")
+        return scale.astype(np.uint8)
+
+    return [(shape, partial(read, kind, shape)) for kind, shape in zip(("weight", "scale"), published_shapes(tensor.shape, tensor.stored))]
 
 
 def _fill(out: np.ndarray, tensors: dict[str, np.ndarray], tensor: Tensor, folder: str | Path, index: tuple[slice, ...]) -> None:

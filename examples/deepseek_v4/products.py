@@ -1,0 +1,91 @@
+"""Products with weights, which are arrays or `Packed`: on a Hopper GPU by deepseek_v4/kernels.py, elsewhere by XLA.
+
+dense       tokens times one or more matrices
+experts     tokens times those of their experts
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from deepseek_v4 import kernels
+from deepseek_v4.config import Config
+from deepseek_v4.packed import Packed, unpack
+
+Matrix = Array | Packed
+
+
+def in_use() -> str:
+    """What computes the products with experts and with packed weights on this machine, in words."""
+    return "own kernels (Pallas)" if kernels.available() else "XLA"
+
+
+def dense(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = None) -> list[Array]:
+    """x [..., c] times each of ws [r, c] → [..., r] of `dtype`, by default x's."""
+    return dense_groups(x[..., None, :], *(jax.tree.map(lambda leaf: leaf[None], w) for w in ws), dtype=dtype, squeeze=True)
+
+
+def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = None, squeeze: bool = False) -> list[Array]:
+    """x [..., g, c] times each of ws [g, r, c] → [..., g, r] of `dtype`, by default x's; [..., r] of the only group if `squeeze`."""
+    dtype = dtype or x.dtype
+    tokens = x.size // (x.shape[-1] * x.shape[-2])
+    if tokens <= kernels.MOST_TOKENS and kernels.available() and x.dtype == jnp.bfloat16 and all(map(kernels.takes, ws)):
+        found = kernels.dense(x.reshape(tokens, *x.shape[-2:]), *ws, dtype=dtype)
+        found = [y.reshape(*x.shape[:-1], -1) for y in found]
+    else:
+        found = [jnp.einsum("...gc,grc->...gr", x, unpack(w, x.dtype), preferred_element_type=dtype) for w in ws]
+    return [y[..., 0, :] for y in found] if squeeze else found
+
+
+def swiglu(gate: Array, up: Array, config: Config) -> Array:
+    limit = config.swiglu_limit
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+@partial(jax.jit, static_argnames="config")
+def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) -> Array:
+    """Σ weight · expert(token) over a token's experts that are here: x [b, t, d], chosen, weight [b, t, k] → float32 [b, t, d].
+
+    Tokens are sorted by expert and cut into blocks, each of one expert. So the experts that were chosen are read, and no others; and each
+    multiplies its own tokens, and at most a block less one of others.
+    """
+    count = w["w1"].shape[0]
+    here = (chosen >= 0) & (chosen < count)
+    expert = jnp.where(here, chosen, count).reshape(-1)  # of each pair of a token and a choice
+    flat = x.reshape(-1, x.shape[-1])
+    if kernels.available() and x.dtype == jnp.bfloat16 and all(map(kernels.takes, w.values())):
+        out = kernels.experts(flat, expert, w, partial(swiglu, config=config), config.n_routed_experts)
+    else:
+        out = sorted_blocks(flat, expert, w, config)
+    out = out.reshape(*chosen.shape, -1)  # [b, t, k, d]
+    return jnp.where(here[..., None], out * weight[..., None], 0).sum(axis=2)
+
+
+def sorted_blocks(x: Array, expert: Array, w: Any, config: Config) -> Array:
+    """Each pair's expert of its token: x [s, d], expert [pairs] → float32 [pairs, d]."""
+    count, per = w["w1"].shape[0], len(expert) // len(x)
+    size = min(1 << max(len(expert) // config.n_routed_experts - 1, 0).bit_length(), 128)  # of a block: about the tokens of an expert
+    order = jnp.argsort(expert)
+    rows = x[jnp.pad(order // per, (0, size))]  # [s, d], by expert
+    number = jnp.arange(count, dtype=jnp.int32)
+    first, end = (compare(expert, number[:, None]).sum(axis=1, dtype=jnp.int32) for compare in (jnp.less, jnp.less_equal))
+    blocks = -((first - end) // size)  # of each expert
+    blocks_end = jnp.where(number <= number[:, None], blocks, 0).sum(axis=1, dtype=jnp.int32)
+
+    def run_block(i: Array, out: Array) -> Array:
+        e = jnp.sum(blocks_end <= i, dtype=jnp.int32)
+        at = first[e] + (i - blocks_end[e] + blocks[e]) * size
+        one = partial(lax.dynamic_index_in_dim, index=e, keepdims=False)
+        w1, w3, w2 = (unpack(jax.tree.map(one, w[name]), x.dtype) for name in ("w1", "w3", "w2"))
+        block = lax.dynamic_slice_in_dim(rows, at, size)
+        gate, up = jnp.einsum("sd,id->si", block, w1), jnp.einsum("sd,id->si", block, w3)
+        y = jnp.einsum("si,di->sd", swiglu(gate, up, config), w2, preferred_element_type=jnp.float32)
+        return lax.dynamic_update_slice_in_dim(out, y, at, axis=0)  # what it writes past its expert, the next block writes anew
+
+    out = lax.fori_loop(0, blocks_end[-1], run_block, jnp.zeros(rows.shape, jnp.float32))
+    return out[jnp.argsort(order)]
