@@ -8,14 +8,14 @@
 Weights are bfloat16 or `Packed` (deepseek_v4/packed.py). A packed number is made bfloat16 in registers. That is exact, and so a product is
 what it would be with weights dequantised before.
 
-`available` says whether a program may have them. Elsewhere deepseek_v4/model.py computes the same in plain JAX, and the tests compare the
-two in Pallas's interpreter.
+deepseek_v4/products.py says where a program has them. Elsewhere it and deepseek_v4/model.py compute the same in plain JAX, and the tests
+compare the two in Pallas's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +27,6 @@ from jax.experimental.pallas import triton
 from deepseek_v4.packed import FP4_BITS, Fp4, Fp8, Packed, byte, fp4_values, fp8_values, powers
 
 Matrix = Array | Packed
-
-
-@cache
-def available() -> bool:
-    """Whether the default device is a Hopper GPU."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
 
 
 def call(kernel: Callable[..., None], out: Any, grid: tuple[int, ...], warps: int, stages: int, interpret: bool, *operands: Any) -> Any:

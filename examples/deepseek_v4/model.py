@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jax_dsv4 as dsv4
-from deepseek_v4 import kernels
 from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
-from deepseek_v4.products import dense, dense_groups, run_experts, swiglu
+from deepseek_v4.products import dense, dense_groups, kernels, run_experts, swiglu
 
 Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
 
@@ -345,9 +344,9 @@ def stream_mixes(x: Array, w: Any, config: Config) -> Array:
 def read_in(x: Array, w: Any, norm: Array, config: Config) -> tuple[Array, Array, Array]:
     """A sublayer's input [b, t, d] from the streams x [b, t, n, d], RMS-normed, and how its output goes back (`hyper_connection`)."""
     flat = x.reshape(-1, *x.shape[2:])
-    if kernels.available() and kernels.reads(flat):
+    if (own := kernels()) and own.reads(flat):
         eps = config.rms_norm_eps, config.hc_eps
-        y, post, mix = kernels.read_streams(flat, w, norm, eps, config.hc_sinkhorn_iters)
+        y, post, mix = own.read_streams(flat, w, norm, eps, config.hc_sinkhorn_iters)
         return y.reshape(*x.shape[:2], -1), post.reshape(*x.shape[:2], -1), mix.reshape(*x.shape[:2], *mix.shape[1:])
     pre, post, mix = hyper_connection(x, w, config)
     return rms_norm(jnp.einsum("btn,btnd->btd", pre, x), norm, config), post, mix
@@ -355,8 +354,11 @@ def read_in(x: Array, w: Any, norm: Array, config: Config) -> tuple[Array, Array
 
 def write_back(x: Array, y: Array, post: Array, mix: Array) -> Array:
     """The streams x [b, t, n, d] mixed, with a sublayer's output y [b, t, d] in them."""
-    mixed = sum(mix[:, :, m, :, None] * x[:, :, m, None] for m in range(x.shape[2]))
-    return (post[..., None] * y[:, :, None] + mixed).astype(x.dtype)
+    wide, y = x.astype(post.dtype), y.astype(post.dtype)
+    out = post[..., None] * y[:, :, None]
+    for m in range(x.shape[2]):
+        out += mix[:, :, m, :, None] * wide[:, :, m, None]
+    return out.astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames="config")  # here and below: traced once for all layers
@@ -519,8 +521,8 @@ def choose_entries(
     q = rotate(q.reshape(*q.shape[:2], -1, config.index_head_dim), step.angle["compress"][:, :, None])  # [b, t, h, k]
     weight *= (config.index_head_dim * config.index_n_heads) ** -0.5
     visible = (entries.visible - device + devices - 1) // devices  # of those that are here
-    if step.key_table is None and kernels.available() and kernels.scores(q, keys):
-        score = kernels.score(q, weight, keys, visible)
+    if step.key_table is None and (own := kernels()) and own.scores(q, keys):
+        score = own.score(q, weight, keys, visible)
     else:
         score = score_entries(q, weight, keys, jnp.max(visible), step.key_table)
         score = jnp.where(jnp.arange(count, dtype=jnp.int32) < visible[..., None], score, -jnp.inf)

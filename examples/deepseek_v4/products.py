@@ -6,23 +6,33 @@ experts     tokens times those of their experts
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from deepseek_v4 import kernels
 from deepseek_v4.config import Config
 from deepseek_v4.packed import Packed, unpack
 
 Matrix = Array | Packed
 
 
+@cache
+def kernels() -> Any:
+    """The module deepseek_v4/kernels.py if the default device is a Hopper GPU, else None."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        return None
+    from deepseek_v4 import kernels  # Pallas takes most of a second to import
+
+    return kernels
+
+
 def in_use() -> str:
     """What computes the products with experts and with packed weights on this machine, in words."""
-    return "own kernels (Pallas)" if kernels.available() else "XLA"
+    return "own kernels (Pallas)" if kernels() else "XLA"
 
 
 def dense(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = None) -> list[Array]:
@@ -34,8 +44,9 @@ def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = Non
     """x [..., g, c] times each of ws [g, r, c] → [..., g, r] of `dtype`, by default x's; [..., r] of the only group if `squeeze`."""
     dtype = dtype or x.dtype
     tokens = x.size // (x.shape[-1] * x.shape[-2])
-    if tokens <= kernels.MOST_TOKENS and kernels.available() and x.dtype == jnp.bfloat16 and all(map(kernels.takes, ws)):
-        found = kernels.dense(x.reshape(tokens, *x.shape[-2:]), *ws, dtype=dtype)
+    own = kernels()
+    if own and tokens <= own.MOST_TOKENS and x.dtype == jnp.bfloat16 and all(map(own.takes, ws)):
+        found = own.dense(x.reshape(tokens, *x.shape[-2:]), *ws, dtype=dtype)
         found = [y.reshape(*x.shape[:-1], -1) for y in found]
     else:
         found = [jnp.einsum("...gc,grc->...gr", x, unpack(w, x.dtype), preferred_element_type=dtype) for w in ws]
@@ -58,8 +69,9 @@ def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) 
     here = (chosen >= 0) & (chosen < count)
     expert = jnp.where(here, chosen, count).reshape(-1)  # of each pair of a token and a choice
     flat = x.reshape(-1, x.shape[-1])
-    if kernels.available() and x.dtype == jnp.bfloat16 and all(map(kernels.takes, w.values())):
-        out = kernels.experts(flat, expert, w, partial(swiglu, config=config), config.n_routed_experts)
+    own = kernels()
+    if own and x.dtype == jnp.bfloat16 and all(map(own.takes, w.values())):
+        out = own.experts(flat, expert, w, partial(swiglu, config=config), config.n_routed_experts)
     else:
         out = sorted_blocks(flat, expert, w, config)
     out = out.reshape(*chosen.shape, -1)  # [b, t, k, d]
