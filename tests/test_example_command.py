@@ -72,7 +72,7 @@ def test_strict_switches_change_no_token(tmp_path):
 
 def test_memory_table(capsys):
     assert decode_loop.main(["--memory"]) == 0
-    assert "| v4-flash | 156 GB | 569 GB |" in capsys.readouterr().out
+    assert "| v4-flash | 156 GB | 156 GB | 569 GB |" in capsys.readouterr().out
 
 
 HCA = str(golden_folder("hca"))
@@ -274,7 +274,9 @@ REPORT = {
     "prefill_seconds": 0.5,
     "prefill_chunk": 32,
     "load_seconds": 0.25,
+    "weights": "bf16",
     "weights_bytes": 4_000_000,
+    "products": "XLA",
     "cache_bytes": 5,
     "cache_tokens_per_request": 3,
     "cache_layout": "bf16",
