@@ -1520,6 +1520,8 @@ void add_scalars(Table& t) {
       {"s_sext_i32_i8", scalar([](bool&, u32 a) { return static_cast<i32>(static_cast<int8_t>(a)); })},
       {"s_sext_i32_i16", scalar([](bool&, u32 a) { return static_cast<i32>(static_cast<i16>(a)); })},
       {"s_pack_ll_b32_b16", scalar([](bool&, u32 a, u32 b) { return (a & 0xffff) | b << 16; })},
+      {"s_pack_lh_b32_b16", scalar([](bool&, u32 a, u32 b) { return (a & 0xffff) | (b & 0xffff0000); })},
+      {"s_pack_hh_b32_b16", scalar([](bool&, u32 a, u32 b) { return a >> 16 | (b & 0xffff0000); })},
       {"s_ff1_i32_b32", scalar([](bool&, u32 a) { return find_low(a); })},
       {"s_ff1_i32_b64", scalar([](bool&, u64 a) { return a ? static_cast<u32>(__builtin_ctzll(a)) : ~0u; })},
       {"s_flbit_i32_b32", scalar([](bool&, u32 a) { return find_high(a); })},
