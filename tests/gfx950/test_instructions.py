@@ -162,6 +162,13 @@ def test_byte_permute(assembler):
     np.testing.assert_array_equal(out, want)
 
 
+def test_packed_halves(assembler):
+    """Of two scalars: the low half of the result is of the first source, the high one of the second."""
+    packed = "".join(f"s_pack_{which}_b32_b16 s22, s20, s21\n v_mov_b32 v{40 + i}, s22\n " for i, which in enumerate(("ll", "lh", "hh")))
+    found = assembler(f"s_mov_b32 s20, 0x12345678\n s_mov_b32 s21, 0x9abcdef0\n {packed}", [LANES], 3)
+    np.testing.assert_array_equal(found, np.broadcast_to([[0xDEF05678], [0x9ABC5678], [0x9ABC1234]], found.shape))
+
+
 def test_relative_register_numbers(assembler):
     """s_set_gpr_idx_on adds to the first source's number, through M0, until off."""
     body = """s_mov_b32 s20, 1
