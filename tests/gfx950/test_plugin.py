@@ -196,7 +196,7 @@ def run(*arguments):
 
 
 def test_decode_loop(tmp_path):
-    """A model with a layer of each kind, in its default layout here: the CPU's text. These tokens float32 draws too; the sixth is a tie."""
+    """A model with a layer of each kind, in its default layout here: the CPU's text. float32 draws these tokens too, and another sixth."""
     if aiter_kernel.wheel_directory() is None:
         pytest.skip("AITER's kernels are not here: pip install --no-deps amd-aiter")
     command = ["examples/decode_loop.py", "--max-new-tokens", "5", "--prefill-chunk", "4", "--context", "32"]  # 3 tokens of a prompt
