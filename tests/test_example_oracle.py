@@ -73,11 +73,17 @@ def test_module_names_load_as_published_names_do(case, tmp_path):
 
 
 def test_fp8_cache(case):
-    """See test_example_model.py for what these bounds mean."""
+    """Equal to rounding for the first tokens. From where float32 noise decides between two fp8 values, it depends on model and
+    machine how far the two part (the models are random, and a pick of another expert is a jump): always far less than what
+    fp8 itself is worth, as test_example_model.py has it in numbers for two models."""
     config, weights, model, answers = case
     wanted = hf_oracle.packed_answers(model, answers["prompt"])
     text = np.concatenate([wanted["prompt"], wanted["tokens"]])
-    found = score_text(config, weights, text, layout="fp8_ds_mla")
-    error = np.abs(found - np.concatenate([wanted["prefill_logits"], wanted["decode_logits"]])).max(axis=-1)
-    assert error[:2].max() < EXACT
-    assert np.quantile(error, 0.5) < 0.01
+    wanted = np.concatenate([wanted["prefill_logits"], wanted["decode_logits"]])
+
+    def errors(**cache):
+        return np.abs(score_text(config, weights, text, **cache) - wanted).max(axis=-1)
+
+    found, exact = errors(layout="fp8_ds_mla"), errors()
+    assert found[:2].max() < EXACT
+    assert np.median(found) < np.median(exact) / 5
