@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 INT32_MAX = 2**31 - 1
+PARTS = jnp.float32, jnp.bfloat16, jnp.float16
+"""Dtypes of attention to a part of the keys, which is to be merged."""
 
 AxisName = str | tuple[str, ...]
 """A mesh axis, or several taken as one, the first outermost."""
@@ -48,9 +50,29 @@ def require_shape(value: Any, op: str, argument: str, names: str, expected: Sequ
 def require_int(value: Any, op: str, argument: str, low: int, high: int = INT32_MAX) -> int:
     """A static Python integer in [low, high]."""
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    require(is_int, op, argument, "be a Python int", f"{type(value).__name__} {value!r}")
+    require(is_int, op, argument, "be a Python int", _static(value))
     require(low <= value <= high, op, argument, f"be from {low} to {high}", value)
     return int(value)
+
+
+def require_float(value: Any, op: str, argument: str) -> float:
+    """A static Python number."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    require(is_number, op, argument, "be a Python float", _static(value))
+    return float(value)
+
+
+def require_bool(value: Any, op: str, argument: str) -> bool:
+    """A static Python bool."""
+    require(isinstance(value, (bool, np.bool_)), op, argument, "be a Python bool", _static(value))
+    return bool(value)
+
+
+def _static(value: Any) -> str:
+    """What was given in the place of a static value."""
+    if isinstance(value, jax.core.Tracer):
+        return "a traced value (name it in jax.jit's static_argnames)"
+    return f"{type(value).__name__} {value!r}"
 
 
 def require_fits_int32(value: int, op: str, argument: str) -> None:

@@ -136,8 +136,10 @@ class KVCache:
         if spec.scale_bytes:
             token = spec.token_bytes
             if data.ndim == 3 and data.shape[1:] == (block_size, token):
-                data = data.reshape(data.shape[0], block_size * token)
-            _checks.require_shape(data, self._OP, "data", "(num_blocks, block_stride_bytes)", (None, None))
+                flat = data.shape[0], block_size * token
+                data = data.update(shape=flat) if isinstance(data, jax.ShapeDtypeStruct) else data.reshape(flat)
+            names = f"(num_blocks, block_size, {token}) = (*, {block_size}, {token}) or (num_blocks, block_stride_bytes)"
+            _checks.require_shape(data, self._OP, "data", names, (None, None))
             rule = f"be at least block_size * {token} = {block_size * token} bytes"
             _checks.require(data.shape[1] >= block_size * token, self._OP, "data's block stride", rule, data.shape[1])
             _require_pitch(data.shape[1], spec, arrangement, self._OP, "data's block stride")
@@ -255,6 +257,12 @@ class Scope(NamedTuple):
     cache: KVCache
     indices: jax.Array
     lengths: jax.Array | None = None
+
+
+def require_scope(scope: Scope, op: str, name: str) -> None:
+    """Checks a scope's own form; its arrays are the caller's to check."""
+    _checks.require(isinstance(scope, tuple) and len(scope) == 3, op, name, "be a Scope", type(scope).__name__)
+    _checks.require(isinstance(scope[0], KVCache), op, f"{name}.cache", "be a KVCache", type(scope[0]).__name__)
 
 
 # So that exported functions may take and return them, and still be serialised.
@@ -507,12 +515,11 @@ def _checked_scale(scale: float | None, spec: Layout, op: str) -> float:
         rule = f"be given for layout {spec.name!r} (fp8_scale measures one)"
         _checks.require(spec.codes is None, op, "scale", rule, scale)
         return 1.0
-    is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
-    _checks.require(is_number, op, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
+    scale = _checks.require_float(scale, op, "scale")
     # Within these neither the scale nor its inverse is subnormal in float32.
     _checks.require(2.0**-100 <= scale <= 2.0**100, op, "scale", "be positive, from 2**-100 to 2**100", scale)
     _checks.require(spec.codes is not None or scale == 1, op, "scale", f"be 1 for layout {spec.name!r}", scale)
-    return float(scale)
+    return scale
 
 
 def _require_arrangement(arrangement: str | None, spec: Layout, op: str) -> None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax_dsv4 import _checks
 from jax_dsv4._checks import AxisName
 from jax_dsv4._sharding import varying_axes
-from jax_dsv4.cache import KVCache, Scope
+from jax_dsv4.cache import KVCache, Scope, require_scope
 from jax_dsv4.merge import merge_parts
 
 PLACEMENTS = ("contiguous", "interleaved")
@@ -67,6 +67,7 @@ def local_scope(scope: Scope, axis_name: AxisName, *, placement: str = "contiguo
       ValueError: as `local_slots`, or shapes that do not fit.
     """
     op = "local_scope"
+    require_scope(scope, op, "scope")
     cache, indices, lengths = scope
     slots = _local_slots(op, cache, "indices", indices, axis_name, placement)
     _checks.require(slots.ndim >= 1, op, "indices", "have shape (*batch, topk)", slots.shape)
@@ -100,6 +101,7 @@ def split_scope(scope: Scope, axis_name: AxisName) -> Scope:
       ValueError: a wrong dtype; shapes that do not fit; no such axis here.
     """
     op = "split_scope"
+    require_scope(scope, op, "scope")
     cache, indices, lengths = scope
     _checks.require_dtype(indices, op, "indices", jnp.int32)
     _checks.require(indices.ndim >= 1, op, "indices", "have shape (*batch, topk)", tuple(indices.shape))
@@ -158,13 +160,12 @@ def merge_over_axis(
       NotImplementedError: a derivative.
     """
     op = "merge_over_axis"
-    floats = jnp.float32, jnp.bfloat16, jnp.float16
-    _checks.require_dtype(out, op, "out", *floats)
+    _checks.require_dtype(out, op, "out", *_checks.PARTS)
     _checks.require(out.ndim >= 2, op, "out", "have shape (*batch, heads, dim)", tuple(out.shape))
     _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
     _checks.require_dtype(lse, op, "lse", jnp.float32)
     dtype = jnp.dtype(out.dtype if out_dtype is None else out_dtype)
-    _checks.require(dtype in floats, op, "out_dtype", "be float32 or bfloat16 or float16", dtype.name)
+    _checks.require(dtype in _checks.PARTS, op, "out_dtype", "be float32 or bfloat16 or float16", dtype.name)
     devices = _checks.require_axis(axis_name, op)
     rows = lse.shape
     if scatter_dimension is None:

@@ -18,7 +18,7 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array], *, empty_
         lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) * out_i
 
     Args:
-      outs: arrays [*batch, heads, dim], one a part, normalised over its own keys (without sink).
+      outs: arrays [*batch, heads, dim] of one dtype, float32, bfloat16 or float16, one a part, normalised over its own keys (without sink).
       lses: float32 arrays [*batch, heads], natural log; -inf for a part without keys, whose `out` is then not looked at.
       empty_lse: what `lses` have for a part without keys. -inf, as everywhere in this package, or +inf, as FlashMLA and vLLM write it.
 
@@ -26,14 +26,18 @@ def merge_scopes(outs: Sequence[jax.Array], lses: Sequence[jax.Array], *, empty_
       `out` in the parts' dtype and `lse` float32. Where every part is empty: zeros and -inf, whatever `empty_lse` is.
 
     Raises:
-      ValueError: shapes or numbers of parts that do not fit; an `empty_lse` that is no infinity.
+      ValueError: shapes, dtypes or numbers of parts that do not fit; an `empty_lse` that is no infinity.
     """
     op = "merge_scopes"
     _checks.require(len(outs) > 0 and len(outs) == len(lses), op, "outs and lses", "be as many, at least one", (len(outs), len(lses)))
+    _checks.require_dtype(outs[0], op, "outs[0]", *_checks.PARTS)
     for i, (out, lse) in enumerate(zip(outs, lses)):
+        _checks.require_dtype(out, op, f"outs[{i}]", outs[0].dtype)
         _checks.require_shape(out, op, f"outs[{i}]", "outs[0].shape", outs[0].shape)
+        _checks.require_dtype(lse, op, f"lses[{i}]", jnp.float32)
         _checks.require_shape(lse, op, f"lses[{i}]", "(*batch, heads)", outs[0].shape[:-1])
     _checks.require_same_devices(op, outs=list(outs), lses=list(lses))
+    empty_lse = _checks.require_float(empty_lse, op, "empty_lse")
     _checks.require(math.isinf(empty_lse), op, "empty_lse", "be -inf or +inf", empty_lse)
     if empty_lse > 0:
         lses = [jnp.where(jnp.isposinf(lse), -jnp.inf, lse) for lse in lses]
@@ -67,7 +71,7 @@ def apply_attn_sink(out: jax.Array, lse: jax.Array, attn_sink: jax.Array) -> jax
     """Adds exp(attn_sink) to the softmax's denominator: out * 1 / (1 + exp(attn_sink - lse)).
 
     Args:
-      out: [*batch, heads, dim] attention without sink.
+      out: [*batch, heads, dim] attention without sink, float32, bfloat16 or float16.
       lse: float32 [*batch, heads], natural log.
       attn_sink: float32 [heads], not scaled. -inf: no sink; +inf: the result is zero.
 
@@ -75,11 +79,14 @@ def apply_attn_sink(out: jax.Array, lse: jax.Array, attn_sink: jax.Array) -> jax
       Like `out`; zeros where lse is -inf.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes or dtypes that do not fit.
     """
     op = "apply_attn_sink"
-    _checks.require_array(out, op, "out")
+    _checks.require_dtype(out, op, "out", *_checks.PARTS)
+    _checks.require(out.ndim >= 2, op, "out", "have shape (*batch, heads, dim)", tuple(out.shape))
+    _checks.require_dtype(lse, op, "lse", jnp.float32)
     _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
+    _checks.require_dtype(attn_sink, op, "attn_sink", jnp.float32)
     _checks.require_shape(attn_sink, op, "attn_sink", "(heads,)", out.shape[-2:-1])
     _checks.require_same_devices(op, out=out, lse=lse, attn_sink=attn_sink)
     sink = jnp.where(jnp.isneginf(lse), 0, jnp.broadcast_to(attn_sink, lse.shape))

@@ -65,6 +65,7 @@ def decode_with_plan(**made_for):
 
 KNOWN = ", ".join(repr(name) for name in dsv4.implementations())
 INT32 = "at most 2147483647"
+TRACED = "a traced value (name it in jax.jit's static_argnames)"
 
 # (call, the whole message)
 VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
@@ -100,7 +101,16 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     (lambda: decode(scale=0.0), f"{DECODE}: scale must be positive and finite, got 0.0"),
     (lambda: decode(scale=float("nan")), f"{DECODE}: scale must be positive and finite, got nan"),
     (lambda: decode(scale=float("inf")), f"{DECODE}: scale must be positive and finite, got inf"),
+    (lambda: jax.eval_shape(dsv4.sparse_mla_decode, Q, SWA, scale=1.0), f"{DECODE}: scale must be a Python float, got {TRACED}"),
+    (lambda: jax.eval_shape(dsv4.sparse_mla_decode, Q, SWA, return_lse=True), f"{DECODE}: return_lse must be a Python bool, got {TRACED}"),
+    (lambda: decode(return_lse="no"), f"{DECODE}: return_lse must be a Python bool, got str 'no'"),
+    (lambda: decode(fused="no"), f"{DECODE}: fused must be a Python bool, got str 'no'"),
+    (lambda: decode(batch_invariant=None), f"{DECODE}: batch_invariant must be a Python bool, got NoneType None"),
     (lambda: decode(implementation="triton"), f"{DECODE}: implementation must be None or name {KNOWN}, got 'triton'"),
+    (lambda: decode(implementation=()), f"{DECODE}: implementation must be None or name {KNOWN}, got ()"),
+    (lambda: decode(implementation=7), f"{DECODE}: implementation must be None or name {KNOWN}, got 7"),
+    (lambda: decode(implementation={"xla"}), f"{DECODE}: implementation must be None or name {KNOWN}, got {{'xla'}}"),
+    (lambda: decode(implementation=[["xla"]]), f"{DECODE}: implementation must be None or name {KNOWN}, got ['xla']"),
     (lambda: decode(implementation=("xla", "triton")), f"{DECODE}: implementation must be None or name {KNOWN}, got 'triton'"),
     # plans
     (lambda: decode(plan=()), f"{DECODE}: plan must be a DecodePlan, got tuple"),
@@ -123,6 +133,8 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     (lambda: plan(i32(4), i32(4), extra_topk=-1), f"{PLAN}: extra_topk must be from 0 to 2147483647, got -1"),
     (lambda: plan(swa_topk=2**29), f"{PLAN}: tokens * (swa_topk + extra_topk) must fit int32 ({INT32}), got 2147483648"),
     (lambda: plan(implementation="triton"), f"{PLAN}: implementation must be None or name {KNOWN}, got 'triton'"),
+    (lambda: plan(fused=1), f"{PLAN}: fused must be a Python bool, got int 1"),
+    (lambda: plan(batch_invariant="yes"), f"{PLAN}: batch_invariant must be a Python bool, got str 'yes'"),
     # caches
     (
         lambda: dsv4.KVCache.create(1, 1, "fp4"),
@@ -141,7 +153,8 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     (lambda: dsv4.KVCache(array(jnp.int8, 1, 584), block_size=1), "KVCache: data must have dtype uint8, got int8"),
     (
         lambda: dsv4.KVCache(u8(1, 2, 584), block_size=1),
-        "KVCache: data must have shape (num_blocks, block_stride_bytes) = (*, *), got (1, 2, 584)",
+        "KVCache: data must have shape (num_blocks, block_size, 584) = (*, 1, 584) or (num_blocks, block_stride_bytes) = (*, *),"
+        " got (1, 2, 584)",
     ),
     (
         lambda: dsv4.KVCache(u8(3, 64 * 584 - 1), block_size=64),
@@ -208,7 +221,8 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
     ),
     (
         lambda: dsv4.KVCache(u8(2, 4, 584), block_size=4, layout="mxfp8_528", arrangement="inline"),
-        "KVCache: data must have shape (num_blocks, block_stride_bytes) = (*, *), got (2, 4, 584)",
+        "KVCache: data must have shape (num_blocks, block_size, 528) = (*, 4, 528) or (num_blocks, block_stride_bytes) = (*, *),"
+        " got (2, 4, 584)",
     ),
     # append and dequantize
     (lambda: append("cache"), f"{APPEND}: cache must be a KVCache, got str"),
@@ -230,6 +244,22 @@ VALUE_ERRORS: tuple[tuple[Callable[[], object], str], ...] = (
         lambda: dsv4.merge_scopes([f32(4, 16, 512)] * 2, [f32(4, 16), f32(16, 4)]),
         "merge_scopes: lses[1] must have shape (*batch, heads) = (4, 16), got (16, 4)",
     ),
+    (
+        lambda: dsv4.merge_scopes([i32(4, 16, 512)], [f32(4, 16)]),
+        "merge_scopes: outs[0] must have dtype float32 or bfloat16 or float16, got int32",
+    ),
+    (
+        lambda: dsv4.merge_scopes([f32(4, 16, 512), bf16(4, 16, 512)], [f32(4, 16)] * 2),
+        "merge_scopes: outs[1] must have dtype float32, got bfloat16",
+    ),
+    (lambda: dsv4.merge_scopes([f32(4, 16, 512)], [bf16(4, 16)]), "merge_scopes: lses[0] must have dtype float32, got bfloat16"),
+    (
+        lambda: dsv4.merge_scopes([f32(4, 16, 512)], [f32(4, 16)], empty_lse=None),
+        "merge_scopes: empty_lse must be a Python float, got NoneType None",
+    ),
+    (lambda: dsv4.apply_attn_sink(f32(4, 16, 512), bf16(4, 16), f32(16)), "apply_attn_sink: lse must have dtype float32, got bfloat16"),
+    (lambda: dsv4.apply_attn_sink(f32(4, 16, 512), f32(4, 16), i32(16)), "apply_attn_sink: attn_sink must have dtype float32, got int32"),
+    (lambda: dsv4.apply_attn_sink(f32(512), f32(), f32(1)), "apply_attn_sink: out must have shape (*batch, heads, dim), got (512,)"),
     (lambda: dsv4.apply_attn_sink(1.0, 1.0, 1.0), "apply_attn_sink: out must be an array, got float"),
     (
         lambda: dsv4.apply_attn_sink(f32(4, 16, 512), f32(4), f32(16)),

@@ -63,18 +63,27 @@ def test_vllms_view_in_jit(implementation: str) -> None:
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
 
 
+EITHER = f"have shape (num_blocks, block_size, 584) = (*, {BLOCK}, 584) or (num_blocks, block_stride_bytes) = (*, *)"
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "rule"),
     [
-        ((BLOCKS, BLOCK + 1, 584), "fp8_ds_mla", "have shape (num_blocks, block_stride_bytes) = (*, *)"),
-        ((BLOCKS, BLOCK, 576), "fp8_ds_mla", "have shape (num_blocks, block_stride_bytes) = (*, *)"),
-        ((BLOCKS, BLOCK, 1, 584), "fp8_ds_mla", "have shape (num_blocks, block_stride_bytes) = (*, *)"),
+        ((BLOCKS, BLOCK + 1, 584), "fp8_ds_mla", EITHER),
+        ((BLOCKS, BLOCK, 576), "fp8_ds_mla", EITHER),
+        ((BLOCKS, BLOCK, 1, 584), "fp8_ds_mla", EITHER),
         ((BLOCKS, BLOCK, 584), "aiter_fp8", f"have shape (1 + num_blocks, block_size, 576) = (*, {BLOCK}, 576)"),
     ],
 )
 def test_other_shapes_are_refused(shape: tuple[int, ...], layout: str, rule: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(f'KVCache: data must {rule}, got {shape}')}$"):
         dsv4.KVCache(jnp.zeros(shape, jnp.uint8), block_size=BLOCK, layout=layout)
+
+
+def test_vllms_view_without_bytes() -> None:
+    """As the argument of a program that is compiled ahead of time."""
+    view = jax.ShapeDtypeStruct((BLOCKS, BLOCK, 584), jnp.uint8)
+    assert dsv4.KVCache(view, block_size=BLOCK).data == jax.ShapeDtypeStruct((BLOCKS, BLOCK * 584), jnp.uint8)
 
 
 # --- FlashMLA's lse

@@ -95,8 +95,10 @@ def test_zero_tokens(implementation: str) -> None:
         q, swa, extra, sink = problem(*batch)
         out, lse = jitted(implementation)(q, swa, extra, sink)
         assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:-1], jnp.float32)
-    out, _ = jax.vmap(partial(attend, implementation), (0, dsv4.Scope(None, 0, 0), dsv4.Scope(None, 0, 0), None))(*problem(2, 0))
-    assert out.shape == (2, 0, HEADS, 512)
+    for batch in ((2, 0), (0, 2)):
+        every = 0, dsv4.Scope(None, 0, 0), dsv4.Scope(None, 0, 0), None
+        out, _ = jax.vmap(partial(attend, implementation), every)(*problem(*batch))
+        assert out.shape == (*batch, HEADS, 512)
 
 
 # --- vmap
@@ -233,6 +235,16 @@ def test_exported_functions_take_and_return_our_types(implementation) -> None:
     cache, out = through_bytes(attend, q, swa, extra, again)
     assert (cache.block_size, cache.layout, cache.scale) == (swa.cache.block_size, swa.cache.layout, swa.cache.scale)
     assert_same(out, attend(q, swa, extra, plan)[1])
+
+
+def test_numpys_numbers_are_pythons_in_a_plan() -> None:
+    """What a plan was made for is a part of an exported function's bytes, where NumPy's types have no place."""
+    of_numpy = {"num_heads": np.int64(HEADS), "swa_topk": np.int32(TOPK), "batch_invariant": np.bool_(True)}
+    of_python = {name: value.item() for name, value in of_numpy.items()}
+    made, lengths = ({**each, "implementation": ("cpu", "cuda")} for each in (of_numpy, of_python)), jnp.zeros(3, jnp.int32)
+    exported = [jax.export.export(jax.jit(partial(dsv4.plan_decode, **each)), disabled_checks=OUR_CALLS)(lengths) for each in made]
+    blobs = [each.serialize() for each in exported]
+    assert jax.export.deserialize(blobs[0]).out_tree == jax.export.deserialize(blobs[1]).out_tree
 
 
 # --- Derivatives ("cpu": test_errors.py)

@@ -47,9 +47,16 @@ def implementations() -> dict[str, Availability]:
     return {name: implementation.availability() for name, implementation in REGISTRY.items()}
 
 
-def names(implementation: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    """The `implementation=` argument as something that can be compared and hashed."""
-    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+def names(op: str, implementation: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """The `implementation=` argument, of known names, as something that can be compared and hashed."""
+    if implementation is None:
+        return None
+    asked = (implementation,) if isinstance(implementation, str) else implementation
+    rule = "be None or name " + ", ".join(repr(n) for n in REGISTRY)
+    _checks.require(isinstance(asked, Sequence) and len(asked) > 0, op, "implementation", rule, repr(asked))
+    for name in asked:
+        _checks.require(isinstance(name, str) and name in REGISTRY, op, "implementation", rule, repr(name))
+    return implementation if isinstance(implementation, str) else tuple(asked)
 
 
 def choose(op: str, implementation: str | Sequence[str] | None, unsupported: Callable[[Implementation], str | None]) -> Chosen:
@@ -59,12 +66,10 @@ def choose(op: str, implementation: str | Sequence[str] | None, unsupported: Cal
       ValueError: an unknown name.
       NotImplementedError: none of those asked for can take the call; the message has each one's reason.
     """
-    asked = (implementation,) if isinstance(implementation, str) else REGISTRY if implementation is None else implementation
+    asked = names(op, implementation)
     chosen: dict[str, Implementation] = {}
     reasons, absent = [], {}
-    for name in asked:
-        rule = "be None or name " + ", ".join(repr(n) for n in REGISTRY)
-        _checks.require(name in REGISTRY, op, "implementation", rule, repr(name))
+    for name in REGISTRY if asked is None else (asked,) if isinstance(asked, str) else asked:
         candidate = REGISTRY[name]
         available, detail = candidate.availability()
         reason = None if available or (implementation is None and candidate.exportable()) else detail

@@ -17,7 +17,7 @@ from jax_dsv4._implementations.interface import Implementation, KernelCall
 from jax_dsv4._sharding import Dims, require_whole
 from jax_dsv4._transforms import apply, dispatch, side_by_side, spread
 from jax_dsv4._work import MAX_HEADS, DecodePlan, PlanKey, WorkPlan, most_segments
-from jax_dsv4.cache import LATENT_DIM, LAYOUTS, KVCache, Scope
+from jax_dsv4.cache import LATENT_DIM, LAYOUTS, Scope, require_scope
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 
 _OP = "sparse_mla_decode"
@@ -126,16 +126,18 @@ def sparse_mla_decode(
     if attn_sink is not None:
         _checks.require_dtype(attn_sink, _OP, "attn_sink", jnp.float32)
         _checks.require_shape(attn_sink, _OP, "attn_sink", "(heads,)", (heads,))
-    is_number = isinstance(scale, (int, float, np.floating)) and not isinstance(scale, bool)
-    _checks.require(is_number, _OP, "scale", "be a Python float", f"{type(scale).__name__} {scale!r}")
+    scale = _checks.require_float(scale, _OP, "scale")
     _checks.require(math.isfinite(scale) and scale > 0, _OP, "scale", "be positive and finite", scale)
+    fused = None if fused is None else _checks.require_bool(fused, _OP, "fused")
+    batch_invariant = _checks.require_bool(batch_invariant, _OP, "batch_invariant")
+    return_lse = _checks.require_bool(return_lse, _OP, "return_lse")
     dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     dtypes = " or ".join(sorted({jnp.dtype(q.dtype).name, "float32"}))
     _checks.require(dtype in (q.dtype, jnp.float32), _OP, "out_dtype", f"be {dtypes}", dtype.name)
     topks = tuple(s.indices.shape[-1] for s in scopes)
     _checks.require_fits_int32(tokens * sum(topks), _OP, "tokens * topk")
     if plan is not None:
-        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(implementation), fused, batch_invariant))
+        _check_plan(plan, PlanKey(tokens, heads, topks[0], sum(topks[1:]), names(_OP, implementation), fused, batch_invariant))
     _checks.require_same_devices(_OP, q=q, swa=swa, extra=extra, attn_sink=attn_sink, plan=plan)
 
     caches = [s.cache for s in scopes]
@@ -145,19 +147,15 @@ def sparse_mla_decode(
         return reason or candidate.unsupported(heads, caches, q.dtype)
 
     chosen = choose(_OP, implementation, unsupported)
-    if tokens == 0:
-        out, lse = jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:-1], jnp.float32)
-    else:
-        op = _Decode(chosen, float(scale), fused, batch_invariant, dtype, plan.made_for if plan else None)
-        out, lse = apply(op, _Operands(q, tuple(scopes), attn_sink, plan.work if plan else ()))
+    op = _Decode(chosen, scale, fused, batch_invariant, dtype, plan.made_for if plan else None)
+    out, lse = apply(op, _Operands(q, tuple(scopes), attn_sink, plan.work if plan else ()))
     return (out, lse) if return_lse else out
 
 
 def _checked_scope(name: str, scope: Scope, batch: tuple[int, ...]) -> Scope:
     """Checks a scope against q's batch axes, and fills in its lengths."""
-    _checks.require(isinstance(scope, tuple) and len(scope) == 3, _OP, name, "be a Scope", type(scope).__name__)
+    require_scope(scope, _OP, name)
     cache, indices, lengths = scope
-    _checks.require(isinstance(cache, KVCache), _OP, f"{name}.cache", "be a KVCache", type(cache).__name__)
     if name == "swa":
         rule = f"have a layout of the sliding window ({cache.layout!r} is for extra only)"
         _checks.require(not LAYOUTS[cache.layout].extra_only, _OP, "swa.cache", rule, repr(cache.layout))
@@ -203,6 +201,8 @@ class _Decode:
         q, scopes, attn_sink, work = operands
         *batch, heads, _ = q.shape
         tokens = math.prod(batch)
+        if tokens == 0:
+            return jnp.zeros(q.shape, self.out_dtype), jnp.zeros(q.shape[:-1], jnp.float32)
         if self.made_for is not None and (tokens, heads) != (self.made_for.tokens, self.made_for.num_heads):
             work = ()  # it was made for the tokens and heads of all devices together
         flat = tuple(Scope(s.cache, s.indices.reshape(tokens, -1), s.lengths.reshape(tokens)) for s in scopes)  # type: ignore[union-attr]

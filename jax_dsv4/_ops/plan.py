@@ -54,9 +54,11 @@ def plan_decode(
       NotImplementedError: no such implementation here.
     """
     _checks.require_dtype(swa_lengths, _OP, "swa_lengths", jnp.int32)
-    _checks.require_int(num_heads, _OP, "num_heads", 1, MAX_HEADS)
-    _checks.require_int(swa_topk, _OP, "swa_topk", 0)
-    _checks.require_int(extra_topk, _OP, "extra_topk", 0)
+    num_heads = _checks.require_int(num_heads, _OP, "num_heads", 1, MAX_HEADS)
+    swa_topk = _checks.require_int(swa_topk, _OP, "swa_topk", 0)
+    extra_topk = _checks.require_int(extra_topk, _OP, "extra_topk", 0)
+    fused = None if fused is None else _checks.require_bool(fused, _OP, "fused")
+    batch_invariant = _checks.require_bool(batch_invariant, _OP, "batch_invariant")
     batch = tuple(swa_lengths.shape)
     _checks.require_constant(_OP, "swa_lengths", "shape", *batch)
     lengths = [swa_lengths]
@@ -69,7 +71,7 @@ def plan_decode(
     tokens = math.prod(batch)
     _checks.require_fits_int32(tokens * (swa_topk + extra_topk), _OP, "tokens * (swa_topk + extra_topk)")
     _checks.require_same_devices(_OP, swa_lengths=swa_lengths, extra_lengths=extra_lengths)
-    key = PlanKey(tokens, num_heads, swa_topk, extra_topk, names(implementation), fused, batch_invariant)
+    key = PlanKey(tokens, num_heads, swa_topk, extra_topk, names(_OP, implementation), fused, batch_invariant)
     chosen = choose(_OP, implementation, lambda i: cannot_fuse(i, fused) or varies(i, batch_invariant) or i.unsupported(num_heads, ()))
     op = _Plan(chosen, (swa_topk, extra_topk)[: len(lengths)], key)
     arrays = op.blank() * op.count if tokens == 0 else apply(op, tuple(lengths))
