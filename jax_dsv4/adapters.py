@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_dsv4 import _checks
 from jax_dsv4 import cache as kv
@@ -42,27 +43,34 @@ def slots_from_pages(page_table: jax.Array, logical_indices: jax.Array, page_siz
     Raises:
       ValueError: a wrong dtype; shapes that do not fit.
     """
-    op = "slots_from_pages"
+    return _slots_from_pages("slots_from_pages", page_table, "logical_indices", logical_indices, page_size, requests)
+
+
+def _slots_from_pages(
+    op: str, page_table: jax.Array, argument: str, logical_indices: jax.Array, page_size: int, requests: jax.Array | None
+) -> jax.Array:
     _checks.require_dtype(page_table, op, "page_table", jnp.int32)
-    _checks.require_dtype(logical_indices, op, "logical_indices", jnp.int32)
-    _checks.require(logical_indices.ndim >= 1, op, "logical_indices", "have shape (*batch, topk)", tuple(logical_indices.shape))
+    _checks.require_dtype(logical_indices, op, argument, jnp.int32)
+    _checks.require(logical_indices.ndim >= 1, op, argument, "have shape (*batch, topk)", tuple(logical_indices.shape))
     page_size = _checks.require_int(page_size, op, "page_size", 1)
-    *batch, topk = logical_indices.shape
+    *batch, _ = logical_indices.shape
     if requests is None:
-        _checks.require_shape(page_table, op, "page_table", "(*batch, pages)", (*batch, None))
-        table = page_table.reshape(-1, page_table.shape[-1])
-        requests = jnp.arange(table.shape[0], dtype=jnp.int32)
+        _checks.require_shape(page_table, op, "page_table", "(*batch, pages) without requests", (*batch, None))
     else:
         _checks.require_dtype(requests, op, "requests", jnp.int32)
         _checks.require_shape(requests, op, "requests", "(*batch,)", batch)
         _checks.require_shape(page_table, op, "page_table", "(num_requests, pages)", (None, None))
-        table, requests = page_table, requests.reshape(-1)
-    page, offset = jnp.divmod(logical_indices.reshape(-1, topk), page_size)
-    here = (requests >= 0) & (requests < table.shape[0])
-    inside = here[:, None] & (page >= 0) & (page < table.shape[1])
-    block = table.at[jnp.where(inside, requests[:, None], table.shape[0]), page].get(mode="fill", fill_value=-1)
-    valid = (block >= 0) & (block <= (_checks.INT32_MAX - page_size + 1) // page_size)
-    return jnp.where(valid, block * page_size + offset, -1).reshape(logical_indices.shape)
+    if page_table.size == 0:
+        return jnp.full_like(logical_indices, -1)
+    page, offset = jnp.divmod(logical_indices, page_size)
+    inside = (page >= 0) & (page < page_table.shape[-1])
+    if requests is None:
+        block = jnp.take_along_axis(page_table, jnp.where(inside, page, 0), axis=-1)
+    else:
+        inside &= ((requests >= 0) & (requests < page_table.shape[0]))[..., None]
+        block = jnp.asarray(page_table)[jnp.where(inside, requests[..., None], 0), jnp.where(inside, page, 0)]
+    valid = inside & (block >= 0) & (block <= (_checks.INT32_MAX - page_size + 1) // page_size)
+    return jnp.where(valid, block * page_size + offset, -1)
 
 
 def window_from_pages(
@@ -86,7 +94,7 @@ def window_from_pages(
     window = _checks.require_int(window, op, "window", 1)
     first = jnp.maximum(positions - window + 1, 0)
     logical = first[..., None] + jax.lax.broadcasted_iota(jnp.int32, (*positions.shape, window), positions.ndim)
-    slots = slots_from_pages(page_table, logical, page_size, requests=requests)
+    slots = _slots_from_pages(op, page_table, "positions", logical, page_size, requests)
     return slots, jnp.clip(positions + 1, 0, window)
 
 
@@ -121,7 +129,14 @@ def ragged_rows(
     _checks.require(cu_q_lens.ndim == 1 and cu_q_lens.shape[0] >= 2, op, "cu_q_lens", "have shape (max_requests + 1,)", cu_q_lens.shape)
     num_rows = _checks.require_int(num_rows, op, "num_rows", 0)
     most = cu_q_lens.shape[0] - 1
-    count = jnp.clip(jnp.asarray(most if num_requests is None else num_requests, jnp.int32), 0, most)
+    if num_requests is None:
+        num_requests = most
+    if isinstance(num_requests, (jax.Array, np.ndarray)):
+        _checks.require_dtype(num_requests, op, "num_requests", jnp.int32)
+        _checks.require_shape(num_requests, op, "num_requests", "of one number", ())
+    else:
+        num_requests = _checks.require_int(num_requests, op, "num_requests", 0)
+    count = jnp.clip(jnp.asarray(num_requests, jnp.int32), 0, most)
     ends = jnp.where(jnp.arange(most, dtype=jnp.int32) < count, cu_q_lens[1:], cu_q_lens[count])
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     request = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
@@ -153,7 +168,7 @@ def from_residuals(acc: jax.Array, l: jax.Array, m: jax.Array) -> tuple[jax.Arra
       ValueError: shapes that do not fit.
     """
     op = "from_residuals"
-    _checks.require_array(acc, op, "acc")
+    _checks.require_dtype(acc, op, "acc", *_checks.PARTS)
     for name, value in (("l", l), ("m", m)):
         _checks.require_dtype(value, op, name, jnp.float32)
         _checks.require_shape(value, op, name, "(*batch, heads)", acc.shape[:-1])
@@ -177,20 +192,22 @@ def to_residuals(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array, 
       ValueError: shapes that do not fit.
     """
     op = "to_residuals"
-    _checks.require_array(out, op, "out")
+    _checks.require_dtype(out, op, "out", *_checks.PARTS)
     _checks.require_shape(lse, op, "lse", "(*batch, heads)", out.shape[:-1])
     _checks.require_dtype(lse, op, "lse", jnp.float32)
     empty = jnp.isneginf(lse)
     acc = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
-    return acc, jnp.where(empty, 0.0, 1.0), jnp.where(empty, jnp.finfo(jnp.float32).min, lse)
+    return acc, jnp.where(empty, jnp.float32(0), jnp.float32(1)), jnp.where(empty, jnp.finfo(jnp.float32).min, lse)
 
 
-def cache_from_latents(latents: jax.Array, layout: str = "fp8_ds_mla", *, scale: float | None = None) -> kv.KVCache:
+def cache_from_latents(
+    latents: jax.Array, layout: str = "fp8_ds_mla", *, scale: float | None = None, arrangement: str | None = None
+) -> kv.KVCache:
     """A cache of latents that are paged already, such as an engine's bfloat16 cache: block b, row r becomes slot b * block_size + r.
 
     Args:
       latents: bfloat16 or float32 [num_blocks, block_size, 512].
-      layout, scale: the cache's, as in `KVCache`. Quantised as `append` does; `"bf16"` of bfloat16 latents is the same bytes.
+      layout, scale, arrangement: the cache's, as in `KVCache`. Quantised as `append` does; `"bf16"` of bfloat16 latents is the same bytes.
 
     Raises:
       ValueError: a wrong dtype or shape.
@@ -200,14 +217,20 @@ def cache_from_latents(latents: jax.Array, layout: str = "fp8_ds_mla", *, scale:
     _checks.require_shape(latents, op, "latents", "(num_blocks, block_size, 512)", (None, None, kv.LATENT_DIM))
     blocks, block_size, _ = latents.shape
     if layout in ("bf16", "float32"):
-        return kv.KVCache(latents.astype(kv.LAYOUTS[layout].dtype), block_size=block_size, layout=layout, scale=scale)
-    cache = kv.KVCache.create(blocks, block_size, layout, scale=scale)
+        data = latents.astype(kv.LAYOUTS[layout].dtype)
+        return kv.KVCache(data, block_size=block_size, layout=layout, scale=scale, arrangement=arrangement)
+    cache = kv.KVCache.create(blocks, block_size, layout, scale=scale, arrangement=arrangement)
     rows = latents.reshape(-1, kv.LATENT_DIM)
     return cache.replace(kv.write_rows(cache, rows, jnp.arange(len(rows), dtype=jnp.int32)))
 
 
 def cache_from_tokamax(
-    cache_kv_nope: jax.Array, cache_kv_rope: jax.Array, layout: str = "fp8_ds_mla", *, scale: float | None = None
+    cache_kv_nope: jax.Array,
+    cache_kv_rope: jax.Array,
+    layout: str = "fp8_ds_mla",
+    *,
+    scale: float | None = None,
+    arrangement: str | None = None,
 ) -> kv.KVCache:
     """A cache of the pages of tokamax's `sparse_mla`: a page becomes a block.
 
@@ -218,7 +241,7 @@ def cache_from_tokamax(
       cache_kv_nope: int32 [pages, page_size, 128]. Byte b of word w is byte 128 * b + w of a position: 448 e4m3fn, and 64 ue8m0 scales,
         of which number i has scale i % 64.
       cache_kv_rope: int32 [pages, page_size / 4, 128]: four positions a row. Word k of a position has rotary numbers k and k + 32.
-      layout, scale: the cache's, as in `KVCache`.
+      layout, scale, arrangement: the cache's, as in `KVCache`.
 
     Raises:
       ValueError: a wrong dtype or shape.
@@ -228,7 +251,7 @@ def cache_from_tokamax(
     op = "cache_from_tokamax"
     pages, page_size = _check_tokamax(op, cache_kv_nope, cache_kv_rope)
     words = cache_kv_rope.reshape(pages, page_size, TOKAMAX_ROPE_WORDS)
-    return cache_from_latents(_tokamax_latents(cache_kv_nope, words), layout, scale=scale)
+    return cache_from_latents(_tokamax_latents(cache_kv_nope, words), layout, scale=scale, arrangement=arrangement)
 
 
 def tokamax_sparse_mla(
@@ -273,11 +296,11 @@ def tokamax_sparse_mla(
     op = "tokamax_sparse_mla"
     pages, page_size = _check_tokamax(op, cache_kv_nope, cache_kv_rope)
     _checks.require_shape(topk_indices, op, "topk_indices", "(tokens, topk)", (q.shape[0], None))
+    requests, _ = ragged_rows(cu_q_lens, q.shape[0], num_requests=distribution[2])
     most = cu_q_lens.shape[0] - 1
     _checks.require(
         page_indices.size % most == 0, op, "page_indices", f"be divided by the {most} requests of cu_q_lens", page_indices.shape
     )
-    requests, _ = ragged_rows(cu_q_lens, q.shape[0], num_requests=distribution[2])
     slots = slots_from_pages(page_indices.reshape(most, -1), topk_indices, page_size, requests=requests)
     valid = (slots >= 0) & (slots < pages * page_size)
     picked = jnp.where(valid, slots, 0)

@@ -32,6 +32,7 @@ def test_slots_from_pages(page_size):
     want = [slots_of(*each, page_size) for each in zip(table, indices)]
     got = jax.jit(adapters.slots_from_pages, static_argnums=2)(table, indices, page_size)
     np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(adapters.slots_from_pages(table, indices, page_size), want)  # of NumPy's arrays
     # Batch axes, and rows that share tables.
     batched = adapters.slots_from_pages(jnp.asarray(table[None]), jnp.asarray(indices[None]), page_size)
     np.testing.assert_array_equal(batched, [want])
@@ -41,6 +42,14 @@ def test_slots_from_pages(page_size):
     np.testing.assert_array_equal(
         adapters.slots_from_pages(*map(jnp.asarray, (table, rows)), page_size, requests=jnp.asarray(requests)), want
     )
+
+
+def test_no_pages():
+    for shape in ((2, 0), (0, 3)):
+        rows, table = jnp.zeros((2, 4), jnp.int32), jnp.zeros(shape, jnp.int32)
+        slots = adapters.slots_from_pages(table, rows, 8, requests=jnp.zeros(2, jnp.int32))
+        np.testing.assert_array_equal(slots, jnp.full((2, 4), -1))
+    np.testing.assert_array_equal(adapters.slots_from_pages(jnp.zeros((2, 0), jnp.int32), rows, 8), jnp.full((2, 4), -1))
 
 
 def test_a_page_beyond_int32():
@@ -99,15 +108,17 @@ def test_residuals():
         np.testing.assert_array_equal(got, want)
     acc, l, m = adapters.to_residuals(out, lse)  # noqa: E741
     assert all(bool(jnp.isfinite(x).all()) for x in (acc, l, m))
+    with jax.enable_x64(True):
+        assert [x.dtype for x in adapters.to_residuals(out, lse)] == [jnp.float32] * 3
 
 
-@pytest.mark.parametrize("layout", ["fp8_ds_mla", "bf16", "float32", "aiter_bf16", "aiter_fp8", "aiter_fp8_fnuz"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_cache_from_latents(layout):
     """The bytes that append writes."""
     latents = jnp.asarray(np.random.default_rng(2).normal(size=(3, 5, 512)), jnp.bfloat16)
-    scale = {"scale": 0.02} if layout.startswith("aiter_fp8") else {}
-    got = adapters.cache_from_latents(latents, layout, **scale)
-    empty = dsv4.KVCache.create(3, 5, layout, **scale)
+    options = {"scale": 0.02} if layout.startswith("aiter_fp8") else {"arrangement": next(reversed(LAYOUTS[layout].arrangements), None)}
+    got = adapters.cache_from_latents(latents, layout, **options)
+    empty = dsv4.KVCache.create(3, 5, layout, **options)
     want = dsv4.append(empty, latents.reshape(-1, 512), jnp.arange(15, dtype=jnp.int32), implementation="xla")
     np.testing.assert_array_equal(got.data, want.data)
     assert got.block_size == 5
@@ -187,6 +198,11 @@ def test_tokamax_sparse_mla_for_hopper():
     (lambda i: adapters.slots_from_pages(i(2, 3), i(3, 4), 8), r"slots_from_pages: page_table must have shape .*, got \(2, 3\)"),
     (lambda i: adapters.slots_from_pages(i(2, 3), i(2, 4), 0), r"slots_from_pages: page_size must be from 1 to \d+, got 0"),
     (lambda i: adapters.slots_from_pages(i(2, 3), i(2, 4).astype(jnp.float32), 8), "logical_indices must have dtype int32"),
+    (lambda i: adapters.window_from_pages(i(2, 3), i(3), 4, 8), r"window_from_pages: page_table must have shape .*, got \(2, 3\)"),
+    (lambda i: adapters.ragged_rows(i(3), 8, num_requests=1.5), "ragged_rows: num_requests must be a Python int, got float 1.5"),
+    (lambda i: adapters.ragged_rows(i(3), 8, num_requests=-1), r"ragged_rows: num_requests must be from 0 to \d+, got -1"),
+    (lambda i: adapters.ragged_rows(i(3), 8, num_requests=i(1)), r"ragged_rows: num_requests must have shape .*, got \(1,\)"),
+    (lambda i: adapters.from_residuals(i(2, 3, 4), i(2, 3), i(2, 3)), "acc must have dtype float32 or bfloat16 or float16, got int32"),
     (lambda i: adapters.ragged_rows(i(1), 8), r"ragged_rows: cu_q_lens must have shape \(max_requests \+ 1,\), got \(1,\)"),
     (lambda i: adapters.from_residuals(*(i(*n).astype(jnp.float32) for n in ((2, 3, 4), (2, 3), (3, 3)))), "m must have shape"),
     (lambda i: adapters.cache_from_latents(i(2, 4, 512)), "cache_from_latents: latents must have dtype bfloat16 or float32, got int32"),

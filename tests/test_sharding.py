@@ -22,6 +22,7 @@ from marks import every_implementation, needs_cpu
 from programs import BLOCK, SHARED, TOPK, assert_near, assert_same, attend, copies, jitted
 
 import jax_dsv4 as dsv4
+from jax_dsv4 import adapters
 
 MODES = (AxisType.Auto, AxisType.Explicit)
 every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
@@ -170,6 +171,18 @@ def planned(implementation: str, layers: int, heads: int, q, swa, extra, sink):
     plan = dsv4.plan_decode(swa.lengths, extra.lengths, **sizes)
     options = dict(attn_sink=sink, plan=plan, implementation=implementation, return_lse=True)
     return [dsv4.sparse_mla_decode(q + layer, swa, extra, **options) for layer in range(layers)]
+
+
+@every_mode
+def test_page_tables_of_split_requests(mode: AxisType) -> None:
+    """Each request's page table is where its queries are: no collective, and the slots are split like them."""
+    table, positions = np.arange(24, dtype=np.int32).reshape(8, 3), np.arange(-1, 7, dtype=np.int32)
+    split = NamedSharding(mesh_of(mode), P("data"))
+    operands = [jax.device_put(x, split) for x in (table, positions)]
+    window = partial(adapters.window_from_pages, window=4, page_size=2)
+    slots, lengths = without_collectives(window, *operands)(*operands)
+    assert all(x.sharding.is_equivalent_to(split, x.ndim) for x in (slots, lengths))
+    assert_same((slots, lengths), window(table, positions))
 
 
 @needs_cpu
@@ -613,6 +626,8 @@ CONTEXT_ERRORS = (
     ),
     (lambda c, s: dsv4.local_slots(c, s.astype(jnp.int8), "x"), "local_slots: slots must have dtype int32, got int8"),
     (lambda c, s: dsv4.local_slots(s, s, "x"), "local_slots: cache must be a KVCache, got"),
+    (lambda c, s: dsv4.local_scope(c, "x"), "local_scope: scope must be a Scope, got KVCache"),
+    (lambda c, s: dsv4.split_scope((c, s), "x"), "split_scope: scope must be a Scope, got tuple"),
     (lambda c, s: dsv4.local_scope(dsv4.Scope(c, s, s), "x"), "local_scope: lengths must have shape (*batch,) = (2,), got (2, 3)"),
     (lambda c, s: dsv4.split_scope(dsv4.Scope(c, s, s), "x"), "split_scope: lengths must have shape (*batch,) = (2,), got (2, 3)"),
     (lambda c, s: dsv4.merge_over_axis(OUT, jnp.ones(2), "x"), "merge_over_axis: lse must have shape"),
