@@ -156,11 +156,11 @@ def _out_of_blocks(packed: Array, block_size: int, row_bytes: int, scale_bytes: 
 
 
 class ReferenceScope(NamedTuple):
-    """latents float [num_slots, 512]; indices int [tokens, topk]; lengths int [tokens]."""
+    """latents float [num_slots, 512]; indices int [tokens, topk]; lengths int [tokens], topk if left out."""
 
     latents: Array
     indices: Array
-    lengths: Array
+    lengths: Array | None = None
 
 
 def decode(q: Array, scopes: Sequence[ReferenceScope], attn_sink: Array | None = None, scale: float = 512**-0.5) -> tuple[Array, Array]:
@@ -174,14 +174,23 @@ def decode(q: Array, scopes: Sequence[ReferenceScope], attn_sink: Array | None =
 
     Returns:
       out float64 [tokens, heads, 512] and lse float64 [tokens, heads] (natural log, sink excluded); 0 and -inf without a valid key.
+
+    Raises:
+      ValueError: other shapes.
     """
     q = np.asarray(q, np.float64)
+    if q.ndim != 3:
+        raise ValueError(f"reference.decode: q must have shape (tokens, heads, 512), got {q.shape}")
+    for _, indices, lengths in scopes:
+        for name, shape in (("indices", np.shape(indices)[:-1]), ("lengths", (len(q),) if lengths is None else np.shape(lengths))):
+            if shape != (len(q),):
+                raise ValueError(f"reference.decode: {name} must have one row for each of {len(q)} tokens, got batch axes {shape}")
     tokens, heads, dim = q.shape
     out, lse = np.zeros((tokens, heads, dim)), np.full((tokens, heads), -np.inf)
     for token in range(tokens):
         keys = []
         for latents, indices, lengths in scopes:
-            count = min(max(int(lengths[token]), 0), indices.shape[1])
+            count = indices.shape[1] if lengths is None else min(max(int(lengths[token]), 0), indices.shape[1])
             keys += [latents[s] for s in indices[token, :count].tolist() if 0 <= s < len(latents)]
         if not keys:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import ml_dtypes
 import numpy as np
@@ -148,6 +149,29 @@ def test_scores_beyond_exp() -> None:
     out, lse = reference.decode(np.ones((1, 1, 1)), [scope], None, scale=1.0)
     assert lse[0, 0] == pytest.approx(1000 + math.log(1 + math.exp(-1)), abs=1e-12)
     assert out[0, 0, 0] == pytest.approx((1000 + 999 * math.exp(-1)) / (1 + math.exp(-1)), abs=1e-9)
+
+
+def test_lengths_left_out() -> None:
+    latents, indices = np.eye(3, 512), np.array([[0, 2], [1, -1]])
+    q = np.ones((2, 1, 512))
+    full = ReferenceScope(latents, indices, np.array([2, 2]))
+    for got, want in zip(reference.decode(q, [ReferenceScope(latents, indices)]), reference.decode(q, [full])):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("q", "indices", "lengths", "message"),
+    [
+        ((1, 512), (1, 2), (1,), "q must have shape (tokens, heads, 512), got (1, 512)"),
+        ((2, 1, 1, 512), (2, 1, 3), (2, 1), "q must have shape (tokens, heads, 512), got (2, 1, 1, 512)"),
+        ((2, 1, 512), (2, 1, 3), (2,), "indices must have one row for each of 2 tokens, got batch axes (2, 1)"),
+        ((2, 1, 512), (2, 3), (1,), "lengths must have one row for each of 2 tokens, got batch axes (1,)"),
+    ],
+)
+def test_shapes_that_do_not_fit(q: tuple, indices: tuple, lengths: tuple, message: str) -> None:
+    scope = ReferenceScope(np.zeros((4, 512)), np.zeros(indices, int), np.zeros(lengths, int))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'reference.decode: {message}')}$"):
+        reference.decode(np.zeros(q), [scope])
 
 
 def test_plan_by_hand() -> None:
