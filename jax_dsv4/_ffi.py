@@ -64,7 +64,9 @@ def load(name: str, platform: str) -> tuple[ctypes.CDLL | None, str]:
     """
     path = find_library(name)
     if path is None:
-        return None, f"{name}.so was not built ({build_command()})"
+        override = os.environ.get("JAX_DSV4_LIBRARY_DIR")
+        elsewhere = f"is not in {override}, which JAX_DSV4_LIBRARY_DIR names"
+        return None, f"{name}.so {elsewhere if override else f'was not built ({build_command()})'}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -74,7 +74,10 @@ def command(source: Path, architecture: str, compiler: Path, rocm: Path | None, 
 
 def build(source: Path, architecture: str, compiler: Path, rocm: Path | None = None, extra: list[str] | None = None) -> Path:
     """Compiles the builder into the cache, unless it is there, and makes it the one in use. Returns the library."""
-    if "aiter_tensor_t" not in (source / "csrc/kernels/mla/metadata.cu").read_text():
+    builder = source / "csrc/kernels/mla/metadata.cu"
+    if not builder.is_file():
+        raise SystemExit(f"{source} has no {builder.relative_to(source)}: --source must be an AITER source tree")
+    if "aiter_tensor_t" not in builder.read_text():
         raise SystemExit(f"{source}: its plan builder is typed on torch::Tensor; an AITER of August 2026 or later is needed")
     current = built_plan_builder(architecture)
     kept = cache_directory() / f"aiter-{commit_of(source)}-{architecture}" / current.name
@@ -226,7 +229,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.source is None:
         parser.error("--source is needed: git clone https://github.com/ROCm/aiter")
+    try:
+        run(parser, arguments)
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}") from None
+
+
+def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.heads:
+        if min(arguments.heads) < 1:
+            parser.error(f"--heads must be at least 1, got {min(arguments.heads)}")
+        if wrong := [sizes for sizes in arguments.block_sizes or () if len(sizes) > 2 or min(sizes) < 1]:
+            parser.error(f"--block-sizes must be one or two sizes of at least 1, got {' '.join(map(str, wrong[0]))}")
+        if not 0 < arguments.scale < float("inf"):
+            parser.error(f"--scale must be positive and finite, got {arguments.scale}")
         shapes = [(h, tuple(sizes)) for h in arguments.heads for sizes in arguments.block_sizes or V4_BLOCK_SIZES]
         asked = [Variant(h, arguments.scale, sizes, arguments.alignment, arguments.wide) for h, sizes in shapes]
         files = build_gluon(arguments.source, [v for variant in asked for v in variant.with_splits()])

@@ -5,7 +5,8 @@
 Every implementation is named with what it is, or why it is absent and the command that helps. Each that is there decodes for about a
 second, and is compared with NumPy in float64. Send the output with a report.
 
-The exit status is 1 if a result is wrong, or if JAX has a device whose own implementations are all absent; otherwise 0.
+The exit status is 1 if a result is wrong, if JAX has a device whose own implementations are all absent, or if it has no device; 2 if the
+output cannot be written; otherwise 0.
 """
 
 from __future__ import annotations
@@ -68,9 +69,18 @@ def devices(platforms: Sequence[str] = ()) -> list[jax.Device]:
     for each in platforms or (None,):
         try:
             found += jax.devices(each)
-        except RuntimeError:  # no such platform here; of the default one, implementations() gives JAX's words
+        except (RuntimeError, AssertionError):  # no such platform here
             continue
     return found
+
+
+def why_no_devices() -> str:
+    """JAX's words, where it has no device at all, such as for a JAX_PLATFORMS that is not here."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where a platform has no plugin
+        return " ".join(f"none (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}) {error}".split())
+    return ""
 
 
 def processor() -> str:
@@ -197,7 +207,7 @@ def print_report(report: dict[str, Any]) -> None:
 
     entry("versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items()))
     entry("machine", f"{report['processor']}, {report['platform']}")
-    entry("devices", ", ".join(f"{n} x {name}" for name, n in Counter(report["devices"]).items()) or "none")
+    entry("devices", ", ".join(f"{n} x {name}" for name, n in Counter(report["devices"]).items()) or report["no_devices"])
     for name, found in report["implementations"].items():
         state = "yes" if found["available"] else "MISSING" if found["missing"] else "no"
         entry(f"{name:{NAME_WIDTH}}{state}", found["detail"])
@@ -215,20 +225,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print all facts as JSON instead")
     arguments = parser.parse_args(argv)
     found = {name: examine(name) for name in REGISTRY}
-    ok = not any(each["missing"] or any(not test["ok"] for test in each["self_tests"]) for each in found.values())
+    no_devices = why_no_devices()
+    ok = not no_devices and not any(each["missing"] or any(not test["ok"] for test in each["self_tests"]) for each in found.values())
     report = {
         "ok": ok,
         "versions": versions(),
         "platform": platform.platform(),
         "processor": processor(),
         "devices": [f"{d.platform} {d.device_kind}" for d in devices()],
+        "no_devices": no_devices,
         "implementations": found,
         "rocm": rocm_facts(),
     }
-    if arguments.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print_report(report)
+    try:
+        if arguments.json:
+            print(json.dumps(report, indent=1))
+        else:
+            print_report(report)
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try again on its way out
+        print(f"{parser.prog}: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     return int(not ok)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,3 +69,23 @@ def test_a_device_without_its_implementation_fails(monkeypatch, capsys):
     monkeypatch.setattr(REGISTRY["cpu"], "availability", lambda: Availability(False, "it was not built (a command)"))
     assert doctor.main([]) == 1
     assert "cpu         MISSING it was not built (a command)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_no_device_at_all_fails(platform):
+    """It is said, with the variable that is to blame, as all else is."""
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run([sys.executable, "-m", "jax_dsv4.doctor"], env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"devices             none (JAX_PLATFORMS={platform})" in done.stdout
+    assert "\nxla         yes" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")
+def test_an_output_that_cannot_be_written():
+    """Exits 2 with one line, also where it only shows when the last of it is written."""
+    script = "import sys; from jax_dsv4 import doctor; doctor.SECONDS = 0; doctor.REGISTRY = {}; sys.exit(doctor.main([]))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "python -m jax_dsv4.doctor: the output cannot be written: No space left on device\n"

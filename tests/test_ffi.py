@@ -368,6 +368,15 @@ def test_instruction_sets_have_the_names_that_python_gives_them() -> None:
 
 # --- A library that is absent
 
+
+def test_a_library_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that builds it, unless a variable says where it should be."""
+    monkeypatch.delenv("JAX_DSV4_LIBRARY_DIR", raising=False)
+    library, detail = _ffi.load.__wrapped__("libdsv4_nowhere", "cpu")
+    assert library is None
+    assert re.fullmatch(r"libdsv4_nowhere.so was not built \((JAX_DSV4_COMPILERS=pypi )?pip install .*", detail)
+
+
 ABSENT = """
 import jax, jax.numpy as jnp, jax_dsv4 as dsv4
 here, reason = dsv4.implementations()["cpu"]
@@ -391,7 +400,7 @@ for call in calls:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, r"libdsv4_cpu.so was not built \(JAX_DSV4_COMPILERS=pypi pip install .*"),
+        (None, r"libdsv4_cpu.so is not in .*, which JAX_DSV4_LIBRARY_DIR names"),
         ("no library", r".*libdsv4_cpu.so cannot be loaded: .*"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -88,7 +89,10 @@ class _CUDA:
 
 
 def _devices() -> list[jax.Device]:
-    return jax.devices("cuda")
+    try:
+        return jax.devices("cuda")
+    except AssertionError:  # of JAX 0.10, for JAX_PLATFORMS=cuda where the plugin is not installed
+        raise RuntimeError(f"no backend for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}") from None
 
 
 CUDA = _CUDA()
