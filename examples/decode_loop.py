@@ -32,6 +32,7 @@ from deepseek_v4.command import (
     Parser,
     UsageError,
     add_model_options,
+    check_context,
     check_implementation,
     check_model_options,
     complain,
@@ -41,7 +42,7 @@ from deepseek_v4.command import (
     printing,
     progress,
     set_defaults,
-    tolerate_characters,
+    tolerate_streams,
 )
 from deepseek_v4.config import CheckpointError, Config, load_config
 from deepseek_v4.generate import NOT_A_TOKEN, REJECTED, Sampling, State
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     place = programs.place
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Programs are compiled for buckets, not for every length.
-    chunk = args.prefill_chunk or min(max(bucket(lengths.max()), SHORTEST_CHUNK), LONGEST_CHUNK)
+    chunk = min(max(bucket(lengths.max()), SHORTEST_CHUNK), args.prefill_chunk or LONGEST_CHUNK)
     padded = np.zeros((len(prompts), bucket(-(-lengths.max() // chunk)) * chunk), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -188,7 +189,7 @@ def measured_scale(programs: Programs, weights: Any, padded: np.ndarray, lengths
 def numbers_only(tokens: np.ndarray) -> np.ndarray:
     """`tokens`, unless some were drawn from NaN."""
     if bad := sorted({int(request) for request in np.argwhere(tokens == NOT_A_TOKEN)[:, 0]}):
-        raise ModelError(bad)
+        raise ModelError("request", bad)
     return tokens
 
 
@@ -228,7 +229,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, metavar="N", help="requests; prompts are repeated in turn (default: one of each)")
     add("--max-new-tokens", type=positive, default=128, metavar="N")
     add("--context", type=positive, metavar="N", help="tokens per request that the cache holds (default: as many as needed)")
-    add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: as the prompt is long, 32 to 512)")
+    add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step, at most (default: as the prompt is long, 32 to 512)")
     add("--cache-scale", type=float, metavar="S", help="of aiter_fp8 and its _fnuz (default: measured from the prompts' first latents)")
     add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
     add(
@@ -299,10 +300,9 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
 
 def cache_tokens(args: argparse.Namespace, prompts: list[Sequence[int]], config: Config) -> int:
     """How many tokens per request the cache must hold; checks that they fit."""
+    check_context(args, config)
     longest = max(map(len, prompts))
     needed = longest + args.max_new_tokens
-    if args.context and args.context > config.max_position_embeddings:
-        raise UsageError(f"--context must be at most max_position_embeddings = {config.max_position_embeddings}, got {args.context}")
     limit = args.context or config.max_position_embeddings
     if needed > limit:
         raise UsageError(
@@ -428,5 +428,5 @@ deliver = partial(command.deliver, print_report=print_report)
 
 
 if __name__ == "__main__":
-    tolerate_characters()
+    tolerate_streams()
     processes.leave(main())

@@ -1,6 +1,6 @@
 """Serves a DeepSeek-V4: requests come when they come, and draw together.
 
-    python examples/serve.py < prompts.txt              a prompt a line; answers are written as they come, with its number
+    python examples/serve.py < prompts.txt              a prompt a line; answers are written as they come, with the line's number
     python examples/serve.py --rate 4 --requests 32     a Poisson load of 4 requests a second, and what it measures
 
 The server is deepseek_v4/serving.py.
@@ -26,6 +26,7 @@ from deepseek_v4.command import (
     Parser,
     UsageError,
     add_model_options,
+    check_context,
     check_implementation,
     check_model_options,
     complain,
@@ -36,7 +37,7 @@ from deepseek_v4.command import (
     printing,
     progress,
     set_defaults,
-    tolerate_characters,
+    tolerate_streams,
 )
 from deepseek_v4.config import Config, load_config
 from deepseek_v4.generate import Sampling
@@ -118,21 +119,21 @@ def run(args: argparse.Namespace) -> None:
         "versions": {"jax": jax.__version__, "jax_dsv4": dsv4.__version__},
         "requests": [request_report(each) for each in served],
     }
-    failed = UsageError(f"{source.refused} prompts were not served") if source.refused else None
+    refused = f"{source.refused} of {source.refused + len(served)} prompts could not be served"
+    failed = UsageError(refused) if source.refused else None
     deliver(report, args.json, failed, print_report=print_report if args.rate else lambda _: None)
 
 
 def create_server(args: argparse.Namespace, config: Config) -> Server:
+    check_context(args, config)
     context = args.context or min(config.max_position_embeddings, 4096)
-    if context > config.max_position_embeddings:
-        raise UsageError(f"--context must be at most max_position_embeddings = {config.max_position_embeddings}, got {context}")
     return Server(
         config,
         slots=args.slots,
         max_tokens=context,
         cache_tokens=args.cache_tokens or max(args.slots * context // 2, context),
-        chunk=args.prefill_chunk,
-        steps=args.steps_per_call,
+        chunk=min(args.prefill_chunk, context),
+        steps=min(args.steps_per_call, context),
         share=not args.no_sharing,
         seed=args.seed,
         sampling=Sampling(args.temperature, args.top_p),
@@ -149,13 +150,15 @@ def create_server(args: argparse.Namespace, config: Config) -> Server:
 class Arrival:
     """A prompt, when it came, and when its tokens were drawn: seconds of one clock."""
 
-    def __init__(self, prompt: list[int], max_new_tokens: int, seconds: float):
+    def __init__(self, number: int, prompt: list[int], max_new_tokens: int, seconds: float):
+        self.number = number  # its line's, or its place in the load; from 1
         self.prompt, self.max_new_tokens, self.seconds = prompt, max_new_tokens, seconds
         self.request: Request | None = None
         self.times: list[float] = []
 
 
 class Source(Protocol):
+    prompt: str  # what a prompt is called, before its number
     refused: int  # prompts that cannot be served
 
     def arrivals(self, idle: bool) -> list[Arrival] | None:
@@ -166,10 +169,14 @@ class Source(Protocol):
 class Lines:
     """Prompts from stdin, as they come."""
 
+    prompt = "line"
+
     def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer | None):
         if tokenizer is None:
             raise UsageError(f"{args.checkpoint} has no tokenizer for prompts from stdin: give --rate for a load of random tokens")
-        self.args, self.tokenizer, self.refused, self.rest, self.open = args, tokenizer, 0, b"", True
+        if sys.stdin is None:
+            raise UsageError("stdin is closed, and prompts come from there: give --rate for a load")
+        self.args, self.tokenizer, self.refused, self.lines, self.rest, self.open = args, tokenizer, 0, 0, b"", True
         if sys.stdin.isatty():
             print("a prompt a line; Ctrl-D ends", file=sys.stderr)
 
@@ -182,15 +189,18 @@ class Lines:
         new = os.read(sys.stdin.fileno(), 1 << 16)
         self.open = bool(new)
         *lines, self.rest = (self.rest + (new or b"\n")).split(b"\n")
-        return [self.arrival(line.decode(errors="replace").strip()) for line in lines if line.strip()]
+        first, self.lines = self.lines + 1, self.lines + len(lines)
+        return [self.arrival(i, line.decode(errors="replace").strip()) for i, line in enumerate(lines, first) if line.strip()]
 
-    def arrival(self, text: str) -> Arrival:
-        ids = encode(self.tokenizer, text, self.args.chat, self.args.think, PROGRAM)
-        return Arrival(ids, self.args.max_new_tokens, time.perf_counter())
+    def arrival(self, number: int, text: str) -> Arrival:
+        ids = encode(self.tokenizer, text, self.args.chat, self.args.think, PROGRAM, f"{self.prompt} {number}")
+        return Arrival(number, ids, self.args.max_new_tokens, time.perf_counter())
 
 
 class Load:
     """Requests at random times, of random lengths: a Poisson process."""
+
+    prompt = "request"
 
     def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer | None, config: Config):
         random, count = np.random.default_rng(args.seed), args.requests
@@ -204,7 +214,7 @@ class Load:
         starts = random.integers(len(shared), len(text) - args.prompt_tokens + 1, count)
         prompts = [shared + text[start : start + length] for start, length in zip(starts, lengths)]
         seconds = np.cumsum(random.exponential(1 / args.rate, count))
-        self.coming = deque(Arrival(*each) for each in zip(prompts, limits.tolist(), seconds.tolist()))
+        self.coming = deque(Arrival(i, *each) for i, each in enumerate(zip(prompts, limits.tolist(), seconds.tolist()), start=1))
         self.began: float | None = None
         self.refused = 0
 
@@ -247,38 +257,39 @@ def serve(server: Server, source: Source, answers: Answers | None) -> tuple[list
             try:
                 arrival.request = server.submit(arrival.prompt, arrival.max_new_tokens)
             except ValueError as error:
-                complain(PROGRAM, error)
+                complain(PROGRAM, f"{source.prompt} {arrival.number}: {error}")
                 source.refused += 1
                 continue
             served.append(arrival)
         for request in server.step():
+            arrival = served[request.number]
             if request.failed:
-                raise ModelError([request.number])
-            times = served[request.number].times
+                raise ModelError(source.prompt, [arrival.number])
+            times = arrival.times
             times += [time.perf_counter()] * (len(request.drawn) - len(times))
             if answers:
                 with printing():
-                    answers.write(request)
+                    answers.write(arrival.number, request)
     return served, time.perf_counter() - served[0].seconds if served else 0.0
 
 
 class Answers:
-    """Writes what is drawn, a line of one request at a time, with the request's number."""
+    """Writes what is drawn, a line of one request at a time, with the number of the prompt's line."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         assert tokenizer is not None
         self.tokenizer = tokenizer
         self.written: dict[int, int] = {}  # characters
 
-    def write(self, request: Request) -> None:
-        text, at = self.tokenizer.decode(request.drawn), self.written.get(request.number, 0)
+    def write(self, number: int, request: Request) -> None:
+        text, at = self.tokenizer.decode(request.drawn), self.written.get(number, 0)
         while len(text) - at > LINE or "\n" in text[at:] or (request.ended and at < len(text)):
             line, newline, _ = text[at:].partition("\n")
             if len(line) > LINE:
                 line, newline = line[: line.rfind(" ", 1, LINE) % (LINE + 1)], ""  # at the last space, if there is one
-            print(f"{request.number + 1}: {line}")
+            print(f"{number}: {line}")
             at += len(line) + len(newline)
-        self.written[request.number] = at
+        self.written[number] = at
 
 
 # ------------------------------------------------------------------------------------------------------------ the numbers
@@ -348,5 +359,5 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tolerate_characters()
+    tolerate_streams()
     processes.leave(main())

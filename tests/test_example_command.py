@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -95,7 +96,8 @@ HCA = str(golden_folder("hca"))
         (["--chat", "--prompt-ids", "1"], "--chat is for text: it goes with --prompt, not with --prompt-ids"),
         (["--think"], "--think goes with --chat"),
         (["--max-new-tokens", "0"], "must be at least 1, got 0"),
-        (["--cache-layout", "fp3"], "layout must be one of"),
+        (["--cache-layout", "fp3"], "--cache-layout must be one of fp8_ds_mla, bf16, "),
+        (["--cache-layout", "nvfp4_288"], "--cache-layout must be one of fp8_ds_mla, bf16, "),
         (["--cache-layout", "aiter_fp8", "--cache-scale", "0"], "scale must be positive"),
         (["--cache-scale", "0.5"], "scale must be 1 for layout 'fp8_ds_mla'"),
         (["--implementation", "abacus"], "--implementation must be one of"),
@@ -253,12 +255,12 @@ def test_chunks_of_the_prompt_change_no_token(tmp_path):
     command = ["--checkpoint", HCA, "--prompt-ids", ",".join(map(str, range(1, 41))), "--max-new-tokens", "6", "--json", str(out)]
     command += ["--cache-layout", "float32"]
     tokens = []
-    for extra in ([], ["--prefill-chunk", str(chunk)]):
-        assert decode_loop.main([*command, *extra]) == 0
+    for asked, used in ((None, 64), (chunk, chunk), (10**11, 64)):
+        assert decode_loop.main([*command, *(["--prefill-chunk", str(asked)] if asked else [])]) == 0
         report = json.loads(out.read_text())
         tokens.append(report["tokens"])
-    assert report["prefill_chunk"] == chunk
-    assert tokens[0] == tokens[1]
+        assert report["prefill_chunk"] == used
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 REPORT = {
@@ -304,6 +306,27 @@ def test_the_file_is_written_where_the_report_cannot_be_printed(tmp_path, monkey
             decode_loop.deliver(REPORT, tmp_path / "out.json")
         monkeypatch.undo()
     assert json.loads((tmp_path / "out.json").read_text()) == REPORT
+
+
+def test_streams_that_are_closed(monkeypatch):
+    """`>&-` and `2>&-`: Python has None for them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        with pytest.raises(decode_loop.UsageError, match="the output cannot be written: it is closed"):
+            decode_loop.run(decode_loop.parse_arguments(["--memory"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        decode_loop.tolerate_streams()
+        print("nowhere", file=sys.stderr)
+        sys.stderr.close()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_a_platform_that_is_not_here_is_one_line(platform):
+    command = [*COMMAND, "--prompt", "a", "--max-new-tokens", "1"]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": platform}, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert done.stderr.startswith(f"decode_loop.py: JAX has no device (JAX_PLATFORMS={platform})")
 
 
 @needs_full

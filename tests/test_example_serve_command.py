@@ -36,17 +36,19 @@ def give(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 SIZES = ["--slots", "3", "--prefill-chunk", "16", "--context", "160"]
 
 
-def test_prompts_from_stdin_are_answered_by_number(checkpoint, monkeypatch, capsys) -> None:
-    """All of them, but for one that does not fit, and the last though its line does not end."""
-    give(monkeypatch, "\n".join(["abc", "", "x" * 150, *"defg", "h"]))
+def test_prompts_from_stdin_are_answered_by_their_lines_numbers(checkpoint, monkeypatch, capsys) -> None:
+    """All of them, but for one that does not fit and one without a token, and the last though its line does not end."""
+    give(monkeypatch, "\n".join(["abc", "", "x" * 150, *"def", "..", "g.", "h"]))
     out = checkpoint / "out.json"
     assert serve.main(["--checkpoint", str(checkpoint), *SIZES, "--max-new-tokens", "110", "--json", str(out)]) == 2
     said = capsys.readouterr()
-    assert "serve.py: a prompt of 150 tokens and 110 new ones do not fit a cache of 160 tokens\n" in said.err
-    assert said.err.endswith("serve.py: 1 prompts were not served\n")
+    assert "serve.py: line 3: a prompt of 150 tokens and 110 new ones do not fit a cache of 160 tokens\n" in said.err
+    assert "serve.py: the tokenizer has no token for '.' of line 8: left out\n" in said.err
+    assert "serve.py: line 7: a prompt must have at least one token\n" in said.err
+    assert said.err.endswith("serve.py: 2 of 8 prompts could not be served\n")
     requests = json.loads(out.read_text())["requests"]
     assert [len(request["prompt_ids"]) for request in requests] == [3, 1, 1, 1, 1, 1]
-    for number, request in enumerate(requests, start=1):
+    for number, request in zip((1, 4, 5, 6, 8, 9), requests, strict=True):
         lines = [line.removeprefix(f"{number}: ") for line in said.out.splitlines() if line.startswith(f"{number}: ")]
         text = "".join([*string.ascii_letters, " "][token] for token in request["tokens"])
         assert len(text) == 110
@@ -89,7 +91,8 @@ def test_a_load_is_measured(checkpoint, capsys) -> None:
         (["--rate", "1", "--context", "5000"], "--context must be at most max_position_embeddings = 4096, got 5000"),
         (["--checkpoint", "/nowhere"], "no config.json there"),
         (["--checkpoint", str(golden_folder("hca"))], "has no tokenizer for prompts from stdin"),
-        (["--rate", "1", "--cache-layout", "fp3"], "layout must be one of"),
+        (["--rate", "1", "--cache-layout", "fp3"], "--cache-layout must be one of fp8_ds_mla, bf16, "),
+        (["--rate", "1", "--cache-layout", "mxfp8_528"], "--cache-layout must be one of fp8_ds_mla, bf16, "),
         (["--json", "/nowhere/out.json"], "--json must name a file in a folder that exists"),
     ],
 )
@@ -103,6 +106,13 @@ def test_errors_are_one_line_and_exit_2(arguments, message, capsys) -> None:
     assert message in said.err
     assert said.err.startswith("serve.py: ")
     assert said.err.count("\n") == 1
+
+
+def test_no_stdin_is_one_line(monkeypatch, capsys) -> None:
+    """`<&-`: Python has None for it."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert serve.main([]) == 2
+    assert capsys.readouterr().err == "serve.py: stdin is closed, and prompts come from there: give --rate for a load\n"
 
 
 def test_what_goes_wrong_while_it_serves_is_one_line(checkpoint, monkeypatch, capsys) -> None:
@@ -129,4 +139,4 @@ def test_what_goes_wrong_while_it_serves_is_one_line(checkpoint, monkeypatch, ca
     train_tiny.save(checkpoint, {**weights, "embed": weights["embed"].at[1].set(np.nan)}, SMALL, [*string.ascii_letters, " "])
     give(monkeypatch, "a\nab\n")
     assert serve.main(command) == 1
-    assert "the model computes NaN or infinite logits for request " in capsys.readouterr().err.splitlines()[-1]
+    assert "the model computes NaN or infinite logits for line " in capsys.readouterr().err.splitlines()[-1]

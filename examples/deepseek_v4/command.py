@@ -17,11 +17,13 @@ import jax.export
 
 import jax_dsv4 as dsv4
 from deepseek_v4 import processes
-from deepseek_v4.config import CheckpointError
+from deepseek_v4.config import CheckpointError, Config
 from deepseek_v4.mesh import MeshError
 from deepseek_v4.tokenizer import Tokenizer, encode_chat
+from jax_dsv4.cache import LAYOUTS
 
 TINY = Path(__file__).parent / "tiny"
+CACHE_LAYOUTS = [name for name, layout in LAYOUTS.items() if not layout.arrangements]  # those of DeepSeek-V4
 
 
 class UsageError(Exception):
@@ -31,9 +33,9 @@ class UsageError(Exception):
 class ModelError(Exception):
     """The model does not compute numbers. The message is one line."""
 
-    def __init__(self, requests: Iterable[int]):
-        named = ", ".join(map(str, requests))
-        super().__init__(f"the model computes NaN or infinite logits for request {named}: weights or config are damaged")
+    def __init__(self, prompt: str, numbers: Iterable[int]):
+        named = ", ".join(map(str, numbers))
+        super().__init__(f"the model computes NaN or infinite logits for {prompt} {named}: weights or config are damaged")
 
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
@@ -53,7 +55,20 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return complain(program, f"out of memory: {error}")
+    except (RuntimeError, AssertionError):
+        if (reason := no_devices()) is None:
+            raise
+        return complain(program, reason)
     return 0
+
+
+def no_devices() -> str | None:
+    """Why JAX has no device at all, such as for a JAX_PLATFORMS that is not here."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where a platform has no plugin
+        return f"JAX has no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}) {error}"
+    return None
 
 
 def complain(program: str, error: object, status: int = 2) -> int:
@@ -61,8 +76,10 @@ def complain(program: str, error: object, status: int = 2) -> int:
     return status
 
 
-def tolerate_characters() -> None:
-    """Lets text be printed that has characters which the terminal lacks."""
+def tolerate_streams() -> None:
+    """Lets text be printed that has characters which the terminal lacks, and work be done where stderr is closed."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -91,7 +108,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, default=TINY, metavar="DIR", help="Hugging Face folder: config.json, *.safetensors")
     add("--chat", action="store_true", help="put the prompt as a user's question, in DeepSeek-V4's own form")
     add("--think", action="store_true", help="with --chat: let the model think before it answers")
-    add("--cache-layout", metavar="NAME", help="of jax_dsv4.KVCache (default: aiter_bf16 on AMD, fp8_ds_mla elsewhere)")
+    add("--cache-layout", metavar="NAME", help=f"{', '.join(CACHE_LAYOUTS)} (default: aiter_bf16 on AMD, fp8_ds_mla elsewhere)")
     add("--implementation", metavar="NAME", help="of jax_dsv4 (default: the platform's best)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability")
@@ -107,6 +124,8 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error(f"--top-p must be in (0, 1], got {args.top_p}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in [0, 2^32), got {args.seed}")
+    if args.cache_layout not in (None, *CACHE_LAYOUTS):
+        parser.error(f"--cache-layout must be one of {', '.join(CACHE_LAYOUTS)}, got {args.cache_layout!r}")
     if args.think and not args.chat:
         parser.error("--think goes with --chat")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
@@ -147,12 +166,17 @@ def cannot_write(path: Path) -> str | None:
     return None
 
 
-def encode(tokenizer: Tokenizer, text: str, chat: bool, think: bool, program: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, chat: bool, think: bool, program: str, prompt: str = "the prompt") -> list[int]:
     """A prompt's token ids; says what of it is left out."""
     ids = encode_chat(tokenizer, text, think) if chat else tokenizer.encode(text)
     if left_out := tokenizer.left_out(text):
-        complain(program, f"the tokenizer has no token for {left_out!r} of the prompt: left out")
+        complain(program, f"the tokenizer has no token for {left_out!r} of {prompt}: left out")
     return ids
+
+
+def check_context(args: argparse.Namespace, config: Config) -> None:
+    if args.context and args.context > config.max_position_embeddings:
+        raise UsageError(f"--context must be at most max_position_embeddings = {config.max_position_embeddings}, got {args.context}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the output
@@ -176,6 +200,8 @@ def deliver(
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
     """Sees to it that what is printed arrives, or that one line says why not."""
+    if sys.stdout is None:
+        raise UsageError("the output cannot be written: it is closed")
     try:
         yield
         sys.stdout.flush()

@@ -145,8 +145,10 @@ class Server:
 
     def submit(self, prompt: Sequence[int], max_new_tokens: int) -> Request:
         """A new request, which waits for a slot. Raises ValueError if it would not fit even alone."""
-        if not prompt or max_new_tokens < 1:
-            raise ValueError(f"a request needs a token at least, and one to draw, got {len(prompt)} and {max_new_tokens}")
+        if not prompt:
+            raise ValueError("a prompt must have at least one token")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         total = len(prompt) + max_new_tokens
         room = min([self.max_tokens, *(len(self.blocks.holders[kind]) * self.span[kind] for kind in self.compressed)])
         if total > room:
