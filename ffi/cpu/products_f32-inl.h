@@ -42,7 +42,7 @@ inline Scratch carve(uint8_t* bytes, int32_t heads) {
   return s;
 }
 
-inline int32_t head_vectors(int32_t heads) { return (heads + kL - 1) / kL; }
+#include "cpu/softmax-inl.h"
 
 inline void load_queries(const DecodeParams& p, int64_t first_head, int32_t heads, const Scratch& s) {
   float* to = s.q;
@@ -120,28 +120,8 @@ inline void scores(const Row* rows, int n, const Row*, int, const Scratch& s, in
   for_blocks<Simd::kScoreKeys>(n, ScoreKeys{rows, s, head_vectors(heads)});
 }
 
-// Scores to probabilities, in place.
 inline void softmax(const Scratch& s, int32_t heads, int n, float scale_log2, bool first) {
-  const V scale = Simd::set1(scale_log2);
-  for (int32_t h = 0; h < heads; h += kL) {
-    float* const p = s.p + h * kTileKeys;
-    V max = Simd::set1(-__builtin_inff()), alpha = Simd::set1(0);
-    for (int k = 0; k < n; ++k) max = Simd::max(Simd::mul(Simd::load(p + k * kL), scale), max);
-    if (!first) {
-      const V before = Simd::load(s.max + h);
-      max = Simd::max(before, max);
-      alpha = exp2(Simd::sub(before, max));
-    }
-    V sum = Simd::set1(0);
-    for (int k = 0; k < n; ++k) {
-      const V e = exp2(Simd::sub(Simd::mul(Simd::load(p + k * kL), scale), max));
-      Simd::store(p + k * kL, e);
-      sum = Simd::add(sum, e);
-    }
-    Simd::store(s.sum + h, first ? sum : Simd::fma(Simd::load(s.sum + h), alpha, sum));
-    Simd::store(s.max + h, max);
-    Simd::store(s.alpha + h, alpha);
-  }
+  for (int32_t h = 0; h < heads; h += kL) softmax_of_vector(s, h, n, scale_log2, first);
 }
 
 // o[h, d .. d + N lanes] += sum_k p[h, k] * rows[k, d ..], or that merged into the total.

@@ -18,18 +18,7 @@ struct Simd {
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V merge(V total, V keep, V part, V take) { return fma(part, take, mul(total, keep)); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b if either is NaN
-  static float hmax(V v) { return _mm512_reduce_max_ps(v); }
-  static float hsum(V v) { return _mm512_reduce_add_ps(v); }
   static float first(V v) { return _mm512_cvtss_f32(v); }
-
-  // out[i] = sum of v[i]'s lanes.
-  static void sums(const V v[4], float* out) {
-    const V ab = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const V cd = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    const V abcd = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-  }
 
   static void transpose(V (&r)[16]) {
     V t[16];
@@ -67,17 +56,27 @@ struct Simd {
     return _mm512_mask_mov_ps(_mm512_scalef_ps(y, n), tiny, set1(0));
   }
 
+  // 32 numbers, twice, or 64.
+  template <int kNumbers>
+  static __m512i load_e4m3(const uint8_t* src) {
+    return kNumbers == 64 ? _mm512_loadu_si512(src)
+                          : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+  }
+
+  // Whether e4m3 numbers, 32 or 64, and they times their scale are normal numbers, as they usually are. Of their bits,
+  // moved into a float or a bf16, only the exponent is to be made right then.
+  template <int kNumbers>
+  static bool usual_e4m3(const uint8_t* src, uint8_t scale) {
+    const __m512i bytes = load_e4m3<kNumbers>(src);
+    // Without its sign a usual byte is from 8 to 126, and twice it, less 16, at most 236.
+    const __m512i doubled = _mm512_sub_epi8(_mm512_add_epi8(bytes, bytes), _mm512_set1_epi8(16));
+    return scale >= 7 && scale <= 246 && _mm512_cmpgt_epu8_mask(doubled, _mm512_set1_epi8(static_cast<char>(236))) == 0;
+  }
+
   // e4m3 numbers, 32 or 64, with one scale.
   template <int kNumbers>
   static void dequantize_tile(const uint8_t* src, uint8_t scale, float* dst) {
-    const __m512i bytes = kNumbers == 64
-                              ? _mm512_loadu_si512(src)
-                              : _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
-    // Usual ones are normal numbers, before and after: without its sign a byte is from 8 to 126, and twice it, less 16,
-    // at most 236. Of an e4m3 byte's bits, moved into a float, only the exponent is to be made right.
-    const __m512i doubled = _mm512_sub_epi8(_mm512_add_epi8(bytes, bytes), _mm512_set1_epi8(16));
-    const bool usual = _mm512_cmpgt_epu8_mask(doubled, _mm512_set1_epi8(static_cast<char>(236))) == 0;
-    if (usual && scale >= 7 && scale <= 246) {
+    if (usual_e4m3<kNumbers>(src, scale)) {
       const __m512i exponent = _mm512_set1_epi32((scale - 7) << 23),
                     kept = _mm512_set1_epi32(static_cast<int>(0x87f00000));
       for (int i = 0; i < kNumbers; i += 16) {
@@ -88,7 +87,7 @@ struct Simd {
       return;
     }
     // An e4m3 byte's bits, moved into an f16, are its value times 2^-8.
-    const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
+    const __m512i magnitude = _mm512_and_si512(load_e4m3<kNumbers>(src), _mm512_set1_epi8(0x7f));
     if (scale > 246 || _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f)) != 0) {
       for (int i = 0; i < kNumbers; ++i) dst[i] = e4m3_to_float(src[i]) * ue8m0_to_float(scale);
       return;
