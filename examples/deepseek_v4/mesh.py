@@ -69,6 +69,8 @@ def cannot_split(sizes: dict[str, int], config: Config, requests: int) -> str | 
             named = [f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1]
             return f"the {'product of the axes' if len(named) > 1 else 'axis'} {', '.join(named)} must divide the {count} {what}"
     peers = devices_along(AXES.peers, sizes)
+    if peers == 1:
+        return None
     for tensor in jax.tree.leaves(schema(config), is_leaf=lambda leaf: isinstance(leaf, Tensor)):
         if tensor.packed and tensor.stored == "fp8" and tensor.split is not None and tensor.shape[tensor.split] % (128 * peers):
             return f"{peers} devices must leave whole blocks of 128 of {tensor.name}, of {tensor.shape}: --weights bf16 has no blocks"
