@@ -217,3 +217,15 @@ def quantised_checkpoint(config) -> dict[str, np.ndarray]:
                 continue
             tensors[scale_name] = (2.0 ** random.integers(-3, 4, grid)).astype(ml_dtypes.float8_e8m0fnu)
     return tensors
+
+
+def said_in_one_line(command: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that cannot be run as it is asked to: one line, on stderr alone, and its exit status is 2."""
+    try:
+        code = command.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    assert (code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert said.err.startswith(f"{command.PROGRAM}: ")
+    return said.err

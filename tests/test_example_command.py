@@ -23,6 +23,7 @@ from example_support import (
     decode_loop,
     golden,
     golden_folder,
+    said_in_one_line,
     strict_types,  # noqa: F401
     train_tiny,
 )
@@ -114,16 +115,7 @@ HCA = str(golden_folder("hca"))
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, message, capsys):
-    try:
-        code = decode_loop.main(arguments)
-    except SystemExit as stopped:
-        code = stopped.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert message in captured.err
-    assert captured.err.startswith("decode_loop.py: ")
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    assert message in said_in_one_line(decode_loop, arguments, capsys)
 
 
 def test_a_missing_shard_or_tensor_exits_2(tmp_path, capsys):

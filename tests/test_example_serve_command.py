@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_support import PRESETS, golden_folder, serve, serving, strict_types, train_tiny  # noqa: F401
+from example_support import PRESETS, golden_folder, said_in_one_line, serve, serving, strict_types, train_tiny  # noqa: F401
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], layers=("swa",), hidden_size=32, vocab_size=53, n_routed_experts=2, moe_intermediate_size=32, num_hash_layers=0
@@ -97,15 +97,7 @@ def test_a_load_is_measured(checkpoint, capsys) -> None:
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, message, capsys) -> None:
-    try:
-        code = serve.main(arguments)
-    except SystemExit as stopped:
-        code = stopped.code
-    said = capsys.readouterr()
-    assert code == 2
-    assert message in said.err
-    assert said.err.startswith("serve.py: ")
-    assert said.err.count("\n") == 1
+    assert message in said_in_one_line(serve, arguments, capsys)
 
 
 def test_no_stdin_is_one_line(monkeypatch, capsys) -> None:

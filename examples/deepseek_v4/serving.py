@@ -28,7 +28,7 @@ from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, Sampling
 from deepseek_v4.model import BLOCK_SIZE, Implementation
 from deepseek_v4.pages import Blocks, Prefixes, digest_page
-from deepseek_v4.slots import create_layers, decode, read
+from deepseek_v4.slots import Requests, create_layers, decode, read
 
 
 @dataclasses.dataclass(eq=False)
@@ -222,8 +222,9 @@ class Server:
         padded = np.zeros((1, self.chunk), np.int32)
         padded[0, : len(tokens)] = tokens
         tables = {kind: table[slot : slot + 1] for kind, table in self.tables.items()}
-        data = (padded, *(np.int32(value) for value in (slot, number, len(tokens), position, shared)), self.seed)
-        self.layers, token = read(self.weights, self.layers, tables, *data, **self.options)
+        request = Requests(tables, *np.array([[number], [position], [shared]], np.int32))
+        data = np.int32(slot), padded, np.int32(len(tokens)), self.seed
+        self.layers, token = read(self.weights, self.layers, request, *data, **self.options)
         return int(np.asarray(token)[0])
 
     # -------------------------------------------------------------------------------------------------------- drawing
@@ -267,8 +268,8 @@ class Server:
             i = request.slot
             number[i], token[i], position[i] = request.number, request.drawn[-1], request.position
             shared[i], left[i] = request.shared, request.left
-        data = (self.tables, number, token, position, shared, left, self.seed)
-        self.layers, drawn = decode(self.weights, self.layers, *data, steps=self.steps, **self.options)
+        requests = Requests(self.tables, number, position, shared)
+        self.layers, drawn = decode(self.weights, self.layers, requests, token, left, self.seed, steps=self.steps, **self.options)
         return np.asarray(drawn)
 
     def add(self, request: Request, tokens: list[int]) -> None:

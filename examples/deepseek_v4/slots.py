@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,19 @@ from deepseek_v4.model import (
 )
 
 Layers = tuple[LayerCache, ...]
+
+
+class Requests(NamedTuple):
+    """Those that a program runs, as the host has them."""
+
+    tables: dict[Kind, Any]  # int32 [b, pages]: each one's blocks
+    number: Any  # int32 [b]: draws depend on it, not on the slot
+    position: Any  # int32 [b]: tokens in the caches
+    shared: Any  # int32 [b], as in `Cache`
+
+    def begin(self, layers: Layers, token: Array, left: Array, seed: Array) -> State:
+        key = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(self.number)
+        return State(Cache(layers, self.tables, self.position, self.shared), token, left, key)
 
 
 def create_layers(config: Config, slots: int, blocks: dict[Kind, int], chunk: int, dtype: jax.typing.DTypeLike, **latents: Any) -> Layers:
@@ -74,13 +87,10 @@ def map_rows(function: Callable[..., Array], layers: Layers, *others: Layers) ->
 def read(
     weights: Any,
     layers: Layers,
-    tables: dict[Kind, Array],
-    tokens: Array,
+    requests: Requests,
     slot: Array,
-    number: Array,
+    tokens: Array,
     count: Array,
-    position: Array,
-    shared: Array,
     seed: Array,
     *,
     config: Config,
@@ -91,20 +101,17 @@ def read(
 
     Args:
         layers: as `create_layers` makes them. Donated.
-        tables: int32 [1, pages] of each kind, the request's.
+        requests: the one that is read.
+        slot: int32 [], where the compressors' rows are.
         tokens: int32 [1, chunk].
-        slot, number: int32 [], of the request. Draws depend on the number, not on the slot.
-        count: int32 [], how many of the tokens are real.
-        position: int32 [], of the first of them.
-        shared: int32 [], as in `Cache`.
+        count: int32 [], how many of them are real.
     """
     mine = map_rows(lambda rows: lax.dynamic_slice_in_dim(rows, slot, 1), layers)
-    cache = Cache(mine, tables, position[None], shared[None])
-    x, cache = forward(weights, cache, tokens, count[None], config=config, implementation=implementation)
-    last = lax.dynamic_slice_in_dim(x, jnp.maximum(count - 1, 0), 1, axis=1)
     one = jnp.ones(1, jnp.int32)
-    state = State(cache, one, one, keys_of(seed, number[None]))
-    state = draw(state, logits(weights, read_streams(last, weights, config)[:, 0]), sampling, config)
+    state = requests.begin(mine, one, one, seed)
+    x, cache = forward(weights, state.cache, tokens, count[None], config=config, implementation=implementation)
+    last = lax.dynamic_slice_in_dim(x, jnp.maximum(count - 1, 0), 1, axis=1)
+    state = draw(state._replace(cache=cache), logits(weights, read_streams(last, weights, config)[:, 0]), sampling, config)
 
     def back(new: Array, old: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
@@ -116,11 +123,8 @@ def read(
 def decode(
     weights: Any,
     layers: Layers,
-    tables: dict[Kind, Array],
-    number: Array,
+    requests: Requests,
     token: Array,
-    position: Array,
-    shared: Array,
     left: Array,
     seed: Array,
     *,
@@ -129,11 +133,10 @@ def decode(
     sampling: Sampling = GREEDY,
     implementation: Implementation = None,
 ) -> tuple[Layers, Array]:
-    """`steps` steps of all slots: int32 tokens [slots, steps], −1 after a request's end. `left` is 0 where there is nothing to draw."""
-    state = State(Cache(layers, tables, position, shared), token, left, keys_of(seed, number))
+    """`steps` steps of all slots: int32 tokens [slots, steps], −1 after a request's end.
+
+    Of `requests`, one is in each slot. `token` and `left` are as in `State`; `left` is 0 where there is nothing to draw.
+    """
+    state = requests.begin(layers, token, left, seed)
     state, drawn = generate(weights, state, steps=steps, config=config, sampling=sampling, implementation=implementation)
     return state.cache.layers, drawn
-
-
-def keys_of(seed: Array, number: Array) -> Array:
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(number)
