@@ -25,8 +25,16 @@ def options(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds of every case (default {rounds})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to this file, as far as it has come")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything measured to this file, as far as it has come")
     return parser
+
+
+def new_file(text: str) -> Path:
+    """An argument that names a file: what cannot be written is told before anything is measured."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must name a file in a folder that can be written, got {text}")
+    return path
 
 
 def select(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: Collection[str]) -> tuple[argparse.Namespace, list[str]]:

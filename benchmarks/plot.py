@@ -16,6 +16,8 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.measure import new_file
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -57,10 +59,13 @@ def draw(axis: Any, rows: list[dict[str, Any]], labelled: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, nargs="?", default=REPORT, help="what benchmarks.cuda --json wrote")
-    parser.add_argument("figure", type=Path, nargs="?", default=FIGURE, help="the file to draw")
+    parser.add_argument("figure", type=new_file, nargs="?", default=FIGURE, help="the file to draw")
     arguments = parser.parse_args(argv)
-    report = json.loads(arguments.report.read_text())
-    rows = [r for r in report["results"] if r["extra"] == EXTRA and not r.get("mix")]
+    try:
+        report = json.loads(arguments.report.read_text())
+        rows = [r for r in report["results"] if r["extra"] == EXTRA and not r.get("mix")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{arguments.report} is no report of benchmarks.cuda: {type(error).__name__}: {error}")
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "svg.hashsalt": "", "xtick.direction": "in", "ytick.direction": "in"})
     heads = sorted({r["heads"] for r in rows})
     figure, axes = plt.subplots(1, len(heads), figsize=(9.2, 3.7), sharey=True, layout="constrained", squeeze=False)

@@ -91,7 +91,13 @@ def test_report_grows(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("command", [cpu, cuda])
 @pytest.mark.parametrize(
-    ("argv", "message"), [(["--only", "nothing"], "--only must be part of a name"), (["--rounds", "0"], "at least 1, got 0")]
+    ("argv", "message"),
+    [
+        (["--only", "nothing"], "--only must be part of a name"),
+        (["--rounds", "0"], "at least 1, got 0"),
+        (["--json", "/nowhere/out.json"], "argument --json: must name a file in a folder that can be written, got /nowhere/out.json"),
+        (["--json", "/"], "argument --json: must name a file in a folder that can be written, got /"),
+    ],
 )
 def test_wrong_options(command, argv, message, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -362,7 +368,7 @@ def test_scaling() -> None:
         assert (found["same"], found["moved"]) == (True, [])
 
 
-def test_plot(tmp_path) -> None:
+def test_plot(tmp_path, capsys) -> None:
     """README's figure, from the committed report."""
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     from benchmarks import plot
@@ -370,3 +376,8 @@ def test_plot(tmp_path) -> None:
     assert f"]({plot.FIGURE.relative_to(plot.ROOT)})" in (plot.ROOT / "README.md").read_text()
     plot.main([str(plot.REPORT), str(tmp_path / "figure.svg")])
     assert 0 < (tmp_path / "figure.svg").stat().st_size < 100_000
+    (tmp_path / "other.json").write_text("{}")
+    for report in ("other.json", "nowhere.json", "figure.svg"):
+        with pytest.raises(SystemExit):
+            plot.main([str(tmp_path / report)])
+        assert f"{report} is no report of benchmarks.cuda: " in capsys.readouterr().err
