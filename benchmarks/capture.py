@@ -9,13 +9,14 @@ keys, 8 tokens) under one plan.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,7 +82,6 @@ def steps() -> dict[str, tuple[Callable[..., Any], Any, int]]:
 
 
 def measure() -> None:
-    assert dsv4.implementations()["cuda"].available
     library, _ = _ffi.load("libdsv4_cuda", "CUDA")
     assert library is not None
 
@@ -113,14 +113,22 @@ def measure() -> None:
     raise SystemExit(bool(failed))
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="in this process, with the flags that it has")
+    if parser.parse_args(argv).measure:
+        cuda = dsv4.implementations()["cuda"]
+        if not cuda.available:
+            parser.error(f"needs implementation 'cuda': {cuda.detail}")
         measure()
     failed = False
     for name, flags in FLAGS.items():
         print(f"{name}: {flags or 'no flag'}", flush=True)
         environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
-        failed |= bool(subprocess.run([sys.executable, "-m", "benchmarks.capture", "measure"], env=environment).returncode)
+        status = subprocess.run([sys.executable, "-m", "benchmarks.capture", "--measure"], env=environment).returncode
+        if status == 2:  # as argparse has it: nor can the others
+            raise SystemExit(status)
+        failed |= bool(status)
     raise SystemExit(failed)
 
 

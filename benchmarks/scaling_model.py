@@ -15,8 +15,10 @@ Nothing overlaps, and what is not named takes no time.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -270,5 +272,10 @@ def _row(name: str, device: Device, sizes: dict[str, int]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     print(tables())
+
+
+if __name__ == "__main__":
+    main()

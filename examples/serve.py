@@ -78,6 +78,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     check_model_options(parser, args)
     if args.rate is not None and not 0 < args.rate < float("inf"):
         parser.error(f"--rate must be positive, got {args.rate}")
+    if args.rate is not None and args.chat:
+        parser.error("--chat is for prompts from stdin, not for a load (--rate)")
     if args.shared_tokens < 0:
         parser.error(f"--shared-tokens must be at least 0, got {args.shared_tokens}")
     return args
@@ -88,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.checkpoint)
     tokenizer = load_tokenizer(args.checkpoint)
     check_implementation(args.implementation)
-    source: Source = Load(args, tokenizer, config) if args.rate else Lines(args, tokenizer)
     server = create_server(args, config)
+    source: Source = Load(args, tokenizer, config) if args.rate else Lines(args, tokenizer)
     weights_bytes = memory.nbytes(abstract_weights(config, args.dtype))
     try:
         cache_bytes = memory.nbytes(jax.eval_shape(server.create))
@@ -127,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
 def create_server(args: argparse.Namespace, config: Config) -> Server:
     check_context(args, config)
     context = args.context or min(config.max_position_embeddings, 4096)
+    if args.max_new_tokens >= context:
+        raise UsageError(f"--max-new-tokens must leave room for a prompt in a context of {context} tokens, got {args.max_new_tokens}")
     return Server(
         config,
         slots=args.slots,
@@ -235,7 +239,8 @@ class Load:
             return None
         self.began = self.began or time.perf_counter()
         if idle:
-            time.sleep(max(self.began + self.coming[0].seconds - time.perf_counter(), 0))
+            left = self.began + self.coming[0].seconds - time.perf_counter()
+            time.sleep(min(max(left, 0), 3600))  # more than it can take may be asked for
         come = []
         while self.coming and self.began + self.coming[0].seconds <= time.perf_counter():
             come.append(self.coming.popleft())

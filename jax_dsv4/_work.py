@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 # A plan's arrays have room for any platform's plan, so that one traced program can be lowered for several.
 MAX_WORKERS = 320
-# Of one call; ffi/common/bind.h.
+# Of one call; ffi/common/params.h.
 MAX_HEADS = 128
 # Where a batch-invariant plan cuts a token's keys: at multiples of it.
 SEGMENT_KEYS = 1280

@@ -20,7 +20,7 @@ import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import cpu, cuda, flashmla, programs, scaling, vllm_cpu
+from benchmarks import capture, cpu, cuda, flashmla, programs, scaling, scaling_model, vllm_cpu
 from benchmarks.measure import Report, compare
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
@@ -275,12 +275,23 @@ def test_cuda_planner_and_launch(run_cuda) -> None:
     assert message == "failed: launch: graph_calls, graph"
 
 
-def test_cuda_says_that_there_is_no_gpu(capsys) -> None:
+@pytest.mark.parametrize(("command", "argv"), [(cuda, []), (capture, ["--measure"])])
+def test_a_benchmark_says_that_there_is_no_gpu(command, argv, capsys) -> None:
     if dsv4.implementations()["cuda"].available:
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit):
-        cuda.main([])
+    with pytest.raises(SystemExit) as stop:
+        command.main(argv)
+    assert stop.value.code == 2
     assert "needs implementation 'cuda': " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [capture, scaling_model])
+def test_options_that_there_are_not(command, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--only", "nothing"])
+    said = capsys.readouterr()
+    assert (stop.value.code, said.out) == (2, "")
+    assert "unrecognized arguments: --only nothing" in said.err
 
 
 class FakeTorch:

@@ -87,8 +87,11 @@ def test_a_load_is_measured(checkpoint, capsys) -> None:
     [
         (["--rate", "0"], "--rate must be positive, got 0.0"),
         (["--rate", "1", "--shared-tokens", "-1"], "--shared-tokens must be at least 0, got -1"),
+        (["--rate", "1", "--chat"], "--chat is for prompts from stdin, not for a load (--rate)"),
         (["--slots", "0"], "must be at least 1, got 0"),
         (["--rate", "1", "--context", "5000"], "--context must be at most max_position_embeddings = 4096, got 5000"),
+        (["--max-new-tokens", "4096"], "--max-new-tokens must leave room for a prompt in a context of 4096 tokens, got 4096"),
+        (["--rate", "1", "--max-new-tokens", str(10**30)], "--max-new-tokens must leave room for a prompt in a context of 4096 tokens"),
         (["--checkpoint", "/nowhere"], "no config.json there"),
         (["--checkpoint", str(golden_folder("hca"))], "has no tokenizer for prompts from stdin"),
         (["--rate", "1", "--cache-layout", "fp3"], "--cache-layout must be one of fp8_ds_mla, bf16, "),

@@ -48,7 +48,7 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
     except ModelError as error:
         return complain(program, error, 1)
     except MemoryError as error:
-        return complain(program, f"out of memory: {error}")
+        return complain(program, f"out of memory: {error}" if str(error) else "out of memory")
     except KeyboardInterrupt:
         return complain(program, "interrupted", processes.INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:

@@ -31,7 +31,7 @@ namespace jax_dsv4 {
 // The planner's operands. Outputs are those of struct Plan; rows past what is used are left to the caller (zero them
 // first).
 struct PlanParams {
-  const int32_t* lengths[2];  // [tokens] per scope, any value; null where topk is 0
+  const int32_t* lengths[2];  // [tokens] per scope, any value; not looked at where topk is 0
   int32_t topk[2];            // lengths are clamped to [0, topk]
   int32_t tokens;
   int32_t workers;              // work_indptr has workers + 1 entries

@@ -92,7 +92,8 @@ def sparse_mla_decode(
       attn_sink: float32 [heads], natural log and not scaled; -inf is no sink, +inf gives zeros.
       scale: a positive Python float.
       plan: what `plan_decode` made from these very lengths, with the same `implementation`, `fused` and `batch_invariant`. A token whose
-        length is another is answered with NaN. Default: the call plans for itself, and so does each device that has a part of it.
+        length is another is answered with NaN; `"xla"` and `"aiter_gluon"` need no plan and look at none. Default: the call plans for
+        itself, and so does each device that has a part of it.
       implementation: `"cpu"`, `"xla"`, ... (see `implementations()`), a sequence of such in order of preference, or None: the best for
         the platform that the program is lowered for.
       fused: whether one kernel call takes both scopes and the sink. False: a call per scope, merged by `merge_scopes` and
