@@ -233,6 +233,9 @@ def main() -> None:
         run(parser, arguments)
     except OSError as error:
         raise SystemExit(f"{error.filename}: {error.strerror}") from None
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -251,4 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("python -m jax_dsv4.doctor: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # without JAX's destructors: what it still compiles or runs in its threads would crash in them

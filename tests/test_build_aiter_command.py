@@ -39,3 +39,14 @@ def test_a_cache_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pyte
         build_aiter.main()
     assert str(stopped.value.code).startswith(f"{blocked}/cache")
     assert str(stopped.value.code).endswith(": Not a directory")
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_aiter, "run", interrupt)
+    monkeypatch.setattr("sys.argv", ["build_aiter", "--source", "/nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        build_aiter.main()
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "python -m jax_dsv4.build_aiter: interrupted\n")

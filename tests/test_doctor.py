@@ -89,3 +89,19 @@ def test_an_output_that_cannot_be_written():
         done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == "python -m jax_dsv4.doctor: the output cannot be written: No space left on device\n"
+
+
+INTERRUPTED = """
+import runpy, jax_dsv4
+
+def interrupt():
+    raise KeyboardInterrupt
+
+jax_dsv4.implementations = interrupt
+runpy.run_module("jax_dsv4.doctor", run_name="__main__")
+"""
+
+
+def test_an_interrupt_is_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "python -m jax_dsv4.doctor: interrupted\n")
