@@ -140,6 +140,11 @@ def _shardy_rule(operands: Sequence[Dims], results: Sequence[Dims]) -> str:
     return f"{side(operands, 'x')} -> {side(results, 'y')}"
 
 
+def is_explicit(tree: object) -> bool:
+    """Whether any of the arrays carries axes of an explicit mesh in its type."""
+    return any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in jax.tree.leaves(tree))
+
+
 def varying_axes(tree: object) -> frozenset[str]:
     """The axes of the shard_map around along which any of the arrays differs between devices."""
     none: frozenset[str] = frozenset()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax_dsv4 import _checks
 from jax_dsv4._implementations import Chosen
 from jax_dsv4._implementations.interface import Implementation
-from jax_dsv4._sharding import Dims, partitioned, vary, varying_axes
+from jax_dsv4._sharding import Dims, is_explicit, partitioned, vary, varying_axes
 from jax_dsv4.cache import LAYOUTS, KVCache
 
 Arrays = tuple[jax.Array, ...]
@@ -67,7 +67,9 @@ def _compiled(op: Op[Operands], operands: Operands) -> Arrays:
     def derivative(primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Arrays, Arrays]:
         if not op.chosen.plain_jax:
             raise NotImplementedError(f"{op.name}: native implementations have no derivative; pass implementation='xla' to differentiate")
-        results: tuple[Arrays, Arrays] = jax.jvp(op.on_device, primals, tangents)
+        # Custom partitioning has no derivative, plain JAX needs none to be partitioned; explicit mode's shard_map has one.
+        plain = partial(_over_devices, op) if is_explicit(primals) else op.on_device
+        results: tuple[Arrays, Arrays] = jax.jvp(plain, primals, tangents)
         return results
 
     results: Arrays = differentiated(operands)

@@ -174,6 +174,26 @@ def planned(implementation: str, layers: int, heads: int, q, swa, extra, sink):
 
 
 @every_mode
+def test_derivative_of_a_split_call(mode: AxisType) -> None:
+    """Of q, of the sink, and of a cache that every device has: one device's, within the rounding of sums in another order."""
+    q, swa, _, sink = problem(8)
+    latents = jnp.asarray(np.random.default_rng(0).standard_normal((3, BLOCK, 512)), jnp.float32)
+
+    def loss(q, swa, latents, sink):
+        cache = dsv4.KVCache(latents, block_size=BLOCK, layout="float32")
+        out, lse = attend("xla", q, swa._replace(cache=cache), None, sink)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
+
+    derivative, mesh = jax.jit(jax.grad(loss, argnums=(0, 2, 3))), mesh_of(mode)
+    split_q, split_swa, _, split_sink = placed(mesh, (q, swa, swa, sink), ("data",), "model")
+    got = derivative(split_q, split_swa, put(mesh, latents), split_sink)
+    if mode == AxisType.Explicit:
+        assert got[0].sharding.is_equivalent_to(split_q.sharding, q.ndim)
+    for each, want in zip(got, derivative(q, swa, latents, sink)):
+        np.testing.assert_allclose(each, want, rtol=1e-5, atol=1e-5)
+
+
+@every_mode
 def test_page_tables_of_split_requests(mode: AxisType) -> None:
     """Each request's page table is where its queries are: no collective, and the slots are split like them."""
     table, positions = np.arange(24, dtype=np.int32).reshape(8, 3), np.arange(-1, 7, dtype=np.int32)
