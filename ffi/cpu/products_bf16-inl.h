@@ -99,6 +99,24 @@ inline void load_e4m3(const uint8_t* src, uint8_t scale, uint16_t* dst) {
   }
 }
 
+// A row of nvfp4. For every 32 numbers, which have two scales, a table of all 16 numbers times each of them.
+inline void load_e2m1(const uint8_t* src, const uint8_t* scales, uint16_t* dst) {
+  alignas(64) float factors[kNvfp4ScaleBytes];
+  Simd::dequantize_tile<kNvfp4ScaleBytes>(scales, kUnitScale, factors);
+  const V values = Simd::e2m1_values();
+  const __m512i nibble = _mm512_set1_epi32(0x000f000f);
+  const __m512i table_half = _mm512_maskz_set1_epi32(0xff00, 0x00100010);
+  for (int d = 0; d < kLatentDim; d += 2 * kNvfp4Tile) {
+    const float* factor = factors + d / kNvfp4Tile;
+    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(Simd::mul(values, Simd::set1(factor[1])),
+                                                       Simd::mul(values, Simd::set1(factor[0])));
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + d / 2)));
+    const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    const __m512i place = _mm512_ternarylogic_epi32(both, nibble, table_half, 0xea);  // (a & b) | c
+    _mm512_store_si512(dst + d, _mm512_permutexvar_epi16(place, table));
+  }
+}
+
 inline void load_row(const Row& row, uint16_t* dst) {
   switch (row.layout) {
     case Layout::kFp8DsMla:
@@ -117,14 +135,8 @@ inline void load_row(const Row& row, uint16_t* dst) {
     case Layout::kBf16:
       for (int d = 0; d < kLatentDim; d += 32) _mm512_store_si512(dst + d, _mm512_loadu_si512(row.data + 2 * d));
       break;
-    default: {
-      alignas(64) float numbers[kLatentDim];
-      dequantize_row(row, numbers);
-      for (int d = 0; d < kLatentDim; d += 32) {
-        const __m512bh both = _mm512_cvtne2ps_pbh(Simd::load(numbers + d + 16), Simd::load(numbers + d));
-        _mm512_store_si512(dst + d, (__m512i)both);
-      }
-    }
+    default:
+      load_e2m1(row.data, row.scales, dst);
   }
 }
 
