@@ -334,7 +334,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh | None, requests: int, 
                 advice += f"; --weights packed would take {human(kept)}"
             raise UsageError(f"weights and cache take {human(needed)} on each of {count} devices with {human(room)}; {advice}")
     elif room and jax.process_count() == 1 and count * needed > room:  # here a program that takes too much is ended without a word
-        raise UsageError(f"weights and cache take {human(count * needed)}, and this machine has {human(room)} of memory")
+        raise UsageError(f"weights and cache take {human(count * needed)}, and there are {human(room)} of memory free")
 
 
 # ------------------------------------------------------------------------------------------------------------ the output

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     room = memory.room()
     if room and weights_bytes + cache_bytes > room:
         taken, there = memory.human(weights_bytes + cache_bytes), memory.human(room)
-        raise UsageError(f"weights and cache take {taken}, and there are {there} of memory")
+        raise UsageError(f"weights and cache take {taken}, and there are {there} of memory free")
 
     with progress(transient=True) as show:
         weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))

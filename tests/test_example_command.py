@@ -23,6 +23,7 @@ from example_support import (
     decode_loop,
     golden,
     golden_folder,
+    memory,
     said_in_one_line,
     strict_types,  # noqa: F401
     train_tiny,
@@ -336,9 +337,9 @@ def test_an_output_that_nobody_reads_is_one_line():
 
 
 def test_more_memory_than_there_is_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(decode_loop.os, "sysconf", lambda name: 2**11)
+    monkeypatch.setattr(memory, "free_kilobytes", lambda: 2**12)
     assert decode_loop.main(["--checkpoint", HCA, "--prompt-ids", "1"]) == 2
-    wanted = r"decode_loop\.py: weights and cache take [\d.]+ MB, and this machine has 4\.19 MB of memory\n"
+    wanted = r"decode_loop\.py: weights and cache take [\d.]+ MB, and there are 4\.19 MB of memory free\n"
     assert re.fullmatch(wanted, capsys.readouterr().err)
 
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})
@@ -358,6 +359,18 @@ def test_more_memory_than_there_is_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(decode_loop, "run", exhaust)
     assert decode_loop.main([]) == 2
     assert capsys.readouterr().err == "decode_loop.py: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes. more\n"
+
+
+def test_room_is_what_is_free_or_what_the_container_may_have(tmp_path, monkeypatch):
+    assert memory.number_in(str(tmp_path / "nowhere"), r"(\d+)") is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.number_in(str(tmp_path / "memory.max"), r"(\d+)") is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    assert memory.number_in(str(tmp_path / "meminfo"), r"MemAvailable:\s*(\d+) kB") == 5
+    for free, container, want in ((5, None, 5), (5, 3, 3), (5, 7, 5), (None, None, None)):
+        monkeypatch.setattr(memory, "free_kilobytes", lambda free=free: free)
+        monkeypatch.setattr(memory, "container_kilobytes", lambda container=container: container)
+        assert memory.room() == (want and 1024 * want)
 
 
 INTERRUPTED = """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +25,29 @@ def nbytes(tree: Any) -> int:
 
 
 def room() -> int | None:
-    """Bytes of memory that a device has, or this machine if its processors are the devices; None if that is not known."""
+    """Bytes of memory that a device has, or that are free here if processors are the devices; None if that is not known."""
     if jax.default_backend() != "cpu":
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if not hasattr(os, "sysconf"):
+    return min((1024 * kilobytes for kilobytes in (free_kilobytes(), container_kilobytes()) if kilobytes is not None), default=None)
+
+
+def free_kilobytes() -> int | None:
+    """Of the machine, with what it would give up: Linux's own estimate."""
+    return number_in("/proc/meminfo", r"MemAvailable:\s*(\d+) kB")
+
+
+def container_kilobytes() -> int | None:
+    """That the container may have, where there is one with a limit."""
+    most = number_in("/sys/fs/cgroup/memory.max", r"(\d+)")
+    return None if most is None else most // 1024
+
+
+def number_in(file: str, pattern: str) -> int | None:
+    try:
+        found = re.search(pattern, Path(file).read_text())
+    except OSError:
         return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(found[1]) if found else None
 
 
 def stored_bytes(tensor: Tensor) -> int:
