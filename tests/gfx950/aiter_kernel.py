@@ -37,9 +37,10 @@ class Precision:
 FP8 = Precision(F8, 2.0**-4, 2.0**-10, Tolerance(abs=1e-5, rel=2.0**-8, cosine=1e-3), Tolerance(abs=1e-3, rel=0, cosine=1e-3))
 FNUZ = dataclasses.replace(FP8, dtype=ml_dtypes.float8_e4m3fnuz)  # its smallest steps are half as large
 # Outputs and weights in bfloat16 are FlashMLA's own, so the cosine is too (tests/compare.py). lse is that of scores in float32: sums of 512
-# products, which pass through numbers of about 2^1 to 2^2, each rounded by 2^-24 of itself; large scores are rounded by more.
+# products, which pass through numbers of about 2^1 to 2^2, each rounded by 2^-24 of itself. Large scores are rounded by more, and are
+# larger (but see test_large_scores).
 BF16 = Precision(
-    ml_dtypes.bfloat16, 2.0**-8, 0.0, Tolerance(abs=1e-5, rel=2.0**-8, cosine=5e-6), Tolerance(abs=2e-6, rel=2.0**-20, cosine=1e-12)
+    ml_dtypes.bfloat16, 2.0**-8, 0.0, Tolerance(abs=1e-5, rel=2.0**-8, cosine=5e-6), Tolerance(abs=1e-6, rel=1e-6, cosine=1e-12)
 )
 
 

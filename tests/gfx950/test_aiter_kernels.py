@@ -7,6 +7,7 @@ import software_gpu
 from compare import assert_answer
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
+PLANS = {"unsplit": {}, "split": {"split_keys": 48}, "all-split": {"split_all": True}}
 
 
 @pytest.fixture(params=aiter_kernel.KERNELS, ids=lambda c: f"{c.architecture}-{c.source}-{c.name}")
@@ -35,13 +36,32 @@ def check(out, lse, problem):
     assert_answer((out, want.lse if lse is None else lse), want, problem.precision.out, problem.precision.lse)
 
 
-@pytest.mark.parametrize("plan", [{}, {"split_keys": 48}, {"split_all": True}], ids=["unsplit", "split", "all-split"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_kernel(gpu, kernel, plan):
     problem = aiter_kernel.make_problem(np.random.default_rng(0), kernel, LENGTHS, topk=208)
     out, lse = aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=3, **plan))
     known = np.isfinite(lse)
     assert known.all() == (kernel.has_lse or "split_all" in plan)
     check(out, lse if known.all() else None, problem)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_large_scores(gpu, kernel, plan):
+    """Scores of some hundreds, and some near 0 all the same. lse is then as wrong as sums in float32 of a score's 512 products: by up to
+    2^-23 of their magnitudes, added up."""
+    if kernel.precision is not aiter_kernel.BF16:
+        pytest.skip("in fp8 nothing is promised of lse there")
+    problem = aiter_kernel.make_problem(np.random.default_rng(11), kernel, LENGTHS, topk=208)
+    problem.scale = 4.0
+    out, lse = aiter_kernel.run(gpu, kernel, problem, aiter_kernel.make_plan(problem, workers=3, **plan))
+    want = aiter_kernel.expected(problem)
+    check(out, None, problem)
+    q, kv = (np.abs(x[..., : aiter_kernel.LATENT].astype(np.float64)) for x in (problem.q, problem.kv))
+    magnitude = np.stack([problem.scale * (q[t] @ kv[problem.indices[t, :n]].T).max(-1) for t, n in enumerate(problem.lengths)])
+    known = np.isfinite(lse)
+    assert known.all() == (kernel.has_lse or "split_all" in plan)
+    assert (np.abs(lse - want.lse) <= 2.0**-23 * magnitude)[known].all()
+    assert np.abs(want.lse).max() > 300
 
 
 @pytest.mark.parametrize("heads", [1, 5, 24, 63, 65, 127])
