@@ -157,10 +157,6 @@ def compile_gluon(kernel: Any, variant: Variant) -> tuple[bytes, int]:
 
     What is constant, and what the arguments are, is as in AITER's _pa_decode_sparse_gfx950_gluon; but all slots are valid ones.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     latent, block_k, heads, splits = 512, 64, variant.heads, variant.splits
     constants = dict(
         scale=float(np.float32(variant.scale)),
@@ -201,6 +197,10 @@ def compile_gluon(kernel: Any, variant: Variant) -> tuple[bytes, int]:
     arguments = aligned | strides | others
     if set(kernel.arg_names) != set(arguments) | set(constants):
         raise SystemExit(f"AITER's kernel has other parameters than those known: {', '.join(kernel.arg_names)}")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
     divisible = dict.fromkeys(aligned, 16) | dict.fromkeys(strides, variant.alignment)
     made = GluonASTSource(
         kernel,

@@ -9,7 +9,7 @@ import plugin
 import pytest
 import software_gpu
 
-from jax_dsv4 import _ffi
+from jax_dsv4 import _ffi, doctor
 from jax_dsv4._implementations import aiter, aiter_gluon
 
 # In a session that has JAX's ROCm plugin: two software GPUs beside the CPU, which stays the default device.
@@ -39,6 +39,13 @@ def gpu(shared_gpu):
 def table(record_property):
     """table(title, lines) prints at the end of the run (tests/conftest.py), from whichever process of pytest-xdist it comes."""
     return lambda title, lines: record_property("table", "\n".join((title, *lines)))
+
+
+@pytest.fixture
+def short_doctor(monkeypatch):
+    """Its self-tests run as often as it takes to see them differ, in software."""
+    monkeypatch.setattr(doctor, "RUNS", 2)
+    monkeypatch.setattr(doctor, "SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import types
 
 import aiter_kernel
 import pytest
 
-from jax_dsv4 import _ffi, build_aiter
+from jax_dsv4 import _ffi, _gluon, build_aiter
 
 COMPILER = """#!/bin/sh
 echo "$@" >> {log}
@@ -83,3 +84,9 @@ def test_progress_is_shown(tmp_path, monkeypatch, capfd):
     compiler.chmod(0o755)
     build_aiter.build(tmp_path, "gfx950", compiler)
     assert capfd.readouterr().out.count("compiling AITER's plan builder for gfx950: ") >= 2
+
+
+def test_other_parameters_of_the_gluon_kernel_are_refused():
+    kernel = types.SimpleNamespace(arg_names=["q_ptr", "temperature"])
+    with pytest.raises(SystemExit, match="AITER's kernel has other parameters than those known: q_ptr, temperature"):
+        build_aiter.compile_gluon(kernel, _gluon.Variant(16, 512**-0.5, (64,)))

@@ -161,7 +161,7 @@ def test_registry(find, one_kernel, layout, row, reason):
 
 
 @pytest.mark.parametrize("layout", ["aiter_bf16"])
-def test_doctor_on_a_machine_without_any_of_it(find, capsys):
+def test_doctor_on_a_machine_without_any_of_it(find, short_doctor, capsys):
     find(hip="/nowhere/libamdhip64.so", aiter_hsa="")
     assert doctor.main([]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -17,7 +17,16 @@ from jax_dsv4._implementations import aiter, native
 from jax_dsv4.cache import LAYOUTS
 
 
-def test_holes(rocm, layout):
+@pytest.fixture
+def own_planner(monkeypatch):
+    """Where AITER's is compiled too."""
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_holes(rocm, own_planner, layout):
     """Slots that name no row of the cache are passed over: some of a token's, all of a work item's, all of a token's."""
     rng = np.random.default_rng(4)
     cache = make_cache(rng, 100, layout)
@@ -25,10 +34,52 @@ def test_holes(rocm, layout):
     indices = np.array(scope.indices)
     indices[1, :] = -1
     indices[2, 20:] = cache.num_slots
-    indices[4, :5] = [-1, 3, -1, -7, cache.num_slots - 1 + 1]
+    indices[3, :] = -1
+    indices[4, :5] = [-1, 3, -1, -7, cache.num_slots]
+    work = (plan := plan_for([scope], 16)).work[0]
+    workers = itertools.pairwise(np.asarray(work.work_indptr))
+    # Without keys the item of token 3 would end its worker, and that of token 4 were lost.
+    assert [3, 4] in [list(work.work_info_set[first:end, 0]) for first, end in workers]
     scope = scope._replace(indices=jnp.asarray(indices))
     q = make_q(rng, 5, 16)
-    check(attend(q, (scope,)), expected(q, [scope]), layout)
+    check(attend(q, (scope,), None, plan), expected(q, [scope]), layout)
+
+
+# What an item says instead, by column: its token, its partial row, q's start and end, the keys' start and end.
+BROKEN = {
+    "a key is missing": lambda begin, end: {5: end - 1},
+    "no key": lambda begin, end: {5: begin},
+    "a key is attended to twice": lambda begin, end: {4: begin - 1},
+    "before its token": lambda begin, end: {4: -1},
+    "behind its token": lambda begin, end: {5: 2**20},
+    "another token's": lambda begin, end: {0: 1},
+    "no token's": lambda begin, end: {0: 3},
+    "a partial row beyond the last": lambda begin, end: {1: 2**20},
+}
+
+
+@pytest.mark.parametrize("what", [*BROKEN, "the map names no partial row"])
+@pytest.mark.parametrize("layout", ["aiter_bf16"])
+def test_a_token_with_a_broken_plan_is_nan(bridge, own_planner, layout, what):
+    """And no other: AITER's kernel is never given such an item."""
+    rng = np.random.default_rng(26)
+    scope, q = make_scope(rng, make_cache(rng, 300, layout), 300, [256, 30, 64], 256), make_q(rng, 3, 16)
+    plan = plan_for([scope], 16)
+    work, info = plan.work[0], np.array(plan.work[0].work_info_set)
+    first, last = np.asarray(work.reduce_indptr)[:2]
+    assert last - first > 1  # token 0 is cut
+    if what in BROKEN:
+        for column, value in BROKEN[what](*info[1, 4:6]).items():
+            info[1, column] = value
+        broken = work._replace(work_info_set=jnp.asarray(info))
+    else:
+        broken = work._replace(reduce_partial_map=work.reduce_partial_map.at[1].set(-1))
+    want = attend(q, (scope,), None, plan)
+    got = attend(q, (scope,), None, dsv4.DecodePlan((broken,), plan.made_for))
+    for a, b in zip(got, want):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.isnan(a[0]).all()
+        np.testing.assert_array_equal(a[1:], b[1:])
 
 
 def test_what_else_is_in_the_batch(rocm, layout):
@@ -390,7 +441,7 @@ def test_cost_of_a_call(bridge, gpu, table, monkeypatch, layout, units, lengths)
         assert combine.bytes_read < fine_combine.bytes_read
 
 
-def test_doctor(bridge, capsys):
+def test_doctor(bridge, short_doctor, capsys):
     doctor.main(["--json"])  # its status is of all that is here
     report = json.loads(capsys.readouterr().out)
     facts = "\n".join(report["rocm"])

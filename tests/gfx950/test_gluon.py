@@ -388,7 +388,7 @@ def test_what_is_not_needed_is_not_missed(packed, tmp_path, monkeypatch):
     assert not doctor.examine("aiter_gluon")["missing"]
 
 
-def test_doctor(on_gluon, shared_packed, tmp_path, monkeypatch, capsys):
+def test_doctor(on_gluon, short_doctor, shared_packed, tmp_path, monkeypatch, capsys):
     """It tests what was compiled."""
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_gluon, "SPLITS", (2,))

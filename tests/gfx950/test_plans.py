@@ -187,32 +187,49 @@ int dsv4_aiter_metadata_abi() {{ return 2; }}
 const char* dsv4_aiter_metadata_architecture() {{ return "{}"; }}
 int dsv4_aiter_metadata(const void* arguments, void* stream, char* error, unsigned long bytes) {{
   for (int i = 0; i < 5; ++i) error[i] = "asked"[i];
-  return 1;
+  return {:d};
 }}
 """
 
 
-@pytest.mark.parametrize(("device", "other"), [("gfx950", "gfx942"), ("gfx942", "gfx950")])
-def test_a_builder_for_another_architecture(gpu, rocm_library, tmp_path, monkeypatch, device, other):
-    """Its device code is for one: on another device ours plans, and a builder that lies in the other's folder is refused."""
-    if (hsa := aiter_kernel.wheel_directory()) is None:
-        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """install(folder, architecture, fails) puts a builder there that says so, and plans nothing."""
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
 
-    def install(folder, compiled_for):
+    def compile_stand_in(folder, compiled_for, fails=True):
         path, source = _ffi.built_plan_builder(folder), tmp_path / "builder.c"
-        source.write_text(STAND_IN.format(compiled_for))
+        source.write_text(STAND_IN.format(compiled_for, fails))
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", path, source], check=True)
         bridge.forget()
 
+    return compile_stand_in
+
+
+@pytest.fixture
+def drive(gpu, rocm_library, tmp_path, monkeypatch):
+    """drive(architecture): `implementation="aiter"` on platform cpu, with handlers of its own."""
+    if (hsa := aiter_kernel.wheel_directory()) is None:
+        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+
+    def start(architecture):
+        path = tmp_path / "libdsv4_rocm.so"
+        handlers = bridge.load_handlers(rocm_library, path, hsa, rocm_library.parent)
+        return bridge.drive(monkeypatch, implementation.AITER, handlers, path, architecture)
+
+    return start
+
+
+@pytest.mark.parametrize(("device", "other"), [("gfx950", "gfx942"), ("gfx942", "gfx950")])
+def test_a_builder_for_another_architecture(install, drive, device, other):
+    """Its device code is for one: on another device ours plans, and a builder that lies in the other's folder is refused."""
+
     def plan():
         return dsv4.plan_decode(jnp.ones(1, jnp.int32), num_heads=16, swa_topk=8, implementation="aiter").work[0].work_info_set
 
-    path = tmp_path / "libdsv4_rocm.so"
-    handlers = bridge.load_handlers(rocm_library, path, hsa, rocm_library.parent)
-    for _ in bridge.drive(monkeypatch, implementation.AITER, handlers, path, device):
+    for _ in drive(device):
         install(other, other)
         command = f"python -m jax_dsv4.build_aiter --architecture {device}"
         assert f"our own planner ({command} compiles AITER's)" in dsv4.implementations()["aiter"].detail
@@ -226,9 +243,13 @@ def test_a_builder_for_another_architecture(gpu, rocm_library, tmp_path, monkeyp
             jax.block_until_ready(plan())
 
 
-def test_the_builder_is_not_asked_for_other_heads(builder):
-    with pytest.raises(Exception, match="plan_decode: heads must be 16, 64 or 128, got 48"):
-        implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, _work.Geometry(8, 64, 0), 48)
+def test_the_builder_is_not_asked_for_other_heads(install, drive):
+    for _ in drive("gfx950"):
+        install("gfx950", "gfx950", fails=False)
+        for heads in (16, 64, 128):
+            jax.block_until_ready(implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, _work.Geometry(8, 64, 0), heads))
+        with pytest.raises(Exception, match="plan_decode: heads must be 16, 64 or 128, got 48"):
+            implementation._aiters_plan(jnp.ones(3, jnp.int32), 64, _work.Geometry(8, 64, 0), 48)
 
 
 def test_decode_on_aiters_plan(builder, monkeypatch, layout):
