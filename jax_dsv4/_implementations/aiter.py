@@ -156,15 +156,16 @@ def _code(cache: kv.KVCache) -> np.int32:
 
 
 def _builder(choice: Choice) -> Path | None:
-    """AITER's plan builder for the architecture that programs are made for."""
-    return _ffi.aiter_plan_builder(choice.architecture.decode())
+    """AITER's plan builder for the device. It plans for the units that it finds, so programs made elsewhere take ours."""
+    return None if _named_architecture() else _ffi.aiter_plan_builder(choice.architecture.decode())
 
 
 def planner(choice: Choice) -> str:
     """Which one makes the plans for a kernel's architecture."""
     command = f"python -m jax_dsv4.build_aiter --architecture {choice.architecture.decode()}"
-    builder = _builder(choice)
-    return f"AITER's plan builder {builder}" if builder else f"our own planner ({command} compiles AITER's)"
+    if builder := _builder(choice):
+        return f"AITER's plan builder {builder}"
+    return "our own planner" if _named_architecture() else f"our own planner ({command} compiles AITER's)"
 
 
 def _aiters_plan(lengths: jax.Array, topk: int, geometry: Geometry, heads: int = 16) -> WorkPlan:

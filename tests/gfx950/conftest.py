@@ -129,6 +129,15 @@ def rocm(request, gpu, rocm_library, hsa):
     aiter.choose_kernel.cache_clear()
 
 
+@pytest.fixture
+def own_planner(monkeypatch):
+    """Where AITER's is compiled too."""
+    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=calls.GFX950_LAYOUTS)
 def layout(request):
     """Of the caches."""

@@ -33,7 +33,7 @@ class TestBF16(NativeConformance):
     def answer(self, p):
         return expected(p.q, [s for s in (p.swa, p.extra) if s is not None], p.attn_sink, p.scale)
 
-    def test_tokens_are_split(self):
+    def test_tokens_are_split(self, own_planner):
         """Among the cases are partial results to merge, of both scopes."""
         plan = plan_of(self.make(named("few_long_tokens")), self.implementation)
         assert all(np.diff(work.reduce_indptr).any() for work in plan.work)

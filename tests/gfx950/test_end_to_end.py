@@ -17,15 +17,6 @@ from jax_dsv4._implementations import aiter, native
 from jax_dsv4.cache import LAYOUTS
 
 
-@pytest.fixture
-def own_planner(monkeypatch):
-    """Where AITER's is compiled too."""
-    monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def test_holes(rocm, own_planner, layout):
     """Slots that name no row of the cache are passed over: some of a token's, all of a work item's, all of a token's."""
     rng = np.random.default_rng(4)
@@ -249,15 +240,19 @@ def test_append_writes_the_bytes_of_plain_jax(rocm, dtype, layout, scale):
         assert (codes[3] == 0x7F).all()
 
 
-def test_append_slots(rocm, layout):
-    """Slots outside the cache are passed over, of equal ones the last counts, and the block of zeros stays."""
+def test_append_slots(rocm, gpu, layout):
+    """Slots outside the cache are passed over, of equal ones the last counts and is written alone (the software GPU's workgroups would
+    write them in order, a GPU's would not), and the block of zeros stays."""
     rng = np.random.default_rng(16)
     slots = rng.integers(0, 32, 200)
     slots[rng.random(200) < 0.3] = -1
     slots[[3, 50, 77, 199]] = [32, 2**31 - 1, -(2**31), 40]
     latents = jnp.asarray(rng.normal(size=(200, LATENT)), jnp.float32)
+    gpu.kernels()
     ours, plain = append_both(create_cache(4, 8, layout), latents, jnp.asarray(slots, jnp.int32))
+    written = gpu.kernels()["dsv4_append"].bytes_written
     np.testing.assert_array_equal(ours.data, plain.data)
+    assert written == len(set(slots) & set(range(32))) * ours.data[0, 0].nbytes
     assert (np.asarray(ours.data[0]) == 0).all()
     assert (np.asarray(ours.data[..., LATENT:]) == 0).all()
 

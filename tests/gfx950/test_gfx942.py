@@ -1,5 +1,7 @@
 """The same machine as a gfx942 (MI300X, MI325X): 64 KB of LDS, fp8 numbers are e4m3fnuz, AITER's kernels and ours for it."""
 
+import shutil
+
 import aiter_kernel
 import bridge
 import jax
@@ -43,6 +45,20 @@ def test_what_is_there(gfx942):
     chosen = {heads: aiter.choose_kernel("aiter_fp8_fnuz", heads) for heads in (1, 16, 64, 127, 128)}
     passes = {heads: (choice.kernel_heads, choice.head_passes(heads)) for heads, choice in chosen.items()}
     assert passes == {1: (16, 1), 16: (16, 1), 64: (16, 4), 127: (16, 8), 128: (128, 1)}
+
+
+@pytest.mark.parametrize("name", ["qh64_qseqlen1_gqaratio64_lse_v3_ps", "qh64_qseqlen1_gqaratio64_v3_ps", "qh64_qseqlen4_gqaratio16_ps"])
+def test_kernels_that_were_reported_to_fault_are_never_chosen(gfx942, gpu, rocm_library, tmp_path, monkeypatch, name):
+    """Newer AITERs have fp8 kernels of 64 heads. Here a known file stands for each."""
+    folder = tmp_path / "hsa/gfx942/mla"
+    folder.mkdir(parents=True)
+    for file in (gfx942 / "gfx942/mla").glob("mla_a8w8_*_ps.co"):
+        shutil.copy(file, folder)
+    shutil.copy(folder / "mla_a8w8_qh128_m32x4_n16x2_msk0_ps.co", folder / f"mla_a8w8_{name}.co")
+    path = tmp_path / "others.so"
+    handlers = bridge.load_handlers(rocm_library, path, tmp_path / "hsa", rocm_library.parent)
+    for _ in bridge.drive(monkeypatch, aiter.AITER, handlers, path, "gfx942"):
+        assert [aiter.choose_kernel("aiter_fp8_fnuz", heads).kernel_heads for heads in (16, 64, 128)] == [16, 16, 128]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

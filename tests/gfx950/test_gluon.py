@@ -227,16 +227,18 @@ def test_append_writes_the_bytes_of_plain_jax(a_variant, dtype, scale):
     np.testing.assert_array_equal(ours.data, plain.data)
 
 
-def test_append_slots(a_variant):
-    """Slots outside the cache are passed over, of equal ones the last counts."""
+def test_append_slots(a_variant, gpu):
+    """Slots outside the cache are passed over, of equal ones the last counts and is written alone."""
     rng = np.random.default_rng(11)
     slots = rng.integers(0, 32, 200)
     slots[rng.random(200) < 0.3] = -1
     slots[[3, 50, 77, 199]] = [32, 2**31 - 1, -(2**31), 40]
     latents = jnp.asarray(rng.normal(size=(200, 512)), jnp.float32)
     cache = dsv4.KVCache.create(4, 8)
+    gpu.kernels()
     ours, plain = (dsv4.append(cache, latents, jnp.asarray(slots, jnp.int32), implementation=i) for i in ("aiter_gluon", "xla"))
     np.testing.assert_array_equal(ours.data, plain.data)
+    assert gpu.kernels()["dsv4_append_packed"].bytes_written == len(set(slots) & set(range(32))) * 584
 
 
 def test_append_donates(a_variant):

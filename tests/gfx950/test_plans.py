@@ -243,6 +243,16 @@ def test_a_builder_for_another_architecture(install, drive, device, other):
             jax.block_until_ready(plan())
 
 
+def test_programs_made_elsewhere_are_planned_by_ours(install, drive, monkeypatch):
+    """They run on any number of units, and AITER's builder plans for those that it finds."""
+    for _ in drive("gfx950"):
+        install("gfx950", "gfx950")
+        monkeypatch.setenv("JAX_DSV4_ROCM_ARCHITECTURE", "gfx950")
+        bridge.forget()
+        plan = jax.jit(lambda n: dsv4.plan_decode(n, num_heads=16, swa_topk=8, implementation="aiter"))
+        assert "dsv4_aiter_plan" in plan.lower(jnp.ones(1, jnp.int32)).as_text()
+
+
 def test_the_builder_is_not_asked_for_other_heads(install, drive):
     for _ in drive("gfx950"):
         install("gfx950", "gfx950", fails=False)
