@@ -106,8 +106,9 @@ std::map<std::string, std::string> read_registry(const std::string& folder, bool
     }
     std::map<std::string, std::string> entry;
     for (size_t i = 0; i < cells.size() && i < columns.size(); ++i) entry[columns[i]] = cells[i];
+    // gfx942's list has no column cprr.
     const bool fits = entry["qType"] == entry["kvType"] && entry["ps"] == "1" && entry["prefill"] == "0" &&
-                      (entry["cprr"] == "0" || !entry.count("cprr"));
+                      (!entry.count("cprr") || entry["cprr"] == "0");
     if (fits) symbols[entry["co_name"]] = entry["qType"] + " " + entry["knl_name"];
   }
   return symbols;

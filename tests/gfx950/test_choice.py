@@ -137,10 +137,13 @@ def test_what_is_mended(gpu, one_kernel, layout, rocm_library, tmp_path, monkeyp
 
 
 HEADER = "qType,kvType,Gqa,ps,qSeqLen,prefill,causal,lse,cprr,knl_name,co_name\n"
+GFX942_HEADER = HEADER.replace("cprr,", "")
 
 
 @pytest.mark.parametrize(("row", "reason"), [
     ("{type},{type},16,1,1,0,0,0,0,{symbol},{file}", None),
+    (GFX942_HEADER + "{type},{type},16,1,1,0,0,0,{symbol},{file}", None),
+    ("{type},{type},16,1,1,0,0,0,1,{symbol},{file}", "registry does not list it"),
     ("", "registry does not list it"),
     ("{other},{other},16,1,1,0,0,0,0,{symbol},{file}", "registry names another type or symbol"),
     ("bf16,fp8,16,1,1,0,0,0,0,{symbol},{file}", "registry does not list it"),
@@ -152,7 +155,8 @@ def test_registry(find, one_kernel, layout, row, reason):
     symbol = f"_ZN5aiter{len(name)}{name}E"
     other = next(TYPES[other] for other in KERNELS if other != layout)
     row = row.format(type=TYPES[layout], other=other, symbol=symbol, file=f"{name}.co")
-    (one_kernel / "gfx950/mla/mla_asm.csv").write_text(HEADER + row + "\n")
+    text = row if row.startswith("qType") else HEADER + row
+    (one_kernel / "gfx950/mla/mla_asm.csv").write_text(text + "\n")
     found = find()
     if reason is None:
         assert found.available, found.detail

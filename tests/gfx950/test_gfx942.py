@@ -2,7 +2,6 @@
 
 import shutil
 
-import aiter_kernel
 import bridge
 import jax
 import numpy as np
@@ -17,9 +16,7 @@ from jax_dsv4._implementations import aiter
 
 
 @pytest.fixture
-def gfx942(gpu, rocm_library, tmp_path, monkeypatch):
-    if (hsa := aiter_kernel.wheel_directory()) is None:
-        pytest.skip("no amd-aiter here: pip install --no-deps amd-aiter")
+def gfx942(gpu, rocm_library, hsa, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DSV4_PLANNER", "own")
     path = tmp_path / "libdsv4_rocm.so"
     handlers = bridge.load_handlers(rocm_library, path, hsa, rocm_library.parent)
