@@ -35,6 +35,7 @@ from deepseek_v4.command import (
     check_context,
     check_implementation,
     check_model_options,
+    check_room,
     complain,
     encode,
     exit_status,
@@ -333,8 +334,8 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh | None, requests: int, 
                 kept = sum(bytes_per_device(dataclasses.replace(config, packed=True), sizes, requests, context, options))
                 advice += f"; --weights packed would take {human(kept)}"
             raise UsageError(f"weights and cache take {human(needed)} on each of {count} devices with {human(room)}; {advice}")
-    elif room and jax.process_count() == 1 and count * needed > room:  # here a program that takes too much is ended without a word
-        raise UsageError(f"weights and cache take {human(count * needed)}, and there are {human(room)} of memory free")
+    elif jax.process_count() == 1:
+        check_room(count * needed)
 
 
 # ------------------------------------------------------------------------------------------------------------ the output

@@ -29,6 +29,7 @@ from deepseek_v4.command import (
     check_context,
     check_implementation,
     check_model_options,
+    check_room,
     complain,
     deliver,
     encode,
@@ -97,10 +98,7 @@ def run(args: argparse.Namespace) -> None:
         cache_bytes = memory.nbytes(jax.eval_shape(server.create))
     except ValueError as error:
         raise UsageError(error) from None
-    room = memory.room()
-    if room and weights_bytes + cache_bytes > room:
-        taken, there = memory.human(weights_bytes + cache_bytes), memory.human(room)
-        raise UsageError(f"weights and cache take {taken}, and there are {there} of memory free")
+    check_room(weights_bytes + cache_bytes)
 
     with progress(transient=True) as show:
         weights = load_weights(args.checkpoint, config, args.dtype, show.track("loading weights"))

@@ -339,7 +339,7 @@ def test_an_output_that_nobody_reads_is_one_line():
 def test_more_memory_than_there_is_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(memory, "free_kilobytes", lambda: 2**12)
     assert decode_loop.main(["--checkpoint", HCA, "--prompt-ids", "1"]) == 2
-    wanted = r"decode_loop\.py: weights and cache take [\d.]+ MB, and there are 4\.19 MB of memory free\n"
+    wanted = r"decode_loop\.py: weights and cache take [\d.]+ MB, and 4\.19 MB are free\n"
     assert re.fullmatch(wanted, capsys.readouterr().err)
 
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})

@@ -16,7 +16,7 @@ import jax
 import jax.export
 
 import jax_dsv4 as dsv4
-from deepseek_v4 import processes
+from deepseek_v4 import memory, processes
 from deepseek_v4.config import CheckpointError, Config
 from deepseek_v4.mesh import MeshError
 from deepseek_v4.tokenizer import Tokenizer, encode_chat
@@ -177,6 +177,13 @@ def encode(tokenizer: Tokenizer, text: str, chat: bool, think: bool, program: st
 def check_context(args: argparse.Namespace, config: Config) -> None:
     if args.context and args.context > config.max_position_embeddings:
         raise UsageError(f"--context must be at most max_position_embeddings = {config.max_position_embeddings}, got {args.context}")
+
+
+def check_room(needed: int) -> None:
+    """That weights and cache fit: said before they are loaded, since a program that takes too much is ended without a word."""
+    room = memory.room()
+    if room and needed > room:
+        raise UsageError(f"weights and cache take {memory.human(needed)}, and {memory.human(room)} are free")
 
 
 # ------------------------------------------------------------------------------------------------------------ the output
