@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 from marks import needs_cpu
 
 import jax_dsv4 as dsv4
@@ -54,6 +57,23 @@ def test_a_wrong_result_fails(monkeypatch, capsys):
     monkeypatch.setattr(reference, "decode", lambda *operands: [np.roll(x, 1, axis=1) for x in decode(*operands)])
     assert doctor.main([]) == 1
     assert "WRONG: fp8_ds_mla, 64 heads" in capsys.readouterr().out
+
+
+@needs_cpu
+def test_runs_that_differ_fail(monkeypatch):
+    """By as little as they may."""
+    decode, runs = dsv4.sparse_mla_decode, itertools.count()
+
+    def unsteady(*operands, **options):
+        out, lse = decode(*operands, **options)
+        noise = io_callback(lambda: np.float32(1e-5 * (next(runs) == 3)), jax.ShapeDtypeStruct((), np.float32))
+        return out, lse + noise
+
+    monkeypatch.setattr(dsv4, "sparse_mla_decode", unsteady)
+    test = doctor.self_test("cpu", "fp8_ds_mla", 16)
+    assert (test["runs_alike"], test["ok"]) == (False, False)
+    assert test["lse_error"] < 1e-4
+    assert "5 runs NOT alike" in doctor.verdict(test)
 
 
 def test_an_exception_fails(monkeypatch, capsys):
