@@ -286,11 +286,18 @@ def test_what_is_not_compiled_is_asked_for(on_gluon, shared_packed, tmp_path, mo
         check(gluon.attend(q, scopes), q, scopes)
 
 
-@pytest.mark.parametrize(("content", "reason"), [("nothing", "too short for an ELF file"), ("dsv4_gfx950.co", "not the kernel that is")])
+OTHER_KERNELS = [
+    ("nothing", "too short for an ELF file"),
+    ("dsv4_gfx950.co", "not the kernel that is"),  # several kernels
+    ("hsa/gfx950/mla/mla_a8w8_qh16_qseqlen1_gqaratio16_ps.co", "not the kernel that is"),  # one, with other arguments
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), OTHER_KERNELS)
 def test_another_kernel_of_the_name(on_gluon, shared_packed, tmp_path, monkeypatch, rocm_library, content, reason):
     """A file is read before it is launched: it may be no code object, or have other arguments."""
     monkeypatch.setenv("JAX_DSV4_CACHE_DIR", str(tmp_path))
-    other = rocm_library.with_name(content)
+    other = gluon.source() / content if content.startswith("hsa") else rocm_library.with_name(content)
     scope = dsv4.Scope(dsv4.KVCache.create(4, 4), jnp.zeros((1, 9), jnp.int32))
     q = jnp.zeros((1, 5, 512), jnp.bfloat16)
     (needed,) = gluon.variant(q, [scope])
