@@ -31,7 +31,8 @@ class _XLA:
         return None
 
     def append(self, cache: kv.KVCache, latents: jax.Array, slots: jax.Array) -> jax.Array:
-        return kv.write_rows(cache, latents, slots)
+        # The barrier keeps XLA's GPU compilers from fusing what makes the latents into each byte that is written, which takes them long.
+        return kv.write_rows(cache, jax.lax.optimization_barrier(latents), slots)
 
     def decode(self, call: KernelCall) -> tuple[jax.Array, jax.Array]:
         operands = call.q, call.scopes, call.attn_sink
