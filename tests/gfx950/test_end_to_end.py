@@ -49,7 +49,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", [*BROKEN, "the map names no partial row"])
+@pytest.mark.parametrize("what", [*BROKEN, "the map names no partial row", "the map begins before its rows"])
 @pytest.mark.parametrize("layout", ["aiter_bf16"])
 def test_a_token_with_a_broken_plan_is_nan(bridge, own_planner, layout, what):
     """And no other: AITER's kernel is never given such an item."""
@@ -63,8 +63,10 @@ def test_a_token_with_a_broken_plan_is_nan(bridge, own_planner, layout, what):
         for column, value in BROKEN[what](*info[1, 4:6]).items():
             info[1, column] = value
         broken = work._replace(work_info_set=jnp.asarray(info))
-    else:
+    elif what == "the map names no partial row":
         broken = work._replace(reduce_partial_map=work.reduce_partial_map.at[1].set(-1))
+    else:
+        broken = work._replace(reduce_indptr=work.reduce_indptr.at[0].set(-(2**20)))
     want = attend(q, (scope,), None, plan)
     got = attend(q, (scope,), None, dsv4.DecodePlan((broken,), plan.made_for))
     for a, b in zip(got, want):
