@@ -1,4 +1,8 @@
 // XLA FFI handlers on CPU: bind, check, hand to the launchers on XLA's own threads. Stateless.
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -32,6 +36,51 @@ inline void pause() {
 #endif
 }
 
+// The CPUs that a call's lanes run on. Linux often wakes a thread on the CPU of the one that woke it, and moves it only
+// after milliseconds, though another CPU is idle: two lanes of a call would then take turns.
+class Cpus {
+ public:
+  // For as long as it lives, the calling thread has a CPU that no other lane was on when it began, if it is allowed
+  // one.
+  class Lane {
+   public:
+#if defined(__linux__)
+    explicit Lane(Cpus& cpus) {
+      if (cpus.take(sched_getcpu()) || sched_getaffinity(0, sizeof before_, &before_) != 0) return;
+      cpu_set_t free;
+      CPU_ZERO(&free);
+      for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (CPU_ISSET(cpu, &before_) && !cpus.taken(cpu)) CPU_SET(cpu, &free);
+      }
+      moved_ = CPU_COUNT(&free) > 0 && sched_setaffinity(0, sizeof free, &free) == 0;
+      if (moved_) cpus.take(sched_getcpu());
+    }
+    ~Lane() {
+      if (moved_) sched_setaffinity(0, sizeof before_, &before_);
+    }
+
+   private:
+    cpu_set_t before_;
+    bool moved_ = false;
+#else
+    explicit Lane(Cpus&) {}
+#endif
+  };
+
+ private:
+  static constexpr int kMost = 1024;
+
+  // False: it is taken already.
+  bool take(int cpu) {
+    if (cpu < 0 || cpu >= kMost) return true;
+    const uint64_t bit = uint64_t{1} << cpu % 64;
+    return (taken_[cpu / 64].fetch_or(bit, std::memory_order_relaxed) & bit) == 0;
+  }
+  bool taken(int cpu) const { return taken_[cpu / 64].load(std::memory_order_relaxed) >> cpu % 64 & 1; }
+
+  std::atomic<uint64_t> taken_[kMost / 64] = {};
+};
+
 // What the lanes of one call share. It is on the heap because XLA's pool may start a lane after the call has completed:
 // such a lane finds no task left and touches no buffer.
 template <typename Body>
@@ -42,6 +91,7 @@ struct Call {
   std::atomic<int64_t> next{0};
   ffi::CountDownPromise unfinished;
   std::atomic<int64_t> running;
+  Cpus cpus;
 
   void run_lane(int64_t lane) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -69,8 +119,13 @@ ffi::Future parallel(ffi::ThreadPool pool, int64_t tasks, int64_t max_lanes, Bod
   ffi::Future future(call->unfinished);
   int64_t lanes = pool.num_threads() < max_lanes ? pool.num_threads() : max_lanes;
   if (lanes > tasks) lanes = tasks;
+  const Cpus::Lane here(call->cpus);  // before there are others: one that wakes up on this CPU is to leave it
   for (int64_t lane = 1; lane < lanes; ++lane) {
-    pool.Schedule([call, lane] { call->run_lane(lane); });
+    pool.Schedule([call, lane] {
+      if (call->next.load(std::memory_order_relaxed) >= call->tasks) return;
+      const Cpus::Lane here(call->cpus);
+      call->run_lane(lane);
+    });
   }
   const Clock::time_point begin = Clock::now();
   call->run_lane(0);
