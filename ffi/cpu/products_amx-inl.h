@@ -118,10 +118,10 @@ class Conversion {
   static void fetch(const Row& row, int block) {
     const int per_block = row.layout == Layout::kBf16 ? 2 * kBlock : row.layout == Layout::kNvfp4 ? kBlock / 2 : kBlock;
     const uint8_t* bytes = row.data + block * per_block;
-    __builtin_prefetch(bytes, 0, 2);
+    prefetch<Level::kSecond>(bytes);
     const bool last = block == kBlocks - 1;
-    if (row.layout == Layout::kBf16 || (row.layout == Layout::kFp8DsMla && last)) __builtin_prefetch(bytes + 64, 0, 2);
-    if (row.scales != nullptr && last) __builtin_prefetch(row.scales, 0, 2);
+    if (row.layout == Layout::kBf16 || (row.layout == Layout::kFp8DsMla && last)) prefetch<Level::kSecond>(bytes + 64);
+    if (row.scales != nullptr && last) prefetch<Level::kSecond>(row.scales);
   }
 
   // e4m3 times a power of two has four bits: as bf16 it is a float's upper half.
