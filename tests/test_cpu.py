@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -131,6 +134,37 @@ def test_bits_do_not_depend_on_the_plan(isa: str, topk: int) -> None:
         assert_same(attend(p, "cpu", plan=with_work(plan, work)), want)
     for t in range(0, tokens, 7):
         assert_same(attend(one_token(p, t), "cpu"), [x[t : t + 1] for x in want])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one CPU: a lane has no other to move to")
+def test_threads_may_run_afterwards_where_they_might_before() -> None:
+    """A lane that finds another one on its CPU moves, for the time of a call."""
+    p = make(named("many_tokens"))
+
+    def allowed() -> dict[str, str]:
+        return {
+            task.name: re.findall(r"Cpus_allowed:\s*(\S+)", (task / "status").read_text())[0] for task in Path("/proc/self/task").iterdir()
+        }
+
+    attend(p, "cpu")
+    before = allowed()
+    for _ in range(200):
+        attend(p, "cpu")
+    for _ in range(100):  # a lane may have a step to do after its call's last task
+        after = allowed()
+        if all(after.get(task, mask) == mask for task, mask in before.items()):
+            break
+        time.sleep(0.1)
+    assert after | before == after
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's instructions")
+def test_keys_are_asked_for_ahead() -> None:
+    """Each set of kernels has its prefetcht0 or prefetcht1: GCC may take them for nothing to do, and results are the same."""
+    path = _ffi.find_library("libdsv4_cpu")
+    assert path is not None
+    found = re.findall(rb"\x0f\x18[\x08-\x0f\x10-\x17\x48-\x4f\x50-\x57\x88-\x8f\x90-\x97]", path.read_bytes())
+    assert len(found) >= 4 * len(_ffi.CPU_ISAS)
 
 
 @pytest.mark.parametrize("tile_keys", [64, 160])
