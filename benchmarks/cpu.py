@@ -37,7 +37,6 @@ from benchmarks import vllm_cpu
 from benchmarks.measure import Report, compare, medians, options, processor, ratios, select
 from benchmarks.roofline import cpu_meters
 
-
 REST = 0.1
 """Seconds before each turn. What the contender before it has left running comes to an end: threads of OpenMP look for work for milliseconds
 before they sleep, and memory is given back."""
