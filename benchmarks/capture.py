@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_dsv4 as dsv4
-from benchmarks.measure import Turn, compare
+from benchmarks.measure import Turn, compare, run
 from jax_dsv4 import _ffi
 
 LAYERS, TOKENS, HEADS, SWA, EXTRA, STEPS = 32, 8, 64, 128, 512, 8
@@ -133,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -34,7 +34,7 @@ from cases import Case, Problem, make, tagged
 from compare import LSE, OUT_BF16, assert_close
 
 from benchmarks import vllm_cpu
-from benchmarks.measure import Report, compare, medians, options, processor, ratios, select
+from benchmarks.measure import Report, compare, medians, options, processor, ratios, run, select
 from benchmarks.roofline import cpu_meters
 
 REST = 0.1
@@ -199,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -33,7 +33,7 @@ import numpy as np
 
 import jax_dsv4 as dsv4
 from benchmarks import flashmla
-from benchmarks.measure import Prepare, Report, Time, Turn, compare, medians, options, ratios, select
+from benchmarks.measure import Prepare, Report, Time, Turn, compare, medians, options, ratios, run, select
 from benchmarks.programs import (
     BLOCK,
     BLOCKS,
@@ -255,4 +255,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -29,7 +29,7 @@ import numpy as np
 import jax_dsv4 as dsv4
 from benchmarks import flashmla
 from benchmarks.cuda import RUN_US, verified
-from benchmarks.measure import Report, compare, medians, options, processor, select
+from benchmarks.measure import Report, compare, medians, options, processor, run, select
 from benchmarks.programs import BLOCK, BLOCKS, CALLS, Inputs, Program, calls_program
 from benchmarks.roofline import gpu_ceilings
 from jax_dsv4.cache import LAYOUTS
@@ -152,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

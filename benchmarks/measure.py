@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Name = TypeVar("Name")
 Time = TypeVar("Time")
@@ -27,6 +27,19 @@ def options(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds of every case (default {rounds})")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything measured to this file, as far as it has come")
     return parser
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """A benchmark as a command: interrupted, or with nobody left to read what it prints, it ends without a traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # what compiles in another thread does not stop, and would crash
+    except BrokenPipeError:
+        os._exit(141)  # as shells have it
+    sys.exit()
 
 
 def new_file(text: str) -> Path:

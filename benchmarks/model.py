@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jax_dsv4 as dsv4
-from benchmarks.measure import Report, compare, medians, options, select
+from benchmarks.measure import Report, compare, medians, options, run, select
 from benchmarks.roofline import gpu_ceilings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -273,4 +273,4 @@ def measure(name: str, case: Case, weights: Any, report: Report, rounds: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

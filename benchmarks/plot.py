@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.measure import new_file
+from benchmarks.measure import new_file, run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -78,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from compare import OUT_BF16, assert_close
 from hlo import collectives
 
-from benchmarks.measure import Prepare, Report, Turn, compare, options
+from benchmarks.measure import Prepare, Report, Turn, compare, options, run
 from benchmarks.programs import BLOCK, SWA, make_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -35,6 +35,8 @@ from deepseek_v4.mesh import NAMES, devices_along
 from deepseek_v4.model import BLOCK_SIZE, create_cache
 from deepseek_v4.weights import Tensor, schema
 
+from benchmarks.measure import run
+
 RESULTS = Path(__file__).parent / "results" / "hopper-h200.json"
 LATENT_DIM, LATENT_BYTES = 512, 584
 USABLE = 0.9  # of a device's memory, for weights and caches
@@ -278,4 +280,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

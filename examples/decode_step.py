@@ -8,6 +8,7 @@ and to a selection of compressed entries. examples/decode_loop.py is the same in
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import jax
@@ -47,6 +48,7 @@ def step(
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:

@@ -72,11 +72,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     load = parser.add_argument_group("a load", "prompts are cut from Python's documentation, or random without a tokenizer")
     add = load.add_argument
     add("--rate", type=float, metavar="R", help="requests a second that arrive, at random")
-    add("--requests", type=positive, default=32, metavar="N", help="in all (default: 32)")
-    add("--prompt-tokens", type=positive, default=128, metavar="N", help="of a prompt, the most; at least half as many (default: 128)")
-    add("--shared-tokens", type=int, default=600, metavar="N", help="that all prompts begin with, besides (default: 600)")
+    add("--requests", type=positive, metavar="N", help="in all (default: 32)")
+    add("--prompt-tokens", type=positive, metavar="N", help="of a prompt, the most; at least half as many (default: 128)")
+    add("--shared-tokens", type=int, metavar="N", help="that all prompts begin with, besides (default: 600)")
     args = parser.parse_args(argv)
     check_model_options(parser, args)
+    for name, default in {"requests": 32, "prompt_tokens": 128, "shared_tokens": 600}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.rate is None:
+            parser.error(f"--{name.replace('_', '-')} is for a load (--rate), not for prompts from stdin")
     if args.rate is not None and not 0 < args.rate < float("inf"):
         parser.error(f"--rate must be positive, got {args.rate}")
     if args.rate is not None and args.chat:

@@ -16,6 +16,7 @@ import numpy as np
 from jax_dsv4 import _checks
 from jax_dsv4 import cache as kv
 from jax_dsv4._ops.decode import sparse_mla_decode
+from jax_dsv4._sharding import is_explicit
 from jax_dsv4.merge import apply_attn_sink, merge_scopes
 
 # A maximum as low as this is that of a row without keys: kernels start from the lowest float or a fraction of it, not only from -inf.
@@ -68,7 +69,10 @@ def _slots_from_pages(
         block = jnp.take_along_axis(page_table, jnp.where(inside, page, 0), axis=-1)
     else:
         inside &= ((requests >= 0) & (requests < page_table.shape[0]))[..., None]
-        block = jnp.asarray(page_table)[jnp.where(inside, requests[..., None], 0), jnp.where(inside, page, 0)]
+        at = jnp.where(inside, requests[..., None], 0), jnp.where(inside, page, 0)
+        # Over an explicit mesh JAX asks how rows that tokens choose are split: as the tokens are.
+        sharding = jax.typeof(at[0]).sharding if is_explicit(at) else None
+        block = jnp.asarray(page_table).at[at].get(out_sharding=sharding)
     valid = inside & (block >= 0) & (block <= (_checks.INT32_MAX - page_size + 1) // page_size)
     return jnp.where(valid, block * page_size + offset, -1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from benchmarks import capture, cpu, cuda, flashmla, programs, scaling, scaling_
 from benchmarks.measure import Report, compare
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
+ROOT = Path(__file__).resolve().parent.parent
 BROKEN = "CUDA error: operation failed due to a previous error during capture"
 
 
@@ -292,6 +294,21 @@ def test_options_that_there_are_not(command, capsys) -> None:
     said = capsys.readouterr()
     assert (stop.value.code, said.out) == (2, "")
     assert "unrecognized arguments: --only nothing" in said.err
+
+
+@pytest.mark.parametrize(("stop", "status", "said"), [("KeyboardInterrupt", 130, "interrupted\n"), ("BrokenPipeError", 141, "")])
+def test_a_command_that_is_stopped_says_no_more(stop, status, said) -> None:
+    program = f"from benchmarks import measure\ndef main(): raise {stop}\nmeasure.run(main)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+def test_nobody_reads_the_tables() -> None:
+    command = subprocess.Popen([sys.executable, "-m", "benchmarks.scaling_model"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout
+    command.stdout.close()
+    _, said = command.communicate()
+    assert (command.returncode, said) == (141, b"")
 
 
 class FakeTorch:

@@ -323,6 +323,11 @@ def test_a_platform_that_is_not_here_is_one_line(platform):
 
 
 @needs_full
+def test_a_switch_that_leaves_nothing_compiled_is_one_line(capsys):
+    with jax.disable_jit():
+        assert "leave JAX_DISABLE_JIT unset" in said_in_one_line(decode_loop, [], capsys)
+
+
 def test_an_output_that_takes_nothing_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run([*COMMAND, "--memory"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)

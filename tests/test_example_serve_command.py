@@ -88,6 +88,8 @@ def test_a_load_is_measured(checkpoint, capsys) -> None:
         (["--rate", "0"], "--rate must be positive, got 0.0"),
         (["--rate", "1", "--shared-tokens", "-1"], "--shared-tokens must be at least 0, got -1"),
         (["--rate", "1", "--chat"], "--chat is for prompts from stdin, not for a load (--rate)"),
+        (["--requests", "4"], "--requests is for a load (--rate), not for prompts from stdin"),
+        (["--shared-tokens", "0"], "--shared-tokens is for a load (--rate), not for prompts from stdin"),
         (["--slots", "0"], "must be at least 1, got 0"),
         (["--rate", "1", "--context", "5000"], "--context must be at most max_position_embeddings = 4096, got 5000"),
         (["--max-new-tokens", "4096"], "--max-new-tokens must leave room for a prompt in a context of 4096 tokens, got 4096"),

@@ -681,3 +681,21 @@ def test_more_slots_than_int32_can_number() -> None:
     split = jax.vmap(lambda _: dsv4.local_slots(cache, jnp.zeros(1, jnp.int32), "x"), axis_name="x")
     with pytest.raises(ValueError, match="local_slots: slots of all devices must fit int32"):
         split(jnp.arange(2))
+
+
+@every_mode
+@pytest.mark.parametrize("tables", [None, "data"])
+def test_slots_of_tokens_that_are_split(mode, tables):
+    """Tokens over the mesh look up their requests' page tables, wherever these are."""
+    mesh, rng = mesh_of(mode), np.random.default_rng(0)
+    table = rng.integers(-1, 9, (2 * DATA, 3)).astype(np.int32)
+    positions = rng.integers(-4, 3 * 8 + 4, (4 * DATA, 5)).astype(np.int32)
+    requests = rng.integers(-1, 2 * DATA + 1, 4 * DATA).astype(np.int32)
+    want = adapters.slots_from_pages(jnp.asarray(table), jnp.asarray(positions), 8, requests=jnp.asarray(requests))
+    with jax.set_mesh(mesh):
+        look_up = jax.jit(lambda t, p, r: adapters.slots_from_pages(t, p, 8, requests=r))
+        got = look_up(put(mesh, table, tables), put(mesh, positions, "data"), put(mesh, requests, "data"))
+        np.testing.assert_array_equal(got, want)
+        tokens = put(mesh, requests, "data")
+        windows, lengths = adapters.window_from_pages(put(mesh, table, tables), tokens, 4, 8, requests=tokens)
+    assert (windows.shape, lengths.shape) == ((4 * DATA, 4), (4 * DATA,))

@@ -41,6 +41,8 @@ class ModelError(Exception):
 def exit_status(program: str, run: Callable[[], None]) -> int:
     """Runs a command: 0, or what its error asks for once it has been said in a line. What is not expected is raised."""
     try:
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            raise UsageError("programs are compiled ahead of the first step here: leave JAX_DISABLE_JIT unset")
         with jax.numpy_rank_promotion("allow"):  # the model broadcasts [d] against [b, t, d], whatever else this process wants
             run()
     except (UsageError, CheckpointError, MeshError, NotImplementedError, OSError) as error:
