@@ -216,6 +216,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, AttendShared<Work
       const bool last = tile + kAttending >= tiles;
       const int buffer = (before + tile) % kTiles;
       for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], (before + tile) / kTiles % 2);
+      fence_proxy_async();  // of what producers have stored
       attend_tile<Work, kHeads>(scale_log2, shared, attending, buffer, tile == attending, last, attended);
       if (last) {
         held = buffer;

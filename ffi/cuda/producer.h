@@ -344,7 +344,6 @@ __device__ __forceinline__ void produce(const DecodeArgs& args, Memory& shared, 
     barrier_wait(&shared.free[buffer][group], n / kTiles % 2 ^ 1);
     if (lane == 0) shared.valid[buffer][word] = lanes;
     copies.expand(rows);
-    fence_proxy_async();
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.full[buffer][group]);
   }

@@ -111,6 +111,7 @@ __device__ __forceinline__ void score(const DecodeArgs& args, ManyHeadsShared& s
     for (int begin = item.begin; begin < item.end; begin += kKeyTile) {
       const int buffer = tile.place();
       for (int g = 0; g < kGroups; ++g) barrier_wait(&shared.full[buffer][g], tile.filled());
+      fence_proxy_async();  // of what producers have stored
       tile.next();
       // S[h, k] = sum_d Q[h, d] K[k, d]
       float s[32];

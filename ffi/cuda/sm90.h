@@ -40,7 +40,8 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Makes this thread's ordinary stores to shared memory visible to the tensor cores.
+// Makes ordinary stores to shared memory visible to the tensor cores: this thread's, and those that it has waited for.
+// Where others wait for a tile, by them and not by who stores it, for it waits for all of a thread's copies and loads.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- clusters: blocks that run at the same time and write into each other's shared memory

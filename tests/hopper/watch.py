@@ -47,10 +47,11 @@ CONTROLS = (
     # The barrier between an item's last products and the output that takes their tile's place.
     Control("attend.h", "named_barrier_sync(1 + attending, kWarpgroup);  // no warp's products still read the tile", "heads16", RACE),
     # The fence between a converted tile and the tensor cores.
-    Control("producer.h", "fence_proxy_async();", "heads16", RACE),
+    Control("attend.h", "fence_proxy_async();  // of what producers have stored", "heads16", RACE),
     # The barrier between an item's output in shared memory and those who read it.
     Control("attend.h", "all_attending_sync();  // also: nobody reads this item's Q any more", "heads16", RACE),
     Control("producer.h", "__syncwarp();  // they came through another lane", "heads127", RACE),
+    Control("scores.h", "fence_proxy_async();  // of what producers have stored", "heads127", RACE),
     Control("scores.h", "barrier_wait(&shared.p_free[to], handoff.freed());", "heads127", RACE),
     Control("values.h", "barrier_wait(&shared.factor_full[from], handoff.filled());", "heads127", RACE),
     Control("values.h", "wgmma_wait<1>();", "heads127", RACE),
