@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Pair, Problem, in_layouts, make, tagged
+from cases import PACKED, Case, Pair, Problem, in_layouts, make, tagged
 from compare import OUT_BF16, assert_close, assert_same_bits
 from conformance import NativeConformance, attend, in_pairs, named, one_token, plan_of, with_work
 from cpu_bits import save_bits
@@ -60,6 +60,33 @@ def test_layouts_on_all_instruction_sets(pair: Pair, case: Case) -> None:
 
 BF16 = ["avx2", "avx512", "avx512_bf16"]
 AMX = [*BF16, "amx"]
+
+
+@pytest.mark.parametrize("heads", [16, 32])
+@pytest.mark.parametrize("layout", ["fp8_ds_mla", "mxfp8_528"])
+def test_every_e4m3_number_at_every_scale(isa: str, layout: str, heads: int) -> None:
+    """A token that attends to one latent, twice, gets its numbers as they are: exactly, unless bfloat16 has them as subnormal ones."""
+    packing, arrangement = PACKED[layout], None if layout == "fp8_ds_mla" else "inline"
+    numbers = 448 if layout == "fp8_ds_mla" else 512
+    scales = np.arange(1, 239)  # 0 is no normal float32; with larger ones a float32 does not hold the sum
+    tokens = len(scales)
+    codes = np.resize(np.setdiff1d(np.arange(256, dtype=np.uint8), [0x7F, 0xFF]), numbers)
+    codes = np.stack([np.roll(codes, 37 * token) for token in range(tokens)])
+    codes[-1, 100] = 0x7F  # NaN
+    slots = np.zeros((tokens, packing.row_bytes + packing.scale_bytes), np.uint8)
+    slots[:, :numbers], slots[:, -packing.scale_bytes :] = codes, scales[:, None]
+    named = () if arrangement is None else (arrangement,)
+    packed = np.zeros((tokens, packing.stride(1, arrangement)), np.uint8)
+    packed[:, : slots.shape[1]] = slots
+    cache = dsv4.KVCache(jnp.asarray(packed), block_size=1, layout=layout, arrangement=arrangement)
+    scope = dsv4.Scope(cache, jnp.arange(tokens, dtype=jnp.int32)[:, None].repeat(2, axis=1))
+    out = dsv4.sparse_mla_decode(jnp.zeros((tokens, heads, 512), jnp.bfloat16), scope, implementation="cpu")
+    out = np.asarray(out, np.float64)
+    expected = packing.unpack(packed, 1, *named)[:, None].repeat(heads, axis=1)
+    assert np.isnan(out[-1]).all()
+    normal = np.abs(expected[:-1]) >= 2.0**-126
+    np.testing.assert_array_equal(np.where(normal, out[:-1], 0), np.where(normal, expected[:-1], 0))
+    assert np.abs(np.where(normal, 0, out[:-1])).max() <= 2.0**-126
 
 
 @pytest.mark.parametrize(

@@ -22,232 +22,16 @@ constexpr int kGroupKeys = 32;                   // that one product sums over
 constexpr int kGroups = kTileKeys / kGroupKeys;  // at most
 constexpr int kBlock = 64;                       // numbers of a key that are converted together, as they have one scale
 constexpr int kBlocks = kLatentDim / kBlock;
-constexpr int kGroupNumbers = kGroupKeys * kLatentDim;
 static_assert(kTileKeys % kGroupKeys == 0 && kBlock == kScaleTile, "whole groups");
 
 // Scores of one block of heads and one group of keys, [32, 16].
 constexpr int kScores = kGroupKeys * kHeadBlock;
 
-// The order of converted keys. 64 numbers of 16 bits are two vectors h = 0, 1, whose lane l holds the numbers
-// 16 l + 8 h + 0 .. 7: unpacking bytes gives it, and here numbers of 16 bits are put into it.
-inline void load_block(const void* from, __m512i* block0, __m512i* block1) {
-  const __m512i x0 = _mm512_loadu_si512(from), x1 = _mm512_loadu_si512(static_cast<const uint8_t*>(from) + 64);
-  *block0 = _mm512_permutex2var_epi64(x0, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), x1);
-  *block1 = _mm512_permutex2var_epi64(x0, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), x1);
-}
-
-// Conversion of keys to bf16, tile after tile and group after group, in steps of 64 numbers of 16 keys.
-//
-// An e4m3 byte s eeee mmm becomes the word s 0000eeee mmm0000 by two bit matrices, one for each half of it; adding
-// (scale - 7) << 7 makes its exponent right. Subnormal numbers, zeros, NaN, and scales that take a number beyond normal
-// bf16 need more: they are rare, and go the way of the other kernels.
-class Conversion {
- public:
-  static constexpr int kSteps = 2 * kBlocks;  // of a group
-
-  void reset() {
-    tile_ = nullptr;
-    n_ = base_ = 0;
-  }
-  // Goes on with a tile. The one before it may still be multiplied by weights.
-  void start(const Row* tile, int n) {
-    base_ = (base_ + groups()) % kRing;
-    tile_ = tile;
-    n_ = n;
-    next_n_ = done_ = 0;
-  }
-  // The tile after it, whose bytes are fetched meanwhile.
-  void announce(const Row* next, int next_n) {
-    next_ = next;
-    next_n_ = next_n;
-  }
-  const Row* tile() const { return tile_; }
-  int groups() const { return (n_ + kGroupKeys - 1) / kGroupKeys; }
-  int keys(int group) const { return n_ - group * kGroupKeys; }  // from this group on
-  bool has(int group) const { return done_ >= (group + 1) * kSteps; }
-
-  // A group's keys as A of the scores: [8 blocks, 2 halves of the keys, 2 halves of the block, 16 keys, 32].
-  const uint16_t* rows(int group) const { return rows_[(base_ + group) % 2]; }
-  // And as B of the output: [32, 16 pairs of keys, 16 numbers, 2].
-  const uint16_t* pairs(int group) const { return pairs_[(base_ + group) % kRing]; }
-
-  __attribute__((noinline)) void step() {
-    const int group = done_ / kSteps, block = done_ % kSteps / 2, half = done_ % 2;
-    if (done_ % kSteps == 0) begin(group);
-    ++done_;
-    for (int key = 16 * half; key < 16 * half + 16; ++key) {
-      if (later_[key] != nullptr) fetch(*later_[key], block);
-    }
-    convert(group, block, half);
-  }
-
- private:
-  static constexpr int kRing = kGroups + 1;
-  static_assert(kRing % 2 == 0, "rows alternate");
-
-  // Groups whose bytes are on their way.
-  static constexpr int kAhead = 2;
-
-  void begin(int group) {
-    alignas(64) static const uint8_t kZeros[2 * kLatentDim] = {};
-    static const Row kNoKey = {kZeros, nullptr, Layout::kBf16};
-    for (int i = 0; i < kGroupKeys; ++i) {
-      const int key = group * kGroupKeys + i, later = key + kAhead * kGroupKeys;
-      const int beyond = later - groups() * kGroupKeys;
-      later_[i] = later < n_ ? &tile_[later] : beyond >= 0 && beyond < next_n_ ? &next_[beyond] : nullptr;
-      now_[i] = key < n_ ? &tile_[key] : &kNoKey;
-      const Layout layout = now_[i]->layout;
-      const bool mxfp8 = layout == Layout::kMxfp8;
-      usual_[i] = mxfp8 || layout == Layout::kFp8DsMla;
-      if (layout == Layout::kNvfp4) {
-        Simd::dequantize_tile<kNvfp4ScaleBytes>(now_[i]->scales, kUnitScale, factors_[i]);
-      }
-      if (!usual_[i]) continue;
-      // Of every half a block, which is a tile of mxfp8.
-      const __m128i loaded = mxfp8 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(now_[i]->scales))
-                                   : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(now_[i]->scales));
-      const __m128i bytes = mxfp8 ? loaded : _mm_unpacklo_epi8(loaded, loaded);
-      const __mmask16 in_use = mxfp8 ? 0xffff : 0x3fff;
-      const __m512i power = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(7));
-      usual_[i] = (_mm512_cmple_epu32_mask(power, _mm512_set1_epi32(246 - 7)) & in_use) == in_use;
-      const __m512i bias = _mm512_slli_epi32(power, 7);
-      _mm512_store_si512(scales_[i], _mm512_or_si512(bias, _mm512_slli_epi32(bias, 16)));
-    }
-  }
-
-  static void fetch(const Row& row, int block) {
-    const int per_block = row.layout == Layout::kBf16 ? 2 * kBlock : row.layout == Layout::kNvfp4 ? kBlock / 2 : kBlock;
-    const uint8_t* bytes = row.data + block * per_block;
-    prefetch<Level::kSecond>(bytes);
-    const bool last = block == kBlocks - 1;
-    if (row.layout == Layout::kBf16 || (row.layout == Layout::kFp8DsMla && last)) prefetch<Level::kSecond>(bytes + 64);
-    if (row.scales != nullptr && last) prefetch<Level::kSecond>(row.scales);
-  }
-
-  // e4m3 times a power of two has four bits: as bf16 it is a float's upper half.
-  __attribute__((noinline)) static void convert_exactly(const Row& row, int block, uint16_t* to) {
-    alignas(64) float numbers[kBlock];
-    const uint8_t* data = row.data + block * kBlock;
-    if (row.layout == Layout::kMxfp8) {
-      for (int half = 0; half < 2; ++half) {
-        Simd::dequantize_tile<kMxfp8Tile>(data + half * kMxfp8Tile, row.scales[2 * block + half],
-                                          numbers + half * kMxfp8Tile);
-      }
-    } else {
-      Simd::dequantize_tile<kScaleTile>(data, row.scales[block], numbers);
-    }
-    for (int i = 0; i < kBlock; i += kL) {
-      const __m512i bits = _mm512_castps_si512(Simd::load(numbers + i));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-    }
-  }
-
-  // e2m1 times e4m3 has six bits. Lane l of both vectors is tile l of the block.
-  void convert_e2m1(int key, int block, __m512i* block0, __m512i* block1) const {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(now_[key]->data + block * (kBlock / 2)));
-    const __m512i twice =
-        _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), _mm512_castsi256_si512(bytes));
-    const __m512i tile = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const V scale = _mm512_permutexvar_ps(tile, _mm512_castps128_ps512(_mm_load_ps(factors_[key] + 4 * block)));
-    const V values = Simd::e2m1_values();
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    // Byte j of a lane, each in 32 bits; the odd lanes have the second half of 16 bytes.
-    const __m512i first =
-        _mm512_add_epi32(_mm512_broadcast_i32x4(_mm_setr_epi32(0x80808000, 0x80808001, 0x80808002, 0x80808003)),
-                         _mm512_setr_epi32(0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8));
-    const auto half = [&](int bytes_before) {
-      const __m512i codes = _mm512_shuffle_epi8(twice, _mm512_add_epi32(first, _mm512_set1_epi32(bytes_before)));
-      const V even = Simd::mul(_mm512_permutexvar_ps(codes, values), scale);
-      const V odd = Simd::mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values), scale);
-      return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd),
-                                       upper,
-                                       0xf8);  // a | (b & c)
-    };
-    *block0 = half(0);
-    *block1 = half(4);
-  }
-
-  void convert_any(int key, int block, __m512i* block0, __m512i* block1) const {
-    const Row& row = *now_[key];
-    if (row.layout == Layout::kNvfp4) {
-      convert_e2m1(key, block, block0, block1);
-    } else if (row.layout == Layout::kBf16) {
-      load_block(row.data + block * 2 * kBlock, block0, block1);
-    } else if (row.layout == Layout::kFp8DsMla && block == kScaleTiles) {
-      load_block(row.data + kNopeDim, block0, block1);
-    } else {
-      alignas(64) uint16_t exact[kBlock];
-      convert_exactly(row, block, exact);
-      load_block(exact, block0, block1);
-    }
-  }
-
-  // Of the two halves of a block.
-  static __m512i bias(const uint32_t* scales) {
-    return _mm512_mask_set1_epi32(_mm512_set1_epi32(static_cast<int>(scales[0])), 0xff00, static_cast<int>(scales[1]));
-  }
-
-  // False: some byte of the two keys is not a usual one.
-  bool convert_usual(int key, int block, __m512i* a0, __m512i* a1, __m512i* b0, __m512i* b1) const {
-    const __m512i low = _mm512_set1_epi64(0x0000000001020408), high = _mm512_set1_epi64(0x1020400000000080);
-    const __m512i a = _mm512_loadu_si512(now_[key]->data + block * kBlock);
-    const __m512i b = _mm512_loadu_si512(now_[key + 1]->data + block * kBlock);
-    // Without its sign a usual byte is from 8 to 126: twice it, less 16, is at most 236.
-    const __m512i sixteen = _mm512_set1_epi8(16);
-    const __m512i most = _mm512_max_epu8(_mm512_sub_epi8(_mm512_add_epi8(a, a), sixteen),
-                                         _mm512_sub_epi8(_mm512_add_epi8(b, b), sixteen));
-    if (_mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(static_cast<char>(236))) != 0) return false;
-    const __m512i a_low = _mm512_gf2p8affine_epi64_epi8(a, low, 0), a_high = _mm512_gf2p8affine_epi64_epi8(a, high, 0);
-    const __m512i b_low = _mm512_gf2p8affine_epi64_epi8(b, low, 0), b_high = _mm512_gf2p8affine_epi64_epi8(b, high, 0);
-    const __m512i a_bias = bias(scales_[key] + 2 * block), b_bias = bias(scales_[key + 1] + 2 * block);
-    *a0 = _mm512_add_epi16(_mm512_unpacklo_epi8(a_low, a_high), a_bias);
-    *a1 = _mm512_add_epi16(_mm512_unpackhi_epi8(a_low, a_high), a_bias);
-    *b0 = _mm512_add_epi16(_mm512_unpacklo_epi8(b_low, b_high), b_bias);
-    *b1 = _mm512_add_epi16(_mm512_unpackhi_epi8(b_low, b_high), b_bias);
-    return true;
-  }
-
-  bool usual(int key, int block) const {
-    return usual_[key] && (block < kScaleTiles || now_[key]->layout == Layout::kMxfp8);
-  }
-
-  void convert(int group, int block, int half) {
-    uint16_t* row = rows_[(base_ + group) % 2] + (2 * block + half) * 2 * kTile;
-    uint16_t* pair = pairs_[(base_ + group) % kRing] + 4 * block * kTile + half * kTile / 2;
-    for (int key = 16 * half; key < 16 * half + 16; key += 2, row += 64, pair += 32) {
-      __m512i a0, a1, b0, b1;
-      if (!usual(key, block) || !usual(key + 1, block) || !convert_usual(key, block, &a0, &a1, &b0, &b1)) {
-        convert_any(key, block, &a0, &a1);
-        convert_any(key + 1, block, &b0, &b1);
-      }
-      _mm512_store_si512(row, a0);
-      _mm512_store_si512(row + 32, b0);
-      _mm512_store_si512(row + kTile, a1);
-      _mm512_store_si512(row + kTile + 32, b1);
-      _mm512_store_si512(pair, _mm512_unpacklo_epi16(a0, b0));
-      _mm512_store_si512(pair + kTile, _mm512_unpackhi_epi16(a0, b0));
-      _mm512_store_si512(pair + 2 * kTile, _mm512_unpacklo_epi16(a1, b1));
-      _mm512_store_si512(pair + 3 * kTile, _mm512_unpackhi_epi16(a1, b1));
-    }
-  }
-
-  alignas(64) uint16_t rows_[2][kGroupNumbers];
-  uint16_t pairs_[kRing][kGroupNumbers];
-  // Of the group that is being converted: e4m3's (scale - 7) << 7 in both halves, of every half a block; nvfp4's
-  // scales.
-  alignas(64) uint32_t scales_[kGroupKeys][2 * kBlocks];
-  alignas(64) float factors_[kGroupKeys][kNvfp4ScaleBytes];
-  const Row *now_[kGroupKeys], *later_[kGroupKeys];
-  bool usual_[kGroupKeys];  // e4m3, and its scales give normal numbers
-  const Row *tile_, *next_;
-  int n_, next_n_;
-  int base_;  // where in the ring its groups begin
-  int done_;  // steps
-};
+#include "cpu/conversion_amx-inl.h"
 
 // One lane's scratch. Sizes: kLaneBytesFixed and kLaneBytesPerHead of launch.h.
 struct Scratch {
-  Conversion* conversion;  // of its keys
+  Conversion* conversion;  // of its keys: twice for a single block of heads
   float* sums;             // [4, 16, 16]
   V* turned;               // [2, 16 pairs of keys] weights that are to be turned around, of 16 heads
   uint16_t* q;             // [head blocks, 16, 16 pairs of numbers, 16 heads, 2]
@@ -262,12 +46,19 @@ struct Scratch {
 };
 
 inline Scratch carve(uint8_t* bytes, int32_t heads) {
-  static_assert(sizeof(Conversion) + sizeof(float) * 4 * kSums + sizeof(V) * 2 * 16 <= kLaneBytesFixed, "tile");
+  static_assert(sizeof(ConversionTwice) <= sizeof(ConversionOnce), "in its place");
+  static_assert(sizeof(ConversionOnce) + sizeof(float) * 4 * kSums + sizeof(V) * 2 * 16 <= kLaneBytesFixed, "tile");
   static_assert(2 * (kLatentDim + 2 * kTileKeys) + 4 * (kLatentDim + kTileKeys + 4) <= kLaneBytesPerHead, "per head");
   Scratch s;
-  s.conversion = reinterpret_cast<Conversion*>(bytes);
-  s.conversion->reset();
-  float* floats = reinterpret_cast<float*>(bytes + sizeof(Conversion));
+  if (heads == kHeadBlock) {
+    s.conversion = reinterpret_cast<ConversionTwice*>(bytes);
+    s.conversion->reset();
+  } else {
+    ConversionOnce* conversion = reinterpret_cast<ConversionOnce*>(bytes);
+    conversion->reset();
+    s.conversion = conversion;
+  }
+  float* floats = reinterpret_cast<float*>(bytes + sizeof(ConversionOnce));
   s.sums = floats, floats += 4 * kSums;
   s.turned = reinterpret_cast<V*>(floats), floats += 2 * 16 * kL;
   uint16_t* at = reinterpret_cast<uint16_t*>(floats);
@@ -334,11 +125,11 @@ struct Shares {
   }
 };
 
-// Scores of a group for one or two blocks of heads. `beside` runs after each of 16 steps.
-template <int B, typename Beside>
-inline void score_group(const Scratch& s, int group, int32_t block, const Beside& beside) {
+// Scores of a group for one or two blocks of heads. `rows(b)` is block b of its keys; `beside` runs after each of 16
+// steps.
+template <int B, typename Rows, typename Beside>
+inline void score_group(const Scratch& s, int group, int32_t block, const Rows& rows, const Beside& beside) {
   const uint16_t* q = s.q + block * kHeadBlock * kLatentDim;
-  const uint16_t* row = s.conversion->rows(group);
   float* p[2];
   for (int b = 0; b < B; ++b) p[b] = s.p + ((block + b) * kGroups + group) * kScores;
   Tiles::zero<0>();
@@ -348,7 +139,7 @@ inline void score_group(const Scratch& s, int group, int32_t block, const Beside
     Tiles::zero<3>();
   }
   for (int d = 0; d < 16; ++d, q += kTile) {
-    const uint16_t* keys = row + (d / 2 * 4 + d % 2) * kTile;
+    const uint16_t* keys = rows(d / 2) + d % 2 * kTile;
     Tiles::load<6>(q);
     Tiles::load<4>(keys);
     Tiles::dot<0, 4, 6>();
@@ -382,21 +173,42 @@ inline void score_group(const Scratch& s, int group, int32_t block, const Beside
 }
 
 // Keys are converted as their scores are computed, a tile's first ones as the tile before is accumulated.
-inline void scores(const Row* rows, int n, const Row* next, int next_n, const Scratch& s, int32_t heads) {
-  Conversion& conversion = *s.conversion;
+inline void scores_once(ConversionOnce& conversion, const Row* rows, int n, const Row* next, int next_n,
+                        const Scratch& s, int32_t blocks) {
   if (conversion.tile() != rows) conversion.start(rows, n);
   conversion.announce(next, next_n);
-  const int groups = conversion.groups();
-  const int32_t blocks = head_blocks(heads), slots = (blocks + 1) / 2 * 16;
+  const int groups = conversion.groups(), slots = (blocks + 1) / 2 * 16;
   while (!conversion.has(0)) conversion.step();
   for (int group = 0; group < groups; ++group) {
     // The next group's conversion in even parts.
-    Shares shares{group + 1 < groups ? Conversion::kSteps : 0, slots};
+    Shares shares{group + 1 < groups ? kSteps : 0, slots};
     const auto beside = [&] { shares.take([&] { conversion.step(); }); };
+    const auto rows = [&](int block) { return conversion.rows(group, block); };
     for (int32_t block = 0; block < blocks; block += 2) {
-      block + 1 < blocks ? score_group<2>(s, group, block, beside) : score_group<1>(s, group, block, beside);
+      block + 1 < blocks ? score_group<2>(s, group, block, rows, beside)
+                         : score_group<1>(s, group, block, rows, beside);
     }
   }
+}
+
+inline void scores_twice(ConversionTwice& conversion, const Row* rows, int n, const Row* next, int next_n,
+                         const Scratch& s) {
+  conversion.start(rows, n);
+  conversion.announce(next, next_n);
+  int done = 0;
+  const auto step = [&] {
+    if (done < conversion.steps()) conversion.step_rows(done++);
+  };
+  while (done < ConversionTwice::kLead) step();
+  for (int group = 0; group < conversion.groups(); ++group) {
+    score_group<1>(s, group, 0, [&](int block) { return conversion.rows(group, block); }, step);
+  }
+}
+
+inline void scores(const Row* rows, int n, const Row* next, int next_n, const Scratch& s, int32_t heads) {
+  const int32_t blocks = head_blocks(heads);
+  blocks == 1 ? scores_twice(static_cast<ConversionTwice&>(*s.conversion), rows, n, next, next_n, s)
+              : scores_once(static_cast<ConversionOnce&>(*s.conversion), rows, n, next, next_n, s, blocks);
 }
 
 // Pairs of bf16 numbers, rounded to nearest, from floats that are not negative. A NaN stays one if its lower half is
@@ -502,44 +314,46 @@ inline void add_sums(const float* sums, const float* alpha, bool first, float* o
   }
 }
 
-// A tile's groups of keys as B of the output.
-struct Values {
-  const uint16_t* pairs[kGroups];
-  int groups;
-};
-
-// Sums over the tile's keys for B blocks of heads and 4 / B times 16 numbers. `beside` runs after each group.
-template <int B, typename Beside>
-inline void output_block(const Scratch& s, const Values& values, int32_t block, int d, bool first, const Merge& merge,
-                         const Beside& beside) {
+// Sums over the tile's keys for B blocks of heads and 4 / B times 16 numbers. `pairs(g, b)` is block b of a group's
+// keys; `beside` runs twice for each group and block.
+template <int B, typename Pairs, typename Beside>
+inline void output_block(const Scratch& s, int groups, const Pairs& pairs, int32_t block, int d, bool first,
+                         const Merge& merge, const Beside& beside) {
   const uint16_t* weights = s.weights + block * kGroups * 2 * kTile;
   constexpr int kNext = kGroups * 2 * kTile;  // the next block's weights
   Tiles::zero<0>();
   Tiles::zero<1>();
   Tiles::zero<2>();
   Tiles::zero<3>();
-  for (int g = 0; g < values.groups; ++g, weights += 2 * kTile) {
-    const uint16_t* pairs = values.pairs[g] + d / 16 * kTile;
-    Tiles::load<6>(pairs);
-    Tiles::load<7>(pairs + kTile);
-    for (int part = 0; part < 2; ++part) {
-      Tiles::load<4>(weights + part * kTile);
-      Tiles::dot<0, 4, 6>();
-      Tiles::dot<1, 4, 7>();
-      if constexpr (B == 2) {
+  for (int g = 0; g < groups; ++g, weights += 2 * kTile) {
+    const uint16_t* values = pairs(g, d / kBlock) + d % kBlock / 16 * kTile;
+    if constexpr (B == 2) {
+      Tiles::load<6>(values);
+      Tiles::load<7>(values + kTile);
+      for (int part = 0; part < 2; ++part) {
+        Tiles::load<4>(weights + part * kTile);
+        Tiles::dot<0, 4, 6>();
+        Tiles::dot<1, 4, 7>();
         Tiles::load<5>(weights + kNext + part * kTile);
         Tiles::dot<2, 5, 6>();
         Tiles::dot<3, 5, 7>();
       }
-    }
-    if constexpr (B == 1) {
-      Tiles::load<6>(pairs + 2 * kTile);
-      Tiles::load<7>(pairs + 3 * kTile);
-      for (int part = 0; part < 2; ++part) {
-        Tiles::load<4>(weights + part * kTile);
-        Tiles::dot<2, 4, 6>();
-        Tiles::dot<3, 4, 7>();
-      }
+    } else {
+      Tiles::load<4>(weights);
+      Tiles::load<6>(values);
+      Tiles::dot<0, 4, 6>();
+      Tiles::load<7>(values + kTile);
+      Tiles::dot<1, 4, 7>();
+      Tiles::load<5>(weights + kTile);
+      Tiles::dot<0, 5, 6>();
+      Tiles::dot<1, 5, 7>();
+      beside();
+      Tiles::load<6>(values + 2 * kTile);
+      Tiles::dot<2, 4, 6>();
+      Tiles::load<7>(values + 3 * kTile);
+      Tiles::dot<3, 4, 7>();
+      Tiles::dot<2, 5, 6>();
+      Tiles::dot<3, 5, 7>();
     }
     beside();
   }
@@ -561,28 +375,44 @@ inline void output_block(const Scratch& s, const Values& values, int32_t block, 
 
 // Beside the products of two blocks of heads the weights of the next two are made, and beside the last ones' the next
 // tile's first keys are converted.
-inline void accumulate(const Scratch& s, int32_t heads, int, bool first, const Merge& merge, const Row* next,
-                       int next_n) {
-  Conversion& conversion = *s.conversion;
-  Values values;
-  values.groups = conversion.groups();
-  for (int g = 0; g < values.groups; ++g) values.pairs[g] = conversion.pairs(g);
-  const int32_t blocks = head_blocks(heads);
+inline void accumulate_once(ConversionOnce& conversion, const Scratch& s, int32_t blocks, bool first,
+                            const Merge& merge, const Row* next, int next_n) {
+  const int groups = conversion.groups(), slots = kLatentDim / 32 * groups;
+  const uint16_t* keys[kGroups];
+  for (int g = 0; g < groups; ++g) keys[g] = conversion.pairs(g, 0);
+  const auto pairs = [&](int group, int block) { return keys[group] + block * kBlockNumbers; };
   Softening softening(s, first);
   // Steps for the two blocks from `block` on.
-  const auto softening_steps = [&](int32_t block) {
-    return min_int(2, blocks - block) * values.groups * Softening::kSteps;
-  };
+  const auto softening_steps = [&](int32_t block) { return min_int(2, blocks - block) * groups * Softening::kSteps; };
   for (int i = 0; i < softening_steps(0); ++i) softening.step();
   for (int32_t block = 0; block < blocks; block += 2) {
     const bool two = block + 1 < blocks, last = block + 2 >= blocks;
-    const int width = two ? 32 : 64, slots = kLatentDim / width * values.groups;
     if (last && next_n > 0) conversion.start(next, next_n);
-    Shares shares{!last ? softening_steps(block + 2) : next_n > 0 ? Conversion::kSteps : 0, slots};
+    Shares shares{!last ? softening_steps(block + 2) : next_n > 0 ? kSteps : 0, slots};
     const auto beside = [&] { shares.take([&] { last ? conversion.step() : softening.step(); }); };
-    for (int d = 0; d < kLatentDim; d += width) {
-      two ? output_block<2>(s, values, block, d, first, merge, beside)
-          : output_block<1>(s, values, block, d, first, merge, beside);
+    for (int d = 0; d < kLatentDim; d += two ? 32 : 64) {
+      two ? output_block<2>(s, groups, pairs, block, d, first, merge, beside)
+          : output_block<1>(s, groups, pairs, block, d, first, merge, beside);
     }
   }
+}
+
+inline void accumulate_twice(ConversionTwice& conversion, const Scratch& s, bool first, const Merge& merge) {
+  const int groups = conversion.groups();
+  Softening softening(s, first);
+  for (int i = 0; i < groups * Softening::kSteps; ++i) softening.step();
+  int done = 0;
+  const auto step = [&] {
+    if (done < conversion.steps()) conversion.step_pairs(done++);
+  };
+  while (done < ConversionTwice::kLead) step();
+  const auto pairs = [&](int group, int block) { return conversion.pairs(group, block); };
+  for (int d = 0; d < kLatentDim; d += 64) output_block<1>(s, groups, pairs, 0, d, first, merge, step);
+}
+
+inline void accumulate(const Scratch& s, int32_t heads, int, bool first, const Merge& merge, const Row* next,
+                       int next_n) {
+  const int32_t blocks = head_blocks(heads);
+  blocks == 1 ? accumulate_twice(static_cast<ConversionTwice&>(*s.conversion), s, first, merge)
+              : accumulate_once(static_cast<ConversionOnce&>(*s.conversion), s, blocks, first, merge, next, next_n);
 }
