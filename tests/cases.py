@@ -253,11 +253,15 @@ def _make_cache(
         named = () if case.arrangement is None else (case.arrangement,)
         stride = packing.stride(case.block_size, case.arrangement, case.stride_extra_bytes)
         packed = np.full((blocks, stride), 0xFF, np.uint8)
-        at = packing.slot_bytes(case.block_size, case.arrangement)
-        written = packing.pack(latents, case.block_size, stride, *named)[:, at]
-        packed[:, at] = np.where(attended.reshape(blocks, case.block_size, 1), written, 0xFF)
+        slots = np.full((len(attended), packing.row_bytes + packing.scale_bytes), 0xFF, np.uint8)
+        values = np.full(latents.shape, np.nan)
+        if attended.any():  # in blocks of their own: packing all slots of a large cache takes a long time
+            alone = packing.pack(latents[attended], 1, packing.stride(1, case.arrangement), *named)
+            slots[attended] = alone[:, packing.slot_bytes(1, case.arrangement)[0]]
+            values[attended] = packing.unpack(alone, 1, *named)
+        packed[:, packing.slot_bytes(case.block_size, case.arrangement)] = slots.reshape(blocks, case.block_size, -1)
         cache = dsv4.KVCache(jnp.asarray(packed), block_size=case.block_size, layout=case.layout, arrangement=case.arrangement)
-        return cache, packing.unpack(packed, case.block_size, *named)
+        return cache, values
     if case.layout == "aiter_fp8":
         scale = rng.uniform(0.012, 0.03)
         codes = np.where(attended[:, None], latents / scale, np.nan).astype(ml_dtypes.float8_e4m3fn)
