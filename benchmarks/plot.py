@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-REPORT, FIGURE = ROOT / "benchmarks/results/hopper-h100.json", ROOT / "docs/hopper-h100.svg"
+REPORT, FIGURE = ROOT / "benchmarks/results/hopper-h200-mixes.json", ROOT / "docs/hopper-h200.svg"
 EXTRA = 512
 TICKS = (1, 8, 64, 256)
 LABEL_GAP = 1.85  # times the label below
