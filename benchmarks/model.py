@@ -3,7 +3,8 @@
     python -m benchmarks.model [--rounds N] [--only TEXT] [--json FILE]
 
 Four layers, one SWA, two CSA and one HCA, with a vocabulary of 1,024: embedding and head are not timed. Weights are made on the device, in
-bfloat16 or packed as DeepSeek publishes them. A decode case makes 8 steps in one call, from position 8,000 on. A time is that of a layer.
+bfloat16 or packed as DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 8 steps in one call, from
+position 8,000 on. A time is that of a layer.
 
 The floor of a decode case is the bytes that a step must read, as they are held, over the rate of a large copy: all matrices but the
 experts, as many experts as that many random choices hit on average, and each request's cached rows and indexer keys. That of a prompt is
@@ -34,6 +35,7 @@ from benchmarks.roofline import gpu_ceilings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from deepseek_v4.config import V4_FLASH, Config
+from deepseek_v4.index_keys import Fp8Keys, quantize
 from deepseek_v4.memory import nbytes
 from deepseek_v4.model import create_cache, forward
 from deepseek_v4.packed import Fp4, Fp8
@@ -42,7 +44,7 @@ from deepseek_v4.weights import Tensor, map_schema
 
 CONFIG = dataclasses.replace(V4_FLASH, layers=("swa", "csa", "hca", "csa"), num_hash_layers=1, vocab_size=1024)
 POSITION, ROOM, STEPS, PROMPT = 8000, 8192, 8, 4096
-LATENT_BYTES, KEY_BYTES = 584, 2  # of a cached row; of a number of an indexer's key
+LATENT_BYTES = 584  # of a cached row
 
 
 class Case(NamedTuple):
@@ -108,7 +110,8 @@ def bytes_of_a_step(weights: Any, config: Config, case: Case) -> float:
         rows += {"swa": 0, "csa": config.index_topk, "hca": POSITION // config.hca_ratio}[kind]
         total += case.requests * rows * LATENT_BYTES
         if kind == "csa":
-            total += case.requests * POSITION // config.csa_ratio * config.index_head_dim * KEY_BYTES
+            key = config.index_head_dim + 4 if case.weights == "packed" else 2 * config.index_head_dim
+            total += case.requests * POSITION // config.csa_ratio * key
     return total
 
 
@@ -149,7 +152,7 @@ class Program:
         start = POSITION if case.tokens == 1 else 0
         tokens = jnp.arange(case.requests * case.tokens, dtype=jnp.int32).reshape(case.requests, -1) * 7 % CONFIG.vocab_size
         counts = jnp.full(case.requests, case.tokens, jnp.int32)
-        self.cache = random_keys(create_cache(CONFIG, case.requests, ROOM, chunk=case.tokens))
+        self.cache = random_keys(create_cache(CONFIG, case.requests, ROOM, chunk=case.tokens, fp8_keys=case.weights == "packed"))
 
         def run(weights: Any, cache: Any) -> Any:
             def step(cache: Any, _: None) -> tuple[Any, Array]:
@@ -180,7 +183,9 @@ def random_keys(cache: Any) -> Any:
         if layer.compressed is None or layer.compressed.indexer is None:
             return layer
         indexer = layer.compressed.indexer
-        keys = jax.random.normal(jax.random.key(0), indexer.keys.shape, indexer.keys.dtype)
+        codes = jax.tree.leaves(indexer.keys)[0]
+        numbers = jax.random.normal(jax.random.key(0), codes.shape, jnp.float32)
+        keys = quantize(numbers) if isinstance(indexer.keys, Fp8Keys) else numbers.astype(codes.dtype)
         return layer._replace(compressed=layer.compressed._replace(indexer=indexer._replace(keys=keys)))
 
     return cache._replace(layers=tuple(map(fill, cache.layers)))
@@ -192,7 +197,7 @@ GROUPS = (
     ("attention", ("jax_dsv4", "dsv4")),
     ("experts", ("experts_",)),
     ("dense products", ("dense_", "gemm", "nvjet", "cublas", "cutlass", "xmma", "splitK")),
-    ("indexer", ("score_", "sort", "topk", "TopK", "radix", "Radix")),
+    ("indexer", ("score_", "best_", "sort", "topk", "TopK", "radix", "Radix")),
     ("hyper-connections", ("streams_",)),
 )
 """What a kernel is for, by what its name contains; the first that fits. All others are XLA's fusions."""
@@ -233,8 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_numpy_rank_promotion", "allow")
     ceilings = gpu_ceilings()
     device = jax.devices("cuda")[0].device_kind
-    report = Report(arguments.json, argv, device, ceilings=ceilings, products=in_use(), layers=CONFIG.layers, results=[])
-    print(f"{report}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s; microseconds a layer:", flush=True)
+    settings = dict(products=in_use(), layers=CONFIG.layers)
+    report = Report(arguments.json, argv, device, ceilings=ceilings, **settings, results=[])
+    print(f"{report}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s; microseconds a layer", flush=True)
     for form in ("packed", "bf16"):
         if not any(CASES[name].weights == form for name in names):
             continue

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         row[: len(prompt)] = prompt
     measures = args.cache_layout in ("aiter_fp8", "aiter_fp8_fnuz") and args.cache_scale is None
     options = dict(layout=args.cache_layout, scale=1.0 if measures else args.cache_scale, dtype=args.dtype)
+    options["fp8_keys"] = args.index_keys == "fp8"
     options["chunk"] = max(chunk, TOKENS_PER_STEP if config.mtp else 1)
     try:
         check_memory(config, mesh, len(prompts), context, options)
@@ -163,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
         "products": products.in_use(),
         "cache_layout": args.cache_layout,
         "cache_scale": options["scale"],
+        "index_keys": args.index_keys,
         "device": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape) if mesh else None,
         "processes": jax.process_count(),
@@ -239,6 +241,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="bf16",
         help="packed: as published, fp8 and fp4; bf16, the default: dequantised, of --dtype",
     )
+    add("--index-keys", choices=("dtype", "fp8"), default="dtype", help="of the indexers: of --dtype, or e4m3 with a scale each")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
     add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads, cached context; experts over all')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import decode_loop  # noqa: E402, F401
 import serve  # noqa: E402, F401
 from deepseek_v4 import config as config_module  # noqa: E402, F401
-from deepseek_v4 import kernels, memory, mesh, packed, pages, safetensors, serving, train_tiny  # noqa: E402, F401
+from deepseek_v4 import fused, index_keys, kernels, memory, mesh, model, packed, pages, products, safetensors, serving, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.axes import Axes  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401
@@ -35,10 +35,10 @@ from deepseek_v4.model import (  # noqa: E402, F401
     moe,
     read_streams,
     rms_norm,
-    rope_angle,
     score_entries,
 )
 from deepseek_v4.products import run_experts, swiglu  # noqa: E402, F401
+from deepseek_v4.rope import rope_angle, rotate, turn  # noqa: E402, F401
 from deepseek_v4.speculate import one_layer, predict  # noqa: E402, F401
 from deepseek_v4.tokenizer import Pieces, load_tokenizer  # noqa: E402, F401
 from deepseek_v4.weights import (  # noqa: E402, F401

@@ -17,17 +17,14 @@ from example_support import (
     create_cache,
     decode_loop,
     forward,
-    hyper_connection,
     kernels,
     load_weights,
     map_schema,
     mesh,
     packed,
     quantised_checkpoint,
-    rms_norm,
     run_experts,
     safetensors,
-    score_entries,
     strict_types,  # noqa: F401
     swiglu,
 )
@@ -197,12 +194,17 @@ def test_a_mesh_leaves_blocks_whole():
 # ----------------------------------------------------------------------------------------------------------------- products
 
 
-@pytest.mark.parametrize(("tokens", "groups", "columns"), [(1, 1, 128), (5, 1, 1024), (40, 2, 512), (70, 1, 256)])
-def test_dense_kernel(tokens, groups, columns):
-    """Matrices of all kinds in one call; rows of 64 and more, columns in one part and in several."""
+@pytest.mark.parametrize(
+    ("tokens", "groups", "columns", "fp4"),
+    [(1, 1, 128, True), (1, 1, 384, False), (2, 2, 2048, False), (5, 1, 1024, True), (40, 2, 512, True), (70, 1, 256, True)],
+)
+def test_dense_kernel(tokens, groups, columns, fp4):
+    """Matrices of all kinds in one call; rows of 64 and more, columns in one part and in several. Without fp4 a token or two are multiplied
+    one by one."""
     rng = np.random.default_rng(0)
     x, wide = random_bf16(rng, tokens, groups, columns)
-    ws, numbers = zip(*(KINDS[kind](rng, groups, rows, columns) for kind, rows in (("fp8", 128), ("bf16", 64), ("fp4", 192), ("fp8", 64))))
+    kinds = [("fp8", 128), ("bf16", 64), *([("fp4", 192)] if fp4 else []), ("fp8", 64)]
+    ws, numbers = zip(*(KINDS[kind](rng, groups, rows, columns) for kind, rows in kinds))
     found = kernels.dense(x, *ws, dtype=F32, interpret=True)
     for y, w in zip(found, numbers, strict=True):
         assert_close(y, np.einsum("sgc,grc->sgr", wide, w), SUMS)
@@ -210,11 +212,12 @@ def test_dense_kernel(tokens, groups, columns):
 
 # Experts, tokens, choices of each, inner size and hidden size: few tokens of each, split columns, many tokens of each.
 EXPERTS = [(8, 20, 2, 128, 256), (4, 1, 3, 128, 1024), (2, 70, 2, 128, 128), (2, 120, 1, 128, 128)]
+FEW_EXPERTS = [(4, 1, 3, 128, 1024), (6, 5, 3, 256, 128), (3, 16, 2, 128, 128)]
 
 
-@pytest.mark.parametrize("sizes", EXPERTS, ids=str)
+@pytest.mark.parametrize(("few", "sizes"), [*((False, s) for s in EXPERTS), *((True, s) for s in FEW_EXPERTS)], ids=str)
 @pytest.mark.parametrize("kind", ["fp4", "bf16"])
-def test_experts_kernel(kind, sizes):
+def test_experts_kernel(kind, few, sizes):
     """Some choices are of experts that are elsewhere; some experts nobody chose."""
     experts, tokens, per, inner, hidden = sizes
     rng = np.random.default_rng(1)
@@ -225,7 +228,12 @@ def test_experts_kernel(kind, sizes):
     chosen = rng.integers(0, experts + 1, tokens * per).astype(np.int32)
     chosen[chosen == 1] = 0
     activate = partial(swiglu, config=PRESETS["tiny"])
-    found = kernels.experts(x, chosen, w, activate, total=2 if tokens > 100 else experts, interpret=True)
+    if few:
+        chosen = np.stack([rng.permutation(experts + 1)[:per] for _ in range(tokens)]).astype(np.int32).reshape(-1)
+        chosen[-1] = chosen[-2]  # a token that has an expert twice
+        found = kernels.few_experts(x, jnp.asarray(chosen.reshape(tokens, per)), w, activate, interpret=True)
+    else:
+        found = kernels.experts(x, chosen, w, activate, total=2 if tokens > 100 else experts, interpret=True)
     here = chosen < experts
     at = np.minimum(chosen, experts - 1)
     rows = np.repeat(wide, per, axis=0)
@@ -261,40 +269,6 @@ def test_blocks_hold_each_pair_once(pairs):
         assert (expert[order[first:end]] == e).all()
         seen += list(order[first:end])
     assert sorted(seen) == list(np.flatnonzero(expert < 10))
-
-
-# ------------------------------------------------------------------------------------------------------------ all the rest
-
-
-@pytest.mark.parametrize(("tokens", "hidden"), [(3, 1024), (20, 3072), (130, 1024)])
-def test_streams_kernels(tokens, hidden):
-    """As `hyper_connection` and `rms_norm` make it; more than 128 tokens have their logits from XLA."""
-    rng, config = np.random.default_rng(3), PRESETS["v4-flash"]
-    x, _ = random_bf16(rng, tokens, 4, hidden)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    w, norm = {"fn": 0.05 * normal(24, 4 * hidden), "base": normal(24), "scale": normal(3)}, normal(hidden)
-    eps = config.rms_norm_eps, config.hc_eps
-    y, post, mix = kernels.read_streams(x, w, norm, eps, config.hc_sinkhorn_iters, interpret=True)
-    wide = x[None].astype(F32)
-    pre, wanted_post, wanted_mix = hyper_connection(wide, w, config)
-    assert_close(y, np.asarray(rms_norm(jnp.einsum("btn,btnd->btd", pre, wide), norm, config)[0], np.float64), ROUNDED)
-    assert_close(post, np.asarray(wanted_post[0], np.float64), SUMS)
-    assert_close(mix, np.asarray(wanted_mix[0], np.float64), SUMS)
-
-
-@pytest.mark.parametrize(("requests", "tokens"), [(2, 1), (1, 16)])
-def test_score_kernel(requests, tokens):
-    """A token sees what is before its limit, and what is past it may be NaN."""
-    rng = np.random.default_rng(4)
-    q, _ = random_bf16(rng, requests, tokens, 16, 128)
-    keys, _ = random_bf16(rng, requests, 192, 128)
-    weight = rng.standard_normal((requests, tokens, 16)).astype(np.float32)
-    limit = np.sort(rng.integers(0, 128, (requests, tokens)), axis=1).astype(np.int32)
-    here = np.arange(192) < limit[..., None]
-    wanted = np.where(here, score_entries(q, weight, keys, np.int32(192)), -np.inf)
-    found = kernels.score(q, weight, keys.at[:, 128:].set(jnp.nan), limit, interpret=True)
-    np.testing.assert_array_equal(np.isinf(found), ~here)
-    assert_close(np.where(here, found, 0), np.where(here, wanted, 0), SUMS)
 
 
 HOPPER = [device for device in jax.devices() if getattr(device, "compute_capability", None) == "9.0"]

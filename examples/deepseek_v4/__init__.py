@@ -6,8 +6,11 @@ packed.py       fp8 and fp4 matrices as they are published
 safetensors.py  the files of a checkpoint
 tokenizer.py    text to token ids, and back
 model.py        the cache and the forward pass
+rope.py         its rotation by position
+index_keys.py   its indexer's keys, also in fp8, and their scores
 products.py     its products with weights: by XLA, or by kernels.py
-kernels.py      kernels in Pallas for Hopper GPUs
+kernels.py      kernels in Pallas for Hopper GPUs: the products
+fused.py        the same for what is between them, in steps of few tokens
 generate.py     prefill, decode, sampling
 speculate.py    drafts of the layer that predicts the token after next
 serving.py      requests that come and go: slots, chunks of prompts between steps

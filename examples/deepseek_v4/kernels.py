@@ -1,9 +1,8 @@
-"""Kernels of our own for Hopper GPUs, in Pallas: products with weights as DeepSeek publishes them, and what XLA makes many kernels of.
+"""Kernels of our own for Hopper GPUs, in Pallas: products with weights as DeepSeek publishes them.
 
-    dense       a few tokens times matrices
-    grouped     tokens sorted by expert times their experts' matrices, and SwiGLU
-    score       the indexer's scores
-    stream_logits, mix_streams      hyper-connections
+    dense           a few tokens times matrices
+    few_experts     a few tokens times their experts' matrices
+    experts         more of them, sorted by expert
 
 Weights are bfloat16 or `Packed` (deepseek_v4/packed.py). A packed number is made bfloat16 in registers. That is exact, and so a product is
 what it would be with weights dequantised before.
@@ -29,9 +28,20 @@ from deepseek_v4.packed import FP4_BITS, Fp4, Fp8, Packed, byte, fp4_values, fp8
 Matrix = Array | Packed
 
 
-def call(kernel: Callable[..., None], out: Any, grid: tuple[int, ...], warps: int, stages: int, interpret: bool, *operands: Any) -> Any:
+def call(
+    kernel: Callable[..., None],
+    out: Any,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    interpret: bool,
+    *operands: Any,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """Runs a kernel over the leaves of its operands; `aliases` says which of these are written in place, as which result."""
     params = triton.CompilerParams(num_warps=warps, num_stages=stages)
-    return pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, interpret=interpret)(*jax.tree.leaves(operands))
+    run = pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, interpret=interpret, input_output_aliases=aliases or {})
+    return run(*jax.tree.leaves(operands))
 
 
 # ---------------------------------------------------------------------------------------------------- numbers from codes
@@ -152,43 +162,118 @@ def takes(w: Matrix) -> bool:
 MOST_TOKENS = 128
 """Of `dense`: with more of them, it pays to dequantise the matrix first."""
 
+FMA_TOKENS = 2
+"""Up to so many tokens multiply faster one by one than by tensor cores."""
+
 ROWS = 64
-"""Of a matrix, to a program."""
+"""Of a matrix, to a program; a quarter of them where tokens are multiplied one by one."""
 
 
 def dense(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike, interpret: bool = False) -> list[Array]:
     """x [s, g, c] times each of ws [g, r, c] → [s, g, r] of `dtype`, all in one kernel."""
-    (s, groups, columns), size = x.shape, 16 if len(x) <= 16 else 32 if len(x) <= 32 else 64
-    padded, tiles = -(-s // size) * size, [w.shape[1] // ROWS for w in ws]
-    # Programs enough for the whole GPU, each with steps enough to have loads in flight.
-    splits = 1
-    while splits < 8 and sum(tiles) * groups * splits < 400 and columns % (2 * splits * STEP) == 0 and columns // (2 * splits) >= 256:
-        splits *= 2
-    out = jax.ShapeDtypeStruct((splits, padded, groups, sum(w.shape[1] for w in ws)), jnp.float32 if splits > 1 else dtype)
-    structure = jax.tree.structure(ws)
+    found = dense_parts(x, *ws, dtype=dtype, interpret=interpret)
+    found = (found[0] if len(found) == 1 else found.sum(axis=0))[: len(x)].astype(dtype)
+    ends = [sum(w.shape[1] for w in ws[: i + 1]) for i in range(len(ws))]
+    return jnp.split(found, ends[:-1], axis=-1)
+
+
+def dense_parts(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike = jnp.float32, interpret: bool = False) -> Array:
+    """The products of `dense` side by side, in parts to be summed over axis 0: [parts, s or more, g, Σ r], float32 or, if one, `dtype`."""
+    (s, groups, columns), heights = x.shape, [w.shape[1] for w in ws]
+    if one_by_one := s <= FMA_TOKENS and not any(isinstance(w, Fp4) for w in ws):
+        rows, size, padded = ROWS // 4, s, s
+        splits = columns // (1024 if columns % 1024 == 0 else STEP)
+    else:
+        rows, size = ROWS, 16 if s <= 16 else 32 if s <= 32 else 64
+        padded, splits = -(-s // size) * size, 1
+        # Programs enough for the whole GPU, each with steps enough to have loads in flight.
+        programs = sum(heights) // rows * groups
+        while splits < 8 and programs * splits < 400 and columns % (2 * splits * STEP) == 0 and columns // (2 * splits) >= 256:
+            splits *= 2
+    structure, width = jax.tree.structure(ws), columns // splits
 
     def dense_kernel(x_ref: Any, *refs: Any) -> None:
         *matrices, out_ref = refs
         tile, block, place = (pl.program_id(axis) for axis in range(3))
         group, split = place // splits, place % splits
-        tokens = pl.ds(block * size, size)
-        token = jnp.minimum(block * size + jnp.arange(size, dtype=jnp.int32), s - 1)
-        first, steps = 0, columns // splits // STEP
-        for w, count in zip(jax.tree.unflatten(structure, matrices), tiles, strict=True):
+        first = 0
+        for w, height in zip(jax.tree.unflatten(structure, matrices), heights, strict=True):
 
-            @pl.when((tile >= first) & (tile < first + count))
+            @pl.when((tile >= first) & (tile < first + height // rows))
             def _(w: Any = w, first: int = first) -> None:
-                take = lambda at, width: x_ref[token, group, pl.ds(at, width)]  # noqa: E731
-                (y,) = multiply([w], group, (tile - first) * ROWS, ROWS, split * steps, steps, take, size, interpret)
-                out_ref[split, tokens, group, pl.ds(tile * ROWS, ROWS)] = y.T.astype(out_ref.dtype)
+                row, here = (tile - first) * rows, pl.ds(tile * rows, rows)
+                if one_by_one:
+                    found = multiply_one_by_one(w, group, row, rows, split * width, width, x_ref, interpret)
+                    for token, y in enumerate(found):
+                        out_ref[split, token, group, here] = y.astype(out_ref.dtype)
+                else:
+                    tokens = block * size + jnp.arange(size, dtype=jnp.int32)
+                    take = partial(take_rows, x_ref, jnp.minimum(tokens, s - 1), tokens < s, (group,), interpret)
+                    (y,) = multiply([w], group, row, rows, split * (width // STEP), width // STEP, take, size, interpret)
+                    out_ref[split, pl.ds(block * size, size), group, here] = y.T.astype(out_ref.dtype)
 
-            first += count
+            first += height // rows
 
-    grid = (sum(tiles), padded // size, groups * splits)
-    found = call(dense_kernel, [out], grid, 4, 4, interpret, x, ws)[0]
-    found = (found[0] if splits == 1 else found.sum(axis=0).astype(dtype))[:s]
-    ends = [sum(w.shape[1] for w in ws[: i + 1]) for i in range(len(ws))]
-    return jnp.split(found, ends[:-1], axis=-1)
+    out = jax.ShapeDtypeStruct((splits, padded, groups, sum(heights)), jnp.float32 if splits > 1 else dtype)
+    return call(dense_kernel, [out], (sum(heights) // rows, padded // size, groups * splits), 4, 3, interpret, x, ws)[0]
+
+
+def take_rows(x: Any, row: Array, real: Array, lead: tuple[Array, ...], interpret: bool, at: Array, width: int) -> Array:
+    """Columns of rows of x, 0 for those that are not real: nothing is read for them."""
+    here = (row, *lead, pl.ds(at, width))
+    if interpret:
+        return jnp.where(real[:, None], x[here], 0)
+    return triton.load(x.at[here], mask=jnp.broadcast_to(real[:, None], (len(row), width)), other=0)
+
+
+def multiply_one_by_one(w: Any, lead: Array, row: Array, rows: int, first: Array, width: int, x: Any, interpret: bool) -> list[Array]:
+    """w[lead, row : row + rows, first : first + width] · each row of x [s, g, c] → float32 [rows], on the ordinary units.
+
+    Everything is loaded before anything is multiplied. XLA's Triton leaves product and sum two instructions: the assembly makes them one.
+    """
+    per = 2 if isinstance(w, Fp8) else 1  # numbers of a word
+    words = 1 << min((width // per & -(width // per)).bit_length() - 1, 8)
+    tiles = width // per // words
+    lane = jnp.arange(words, dtype=jnp.int32)
+    starts = [first // per + i * words for i in range(tiles)]
+    here = pl.ds(row, rows)
+    scales: list[Array | None] = [None] * tiles
+    if isinstance(w, Fp8):
+        codes = [w.codes[lead, here, pl.ds(at, words)] for at in starts]
+        blocks = [(at + lane) // 64 for at in starts]
+        scales = [powers(w.scale[lead, row // 128, block]) for block in blocks]
+        columns = [[block * 128 + (at + lane) % 64 + 64 * half for half in (0, 1)] for at, block in zip(starts, blocks, strict=True)]
+    else:
+        codes = [w[lead, here, pl.ds(at, words)].astype(jnp.float32) for at in starts]
+        columns = [[at + lane] for at in starts]
+    xs = [[[x[token, lead, column] for column in tile] for tile in columns] for token in range(x.shape[0])]
+    found = []
+    for tokens in xs:
+        total = jnp.zeros((rows, words), jnp.float32)
+        for code, scale, numbers in zip(codes, scales, tokens, strict=True):
+            scaled = [(x.astype(jnp.float32) if scale is None else x.astype(jnp.float32) * scale)[None] for x in numbers]
+            total = add_products(code, scaled, total, interpret)
+        found.append(total.sum(axis=1))
+    return found
+
+
+def add_products(codes: Array, xs: list[Array], total: Array, interpret: bool) -> Array:
+    """total + the numbers of codes · xs: of each uint16 its two e4m3, or float32 as they are."""
+    if interpret:
+        values = [codes] if len(xs) == 1 else [fp8_values(byte(codes, place).astype(jnp.uint8)) for place in (0, 1)]
+        return total + sum(value * x for value, x in zip(values, xs, strict=True))
+    if len(xs) == 1:
+        asm, pack, form = "fma.rn.f32 $0, $1, $2, $3;", 1, "=f,f,f,f"
+    else:
+        pack, form = 2, "=f,=f,r,f,f,f,f,f,f"
+        asm = """{ .reg .b16 p, q, a, b, c, d; .reg .b32 h, g; .reg .f32 e, f, i, j, s, t;
+            mov.b32 {p, q}, $2; cvt.rn.f16x2.e4m3x2 h, p; cvt.rn.f16x2.e4m3x2 g, q; mov.b32 {a, b}, h; mov.b32 {c, d}, g;
+            cvt.f32.f16 e, a; cvt.f32.f16 f, b; cvt.f32.f16 i, c; cvt.f32.f16 j, d;
+            fma.rn.f32 s, e, $3, $7; fma.rn.f32 t, i, $4, $8; fma.rn.f32 s, f, $5, s; fma.rn.f32 t, j, $6, t;
+            mov.f32 $0, s; mov.f32 $1, t; }"""
+    args = [codes, *(jnp.broadcast_to(x, codes.shape) for x in xs), total]
+    out = [jax.ShapeDtypeStruct(codes.shape, jnp.float32)]
+    return triton.elementwise_inline_asm(asm, args=args, constraints=form, pack=pack, result_shape_dtypes=out)[0]
 
 
 class Blocks(NamedTuple):
@@ -299,135 +384,56 @@ def experts(
     return out[:, :-1].sum(axis=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- the indexer
-
-ENTRIES, TOKENS = 64, 8
-"""To a program of `score`."""
+FEW_TOKENS = 16
+"""Of `few_experts`."""
 
 
-def scores(q: Array, keys: Array) -> bool:
-    """Whether `score` takes these."""
-    (heads, dim), bf16 = q.shape[2:], q.dtype == keys.dtype == jnp.bfloat16
-    return bf16 and heads in (16, 32, 64) and dim == 128 and keys.shape[1] % ENTRIES == 0
+def few_experts(x: Array, chosen: Array, w: dict[str, Matrix], activate: Callable[[Array, Array], Array], interpret: bool = False) -> Array:
+    """As `experts`, for at most FEW_TOKENS tokens x [s, d], which need not be sorted.
 
-
-def score(q: Array, weight: Array, keys: Array, limit: Array, interpret: bool = False) -> Array:
-    """Σ_h weight_h · relu(q_h · key): q [b, t, h, k], weight [b, t, h], keys [b, c, k] → float32 [b, t, c], −inf from `limit` [b, t] on."""
-    b, t, _, _ = q.shape
-    many = TOKENS if t % TOKENS == 0 else 1
-
-    def score_kernel(q_ref: Any, weight_ref: Any, keys_ref: Any, limit_ref: Any, out_ref: Any) -> None:
-        request, first, at = pl.program_id(0), pl.program_id(1) * many, pl.program_id(2) * ENTRIES
-        here = pl.ds(at, ENTRIES)
-        number = at + jnp.arange(ENTRIES, dtype=jnp.int32)
-
-        @pl.when(at >= limit_ref[request, first + many - 1])  # the last of them sees most
-        def _() -> None:
-            for i in range(many):
-                out_ref[request, first + i, here] = jnp.full(ENTRIES, -jnp.inf, jnp.float32)
-
-        @pl.when(at < limit_ref[request, first + many - 1])
-        def _() -> None:
-            key = keys_ref[request, here]
-            for i in range(many):
-                product = lax.dot_general(q_ref[request, first + i], key, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                total = (jnp.maximum(product, 0) * weight_ref[request, first + i][:, None]).sum(axis=0)
-                out_ref[request, first + i, here] = jnp.where(number < limit_ref[request, first + i], total, -jnp.inf)
-
-    out = [jax.ShapeDtypeStruct((b, t, keys.shape[1]), jnp.float32)]
-    grid = (b, t // many, keys.shape[1] // ENTRIES)
-    return call(score_kernel, out, grid, 4, 1, interpret, q, weight, keys, jnp.broadcast_to(limit, (b, t)))[0]
-
-
-# ------------------------------------------------------------------------------------------------------- hyper-connections
-
-LOGITS, SQUARES = 32, 31
-"""Rows of a part of the streams' mixing logits, and the one that has the sum of the streams' squares."""
-
-
-def reads(x: Array) -> bool:
-    """Whether `read_streams` takes streams [s, n, d]."""
-    return x.dtype == jnp.bfloat16 and x.shape[1] == 4 and x.shape[2] % 1024 == 0
-
-
-def read_streams(
-    x: Array, w: Any, norm: Array, eps: tuple[float, float], rounds: int, interpret: bool = False
-) -> tuple[Array, Array, Array]:
-    """What mHC makes of the residual streams x [s, n, d]: the sublayer's input [s, d], RMS-normed, post [s, n] and mix [s, m, n].
-
-    Args:
-        w: "fn" [24, n · d], "base" [24], "scale" [3].
-        norm: [d], of the RMS norm.
-        eps: of norms, and of mHC.
-        rounds: of Sinkhorn's normalisation.
+    `chosen` int32 [s, k] are each token's experts; those that are not here are any other numbers.
     """
-    s, n, d = x.shape
-    norm_eps, eps_hc = eps
-    flat = x.reshape(s, n * d)
-    if s <= MOST_TOKENS:
-        parts = stream_logits(flat, w["fn"], interpret)
-    else:
-        wide = flat.astype(jnp.float32)
-        logits = jnp.einsum("sx,mx->sm", wide, w["fn"])
-        squares = jnp.square(wide).sum(axis=-1, keepdims=True)
-        parts = jnp.concatenate([logits, jnp.zeros((s, SQUARES - logits.shape[1]), jnp.float32), squares], axis=1)[None]
-    count = len(parts)
-
-    def streams_kernel(parts_ref: Any, base: Any, scale: Any, x_ref: Any, norm_ref: Any, y_ref: Any, post_ref: Any, mix_ref: Any) -> None:
-        token, every, places = pl.program_id(0), pl.ds(0, count), [pl.ds(1024 * i, 1024) for i in range(d // 1024)]
-        # All loads first: they take longer than all else.
-        parts = [parts_ref[every, token, pl.ds(first, size)] for first, size in ((0, n), (n, n), (2 * n, n * n))]
-        squares = parts_ref[every, token, SQUARES]
-        bases = [base[pl.ds(first, size)] for first, size in ((0, n), (n, n), (2 * n, n * n))]
-        streams = [x_ref[token, pl.ds(0, n), place] for place in places]
-        norms = [norm_ref[place] for place in places]
-
-        shrink = lax.rsqrt(squares.sum(axis=0) / (n * d) + norm_eps)
-        pre, post, mix = (part.sum(axis=0) * shrink * scale[i] + at for i, (part, at) in enumerate(zip(parts, bases, strict=True)))
-        pre = jax.nn.sigmoid(pre) + eps_hc
-        pieces = [(pre[:, None] * piece.astype(jnp.float32)).sum(axis=0) for piece in streams]
-        total = jnp.zeros(1024, jnp.float32)
-        for piece in pieces:
-            total += jnp.square(piece)
-        grow = lax.rsqrt(total.sum(axis=0) / d + norm_eps)
-        for place, piece, norm in zip(places, pieces, norms, strict=True):
-            y_ref[token, place] = (piece * grow * norm).astype(y_ref.dtype)
-
-        post_ref[token, pl.ds(0, n)] = 2 * jax.nn.sigmoid(post)
-        mix = mix.reshape(n, n)
-        mix = jnp.exp(mix - mix.max(axis=1, keepdims=True))
-        mix = mix / mix.sum(axis=1, keepdims=True) + eps_hc
-        mix = mix / (mix.sum(axis=0, keepdims=True) + eps_hc)
-
-        def turn(_: Array, mix: Array) -> Array:
-            mix = mix / (mix.sum(axis=1, keepdims=True) + eps_hc)
-            return mix / (mix.sum(axis=0, keepdims=True) + eps_hc)
-
-        mix_ref[token, pl.ds(0, n * n)] = lax.fori_loop(1, rounds, turn, mix).reshape(n * n)
-
-    outs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((s, d), x.dtype), ((s, n), jnp.float32), ((s, n * n), jnp.float32))]
-    y, post, mix = call(streams_kernel, outs, (s,), 4, 1, interpret, parts, w["base"], w["scale"], x, norm)
-    return y, post, mix.reshape(s, n, n)
+    gate, up = few(x, chosen, [w["w1"], w["w3"]], Form(FEW_TOKENS, 64, 2, 3), 4, interpret).sum(axis=1)
+    inner = activate(gate, up).astype(x.dtype)
+    return few(inner, chosen, [w["w2"]], Form(FEW_TOKENS, 128, 4, 3), 2, interpret)[0].sum(axis=0)
 
 
-def stream_logits(x: Array, fn: Array, interpret: bool) -> Array:
-    """Parts, to be summed over axis 0, of the logits x [s, c] · fn [m, c] and of the squares' sum: float32 [parts, s, LOGITS]."""
-    (s, columns), size, width = x.shape, 16, 256
-    m, count = len(fn), columns // width
-    parts = 1 << (count - 1).bit_length()  # of Triton's arrays the sizes are powers of two
+def few(x: Array, chosen: Array, ws: Sequence[Matrix], form: Form, splits: int, interpret: bool) -> Array:
+    """Each pair's row times its expert's matrices → float32 [matrices, parts, pairs, r]. Pair p has row p // k of x, or row p of `pairs`.
 
-    def streams_logits_kernel(x_ref: Any, fn_ref: Any, out_ref: Any) -> None:
-        token = jnp.minimum(pl.program_id(1) * size + jnp.arange(size, dtype=jnp.int32), s - 1)
-        row, here = jnp.arange(LOGITS, dtype=jnp.int32), pl.ds(jnp.minimum(pl.program_id(0), count - 1) * width, width)
-        rest, streams = fn_ref[jnp.minimum(row, m - 1), here], x_ref[token, here]
-        squares = jnp.square(streams.astype(jnp.float32)).sum(axis=1)
-        total = jnp.zeros((LOGITS, size), jnp.float32)
-        for _ in range(3):  # float32 is the sum of three bfloat16, and the streams are bfloat16
-            part = rest.astype(jnp.bfloat16)
-            rest -= part.astype(jnp.float32)
-            total += lax.dot_general(part, streams, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        total = jnp.where(row[:, None] == SQUARES, squares[None], total)
-        out_ref[pl.program_id(0), token, pl.ds(0, LOGITS)] = jnp.where(pl.program_id(0) < count, total, 0).T
+    A program is of a pair: of the first that has an expert. It multiplies for all tokens that chose it; the others' programs end at once.
+    """
+    (s, k), (count, height, columns), (size, rows, warps, stages) = chosen.shape, ws[0].shape, form
+    pairs, rows = s * k, rows if height % rows == 0 else ROWS
+    per = pairs // len(x)
+    splits = splits if columns % (splits * STEP) == 0 else 1
+    tiles, steps, many = height // rows, columns // STEP // splits, 1 << (pairs - 1).bit_length()
+    structure = jax.tree.structure(ws)
 
-    out = [jax.ShapeDtypeStruct((parts, s, LOGITS), jnp.float32)]
-    return call(streams_logits_kernel, out, (parts, -(-s // size)), 4, 1, interpret, x, fn)[0]
+    def experts_kernel(chosen_ref: Any, x_ref: Any, *refs: Any) -> None:
+        *matrices, out_ref = refs
+        tile, pair, split = (pl.program_id(axis) for axis in range(3))
+
+        def expert_of(pair: Array) -> Array:
+            return chosen_ref[pair // k, pair % k]
+
+        expert, number = expert_of(pair), jnp.arange(many, dtype=jnp.int32)
+        earlier = (expert_of(jnp.minimum(number, pairs - 1)) == expert) & (number < pair)
+        again = (earlier & (number // k == pair // k)).astype(jnp.int32).sum() > 0  # a token's second pair with an expert is on its own
+        mine = (expert >= 0) & (expert < count) & (again | (earlier.astype(jnp.int32).sum() == 0))
+
+        def run(which: int, w: Any) -> None:
+            token, choice = jnp.arange(size, dtype=jnp.int32)[:, None], jnp.arange(1 << (k - 1).bit_length(), dtype=jnp.int32)[None]
+            same = chosen_ref[jnp.minimum(token, s - 1), jnp.minimum(choice, k - 1)] == expert
+            same &= (token < s) & (choice < k) & ((token * k + choice == pair) | ~again)
+            theirs = jnp.where(same, token * k + choice, pairs).min(axis=1)  # of each token its pair; what is of none goes to waste
+            row = (tile - which * tiles) * rows
+            take = partial(take_rows, x_ref, jnp.minimum(theirs, pairs - 1) // per, theirs < pairs, (), interpret)
+            (y,) = multiply([w], expert, row, rows, split * steps, steps, take, size, interpret)
+            out_ref[which, split, theirs, pl.ds(row, rows)] = y.T
+
+        for which, w in enumerate(jax.tree.unflatten(structure, matrices)):
+            pl.when(mine & (tile >= which * tiles) & (tile < (which + 1) * tiles))(partial(run, which, w))
+
+    out = [jax.ShapeDtypeStruct((len(ws), splits, pairs + 1, height), jnp.float32)]
+    return call(experts_kernel, out, (tiles * len(ws), pairs, splits), warps, stages, interpret, chosen, x, ws)[0][:, :, :pairs]

@@ -135,7 +135,7 @@ def cache_specs(config: Config) -> Cache:
     # A tree of partitions has the tree's types, and partitions where those say arrays.
     requests: Any = REQUESTS
     blocks: Any = P((*AXES.data, *AXES.context))
-    keys: Any = P(AXES.data, AXES.peers)
+    keys: Any = P(AXES.data, AXES.peers)  # and of their scales, where they have any
 
     def layer(kind: Kind) -> LayerCache:
         indexer = IndexCache(keys, requests) if kind == "csa" else None

@@ -15,7 +15,6 @@ groups and experts, a part of the vocabulary, and some blocks of the compressed 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +26,9 @@ from jax import Array, lax
 import jax_dsv4 as dsv4
 from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
-from deepseek_v4.products import dense, dense_groups, kernels, run_experts, swiglu
+from deepseek_v4.index_keys import Keys, create_keys, score_entries, write
+from deepseek_v4.products import dense, dense_groups, dense_parts, fused, run_experts, swiglu
+from deepseek_v4.rope import rope_angle, rotate, turn
 
 Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
 
@@ -41,7 +42,7 @@ BLOCK_SIZE: dict[Kind, int] = {"swa": 64, "csa": 64, "hca": 2}
 class IndexCache(NamedTuple):
     """What the indexer of a CSA layer remembers."""
 
-    keys: Array  # [b, entries, 128]: its compressed keys; of n peers, every n-th
+    keys: Keys  # [b, entries, 128]: its compressed keys; of n peers, every n-th
     rows: Array  # [b, ring, 2, 256] float32: as `CompressedCache.rows`, for its own compressor
 
 
@@ -80,6 +81,7 @@ def create_cache(
     scale: float | None = None,
     chunk: int = 1,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    fp8_keys: bool = False,
     context: int = 1,
     peers: int = 1,
 ) -> Cache:
@@ -91,7 +93,7 @@ def create_cache(
         layout, scale: of the latents (`jax_dsv4.KVCache`).
         chunk: the most tokens per request of one `forward`. Rings are this much longer than what a token looks back
             on, so that a chunk's last token does not overwrite what its first one needs.
-        dtype: of the indexer's keys.
+        dtype: of the indexer's keys, unless fp8_keys: then e4m3, with a scale each.
         context, peers: devices that the compressed caches and the indexer's keys are spread over; the result is one device's share.
     """
     pages: dict[Kind, int] = {"swa": -(-(config.sliding_window + chunk - 1) // BLOCK_SIZE["swa"])}
@@ -112,7 +114,8 @@ def create_cache(
         indexer = None
         if kind == "csa":
             entries = -(-pages["csa"] * BLOCK_SIZE["csa"] // peers)
-            indexer = IndexCache(jnp.zeros((batch, entries, config.index_head_dim), dtype), rows("csa", config.index_head_dim))
+            keys = create_keys((batch, entries, config.index_head_dim), jnp.float8_e4m3fn if fp8_keys else dtype)
+            indexer = IndexCache(keys, rows("csa", config.index_head_dim))
         return LayerCache(latents("swa"), CompressedCache(latents(kind), rows(kind, config.head_dim), indexer))
 
     def table(pages: int) -> Array:
@@ -269,15 +272,16 @@ def run_layers(
     """The residual streams x [b, t, n, d] through the layers that `weights` lists."""
     step = begin_step(cache, tokens, counts, config, implementation, axes)
     layers = []
+    back = None  # a sublayer's output goes into the streams when the next one reads them: that is one kernel
     for kind, w, layer in zip(config.layers, weights, cache.layers, strict=True):
-        y, post, mix = read_in(x, w["attn_hc"], w["attn_norm"], config)
+        x, y, *way = read_in(x, back, w["attn_hc"], w["attn_norm"], config)
         y, layer = attention(y, w["attn"], layer, step, kind, config, implementation, axes)
-        x = write_back(x, y, post, mix)
 
-        y, post, mix = read_in(x, w["ffn_hc"], w["ffn_norm"], config)
+        x, y, *next_way = read_in(x, (y, *way), w["ffn_hc"], w["ffn_norm"], config)
         y = moe(y, w["ffn"], step.all_tokens, config, axes)
-        x = write_back(x, y, post, mix)
+        back = (y, *next_way)
         layers.append(layer)
+    x = x if back is None else write_back(x, *back)
     return x, cache._replace(layers=tuple(layers), position=cache.position + counts)
 
 
@@ -300,38 +304,6 @@ def rms_norm(x: Array, weight: Array | None, config: Config) -> Array:
     return (x32 if weight is None else weight * x32).astype(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------ RoPE
-
-
-def rope_angle(position: Array, name: str, config: Config) -> Array:
-    """Angles [..., 32] of the 32 pairs at each position, float32. "compress" has its own base, and YaRN."""
-    pairs = jnp.arange(0, config.qk_rope_head_dim, 2, dtype=jnp.float32)
-    base = config.rope_theta if name == "main" else config.compress_rope_theta
-    frequency = base ** (-pairs / config.qk_rope_head_dim)
-    if name == "compress" and config.yarn:
-        # Pairs that turn more than beta_fast times in the original context keep their frequency, those that turn less
-        # than beta_slow times are slowed by `factor`, and those between are blended along a straight line.
-        yarn, dim = config.yarn, config.qk_rope_head_dim
-
-        def pair_turning(turns: float) -> float:
-            return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-        first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-        last = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
-        slowed = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - first) / (last - first or 0.001), 0, 1)
-        frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
-    return position[..., None].astype(jnp.float32) * frequency
-
-
-def rotate(x: Array, angle: Array) -> Array:
-    """Turns the last 64 of x [..., k], taken as pairs (2j, 2j+1), by angle [..., 32]."""
-    rope = 2 * angle.shape[-1]
-    even, odd = jnp.moveaxis(x[..., -rope:].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return jnp.concatenate([x[..., :-rope], turned.reshape(*x.shape[:-1], rope).astype(x.dtype)], axis=-1)
-
-
 # ------------------------------------------------------------------------------------------------------ hyper-connections
 
 
@@ -341,15 +313,21 @@ def stream_mixes(x: Array, w: Any, config: Config) -> Array:
     return jnp.einsum("btx,mx->btm", flat, w["fn"])
 
 
-def read_in(x: Array, w: Any, norm: Array, config: Config) -> tuple[Array, Array, Array]:
-    """A sublayer's input [b, t, d] from the streams x [b, t, n, d], RMS-normed, and how its output goes back (`hyper_connection`)."""
-    flat = x.reshape(-1, *x.shape[2:])
-    if (own := kernels()) and own.reads(flat):
+def read_in(x: Array, back: Any, w: Any, norm: Array, config: Config) -> tuple[Array, Array, Array, Array]:
+    """The streams x [b, t, n, d] with a sublayer's output in them, if any: `back` is (y, post, mix), as `write_back` takes them. And the
+    next one's input [b, t, d], RMS-normed, and how its output goes back (`hyper_connection`): post and mix."""
+    own, lead = fused(), x.shape[:2]
+    reads = own is not None and own.reads(x)
+    if back is not None and not (reads and fused(lead[0] * lead[1])):
+        x, back = write_back(x, *back), None
+    if reads:
+        flat, *back = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (x, *(back or ())))
         eps = config.rms_norm_eps, config.hc_eps
-        y, post, mix = own.read_streams(flat, w, norm, eps, config.hc_sinkhorn_iters)
-        return y.reshape(*x.shape[:2], -1), post.reshape(*x.shape[:2], -1), mix.reshape(*x.shape[:2], *mix.shape[1:])
+        found = own.read_streams(flat, tuple(back) or None, w, norm, eps, config.hc_sinkhorn_iters)
+        x, y, post, mix = (leaf.reshape(*lead, *leaf.shape[1:]) for leaf in found)
+        return x, y, post, mix
     pre, post, mix = hyper_connection(x, w, config)
-    return rms_norm(jnp.einsum("btn,btnd->btd", pre, x), norm, config), post, mix
+    return x, rms_norm(jnp.einsum("btn,btnd->btd", pre, x), norm, config), post, mix
 
 
 def write_back(x: Array, y: Array, post: Array, mix: Array) -> Array:
@@ -395,30 +373,23 @@ def attention(
     b, t, _ = x.shape
     append = partial(dsv4.append, implementation=implementation)
     angle = step.angle["main" if kind == "swa" else "compress"]
-
-    # All that is projected of x, in one product.
-    compressors = [w["compressor"]] if kind == "hca" else [w["compressor"], w["indexer"]["compressor"]] if kind == "csa" else []
-    matrices = [w["wq_a"], w["wkv"], *(c[name] for c in compressors for name in ("wkv", "wgate"))]
-    q_low, latent, *projected = dense(x, *matrices, *([w["indexer"]["weights_proj"]] if kind == "csa" else []), dtype=jnp.float32)
-
-    q_low = rms_norm(q_low, w["q_norm"], config).astype(x.dtype)
-    q, *index_q = dense(q_low, w["wq_b"], *([w["indexer"]["wq_b"]] if kind == "csa" else []))
-    q = rotate(rms_norm(q.reshape(b, t, -1, config.head_dim), None, config), angle[:, :, None])  # [b, t, h, k]
-
-    latent = rms_norm(latent, w["kv_norm"], config).astype(x.dtype)
-    layer = layer._replace(swa=append(layer.swa, rotate(latent, angle), step.swa_slots))
+    found = project(x, w, layer.compressed, step, kind, config)
+    q, index_q = queries(found.q_low, w, angle, kind, config)
+    layer = layer._replace(swa=append(layer.swa, found.latent, step.swa_slots))
     swa, extra = dsv4.Scope(layer.swa, step.swa_indices, step.swa_lengths), None
 
     if layer.compressed is not None:
-        old, rows, indexer = layer.compressed
-        entry, rows = compress(projected[:2], w["compressor"], rows, step, kind, config)
-        new = append(old, entry.astype(x.dtype), slots_here(old, step.entries[kind].slots, axes))
+        old, _, indexer = layer.compressed
+        new = append(old, found.entries[0].astype(x.dtype), slots_here(old, step.entries[kind].slots, axes))
         if indexer is not None:
-            indices, indexer = choose_entries(index_q[0], projected[2:], w["indexer"], indexer, step, config, axes)
+            assert index_q is not None
+            assert found.weight is not None
+            indexer = indexer._replace(rows=found.rows[1])
+            indices, indexer = choose_entries(index_q, found.weight, found.entries[1], indexer, step, config, axes)
             extra = scope_here(dsv4.Scope(new, indices, step.extra_lengths[kind]), axes)
         else:
             extra = step.all_entries[kind]._replace(cache=new)
-        layer = layer._replace(compressed=CompressedCache(new, rows, indexer))
+        layer = layer._replace(compressed=CompressedCache(new, found.rows[0], indexer))
 
     groups = config.o_groups // lax.axis_size(axes.model)
     shared = kind != "swa" and shares_groups(groups, lax.axis_size(axes.context))
@@ -433,6 +404,65 @@ def attention(
     (out,) = dense_groups(out.reshape(b, t, groups, -1), wo_a)  # [b, t, g, heads of the group · k] → [b, t, g, r]
     (out,) = dense(out.reshape(b, t, -1), wo_b)
     return lax.psum(out, axes.peers if shared else axes.model), layer
+
+
+class Projected(NamedTuple):
+    """What an attention layer makes of its input alone."""
+
+    q_low: Array  # [b, t, r], normed
+    latent: Array  # [b, t, k], normed and turned
+    weight: Array | None  # float32 [b, t, h], of the indexer's heads
+    entries: Sequence[Array]  # [b, c, k] of each compressor: those that this step may complete
+    rows: Sequence[Array]  # of each compressor, with this step's in them
+
+
+def project(x: Array, w: Any, old: CompressedCache | None, step: Step, kind: Kind, config: Config) -> Projected:
+    """All that is projected of x [b, t, d], in one product."""
+    compressors, rows = [] if old is None else [w["compressor"]], [] if old is None else [old.rows]
+    matrices, heads = [w["wq_a"], w["wkv"]], 0
+    if old is not None and old.indexer is not None:
+        compressors, rows = [*compressors, w["indexer"]["compressor"]], [*rows, old.indexer.rows]
+        heads = config.index_n_heads
+    matrices += [c[name] for c in compressors for name in ("wkv", "wgate")] + ([w["indexer"]["weights_proj"]] if heads else [])
+    angle, head_scale = step.angle["main" if kind == "swa" else "compress"], (config.index_head_dim * config.index_n_heads) ** -0.5
+
+    own, sizes = fused(len(x)), [matrix.shape[0] for matrix in matrices]
+    if own and x.shape[1] == 1 and own.projects(sizes, kind, config) and (parts := dense_parts(x, *matrices)) is not None:
+        entry = step.entries.get(kind)
+        first, complete = (step.position, step.valid) if entry is None else (entry.number * config.ratio(kind), entry.complete)
+        found = own.project(
+            parts,
+            w["q_norm"],
+            w["kv_norm"],
+            [own.Compressor(c["ape"], c["norm"], old) for c, old in zip(compressors, rows, strict=True)],
+            *(heads, head_scale),
+            *(leaf[:, 0] for leaf in (step.position, step.valid, complete)),
+            *(turn(leaf[:, 0]) for leaf in (angle, rope_angle(first, "compress", config))),
+            *(config.rms_norm_eps, x.dtype),
+        )
+        q_low, latent, weight, entries = jax.tree.map(lambda leaf: leaf[:, None], found[:4])
+        return Projected(q_low, latent, weight, entries, found[4])
+
+    q_low, latent, *projected = dense(x, *matrices, dtype=jnp.float32)
+    latent = rotate(rms_norm(latent, w["kv_norm"], config).astype(x.dtype), angle)
+    weight = head_scale * projected.pop() if heads else None
+    made = [compress(projected[2 * i : 2 * i + 2], c, rows[i], step, kind, config) for i, c in enumerate(compressors)]
+    return Projected(rms_norm(q_low, w["q_norm"], config).astype(x.dtype), latent, weight, *([m[i] for m in made] for i in (0, 1)))
+
+
+def queries(q_low: Array, w: Any, angle: Array, kind: Kind, config: Config) -> tuple[Array, Array | None]:
+    """Queries [b, t, h, k], normed and turned, and the indexer's [b, t, h, k], turned."""
+    lead, matrices = q_low.shape[:2], [w["wq_b"], *([w["indexer"]["wq_b"]] if kind == "csa" else [])]
+    own = fused(lead[0] * lead[1])
+    if own and (parts := dense_parts(q_low, *matrices)) is not None:
+        heads = w["wq_b"].shape[0] // config.head_dim
+        turns = turn(angle.reshape(-1, angle.shape[-1]))
+        found = own.queries(parts, heads, config.head_dim, config.index_head_dim, turns, config.rms_norm_eps, q_low.dtype)
+        q, index_q = jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), found)
+        return q, index_q
+    q, *index_q = (leaf.reshape(*lead, -1, dim) for leaf, dim in zip(dense(q_low, *matrices), (config.head_dim, config.index_head_dim)))
+    q = rotate(rms_norm(q, None, config), angle[:, :, None])
+    return q, rotate(index_q[0], angle[:, :, None]) if index_q else None
 
 
 def attend_over(
@@ -498,67 +528,39 @@ def compress(projected: Sequence[Array], w: Any, rows: Array, step: Step, kind: 
 
 
 def choose_entries(
-    q: Array, projected: Sequence[Array], w: Any, cache: IndexCache, step: Step, config: Config, axes: Axes
+    q: Array, weight: Array, key: Array, cache: IndexCache, step: Step, config: Config, axes: Axes
 ) -> tuple[Array, IndexCache]:
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
-    Of q [b, t, h · k] and of what is projected of the tokens: for its compressor, and a weight of each head [b, t, h].
+    Of its queries [b, t, h, k], a weight of each head [b, t, h], and the keys float32 [b, c, k] that the step may complete.
 
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
     `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of n peers, at e div n.
     """
     entries, devices, device = step.entries["csa"], lax.axis_size(axes.peers), lax.axis_index(axes.peers)
-    count = cache.keys.shape[1] if step.key_table is None else entries.max_entries
-    *compressed, weight = projected
-    key, rows = compress(compressed, w["compressor"], cache.rows, step, "csa", config)
+    held = jax.tree.leaves(cache.keys)[0].shape[:2]
+    count = held[1] if step.key_table is None else entries.max_entries
     mine = entries.complete & (entries.number % devices == device)
     here = jnp.where(mine, entries.number // devices, count)  # past the end, where writes are dropped
     row = jnp.arange(len(q))[:, None]
     if step.key_table is not None:
-        row, here = jnp.divmod(jnp.where(mine, entries.slots, cache.keys.shape[0] * cache.keys.shape[1]), cache.keys.shape[1])
-    keys = cache.keys.at[row, here].set(key.astype(cache.keys.dtype), mode="drop")
+        row, here = jnp.divmod(jnp.where(mine, entries.slots, held[0] * held[1]), held[1])
+    keys = write(cache.keys, row, here, key)
+    cache = cache._replace(keys=keys)
 
-    q = rotate(q.reshape(*q.shape[:2], -1, config.index_head_dim), step.angle["compress"][:, :, None])  # [b, t, h, k]
-    weight *= (config.index_head_dim * config.index_n_heads) ** -0.5
     visible = (entries.visible - device + devices - 1) // devices  # of those that are here
-    if step.key_table is None and (own := kernels()) and own.scores(q, keys):
+    topk, own = extra_topk(entries, "csa", config), fused()
+    if own and step.key_table is None and own.scores(q, keys):
         score = own.score(q, weight, keys, visible)
+        if devices == 1 and count <= own.MOST_ENTRIES:
+            return own.best(score, visible, step.tables["csa"], topk), cache
     else:
         score = score_entries(q, weight, keys, jnp.max(visible), step.key_table)
         score = jnp.where(jnp.arange(count, dtype=jnp.int32) < visible[..., None], score, -jnp.inf)
 
-    topk = extra_topk(entries, "csa", config)
     best, chosen = lax.top_k(score, min(topk, count))
     chosen = best_of_peers(best, devices * chosen + device, topk, axes)
-    return slots_of(step.tables["csa"], chosen, "csa"), IndexCache(keys, rows)
-
-
-def score_entries(q: Array, weight: Array, keys: Array, visible: Array, table: Array | None = None) -> Array:
-    """Scores [b, t, c] of the first `visible` keys [b, c, k], and of some more; the rest are 0.
-
-    By pieces: the scores of all heads, [b, t, h, c], are as large as h caches. With a `table` [b, pages], of keys [blocks, 64, k].
-    """
-
-    def score(keys: Array) -> Array:
-        products = jnp.einsum("bthk,bck->bthc", q, keys, preferred_element_type=jnp.float32)
-        return jnp.einsum("bthc,bth->btc", jax.nn.relu(products), weight)
-
-    def read(first: Array | int, size: int) -> Array:
-        if table is None:
-            return lax.dynamic_slice_in_dim(keys, first, size, axis=1)
-        pages = lax.dynamic_slice_in_dim(table, first // keys.shape[1], size // keys.shape[1], axis=1)
-        return keys[pages].reshape(len(table), size, -1)
-
-    count, piece = keys.shape[1] * (1 if table is None else table.shape[1]), max(2048 // q.shape[1] // 64 * 64, 256)
-    if count <= piece:
-        return score(read(0, count))
-
-    def add_piece(i: Array, scores: Array) -> Array:
-        first = jnp.minimum(i * piece, count - piece)
-        new = score(read(first, piece))
-        return lax.dynamic_update_slice_in_dim(scores, new, first, axis=2)
-
-    return lax.fori_loop(0, -(-visible // piece), add_piece, jnp.zeros((*q.shape[:2], count), jnp.float32))
+    return slots_of(step.tables["csa"], chosen, "csa"), cache
 
 
 # -------------------------------------------------------------------------------------------------------------------- MoE
@@ -570,20 +572,27 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     A device has some of the experts, of all devices, and among its peers a part of the shared one's inner size. It is given all devices'
     tokens, and each token's sum goes back to where its request is. `tokens` are `Step.all_tokens`.
     """
-    gate, up = dense(x, w["shared"]["w1"], w["shared"]["w3"], dtype=jnp.float32)
-    (out,) = dense(swiglu(gate, up, config).astype(x.dtype), w["shared"]["w2"])
+    shared, k, factor = w["shared"], config.num_experts_per_tok, config.routed_scaling_factor
+    given = w["tid2eid"][tokens] if "tid2eid" in w else None  # hash layers: the token's id names its experts
+    lead, own = x.shape[:2], fused(x.shape[0] * x.shape[1])
+    if own and lax.axis_size(axes.every) == 1 and (parts := dense_parts(x, shared["w1"], shared["w3"], w["gate"])) is not None:
+        sizes, flat = (shared["w1"].shape[0], w["gate"].shape[0], k), (None if given is None else given.reshape(-1, k), tokens.reshape(-1))
+        found = own.route(parts, *sizes, w.get("bias"), *flat, factor, partial(swiglu, config=config), x.dtype)
+        inner, chosen, weight = (leaf.reshape(*lead, -1) for leaf in found)
+        (out,) = dense(inner, shared["w2"])
+    else:
+        gate, up = dense(x, shared["w1"], shared["w3"], dtype=jnp.float32)
+        (out,) = dense(swiglu(gate, up, config).astype(x.dtype), shared["w2"])
 
-    x = to_experts(x, axes)
-    (score,) = dense(x, w["gate"], dtype=jnp.float32)
-    score = jnp.sqrt(jax.nn.softplus(score))
-    if "tid2eid" in w:  # hash layers: the token's id names its experts
-        chosen = w["tid2eid"][tokens]
-    else:  # the bias balances the load; it picks experts and does not weigh them
-        _, chosen = lax.top_k(score + w["bias"], config.num_experts_per_tok)
-    weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
-    weight = config.routed_scaling_factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
+        x = to_experts(x, axes)
+        (score,) = dense(x, w["gate"], dtype=jnp.float32)
+        score = jnp.sqrt(jax.nn.softplus(score))
+        # The bias balances the load; it picks experts and does not weigh them.
+        chosen = lax.top_k(score + w["bias"], k)[1] if given is None else given
+        weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
+        weight = factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
 
-    chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.every)  # of the experts here; others are not
-    chosen = jnp.where(tokens[..., None] < 0, -1, chosen)
+        chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.every)  # of the experts here; others are not
+        chosen = jnp.where(tokens[..., None] < 0, -1, chosen)
     routed = run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
     return from_experts(routed, out, axes)

@@ -30,6 +30,16 @@ def kernels() -> Any:
     return kernels
 
 
+def fused(tokens: int = 0) -> Any:
+    """The module deepseek_v4/fused.py where `kernels` is there, and takes products of so many tokens; else None."""
+    own = kernels()
+    if own is None or tokens > own.MOST_TOKENS:
+        return None
+    from deepseek_v4 import fused
+
+    return fused
+
+
 def in_use() -> str:
     """What computes the products with experts and with packed weights on this machine, in words."""
     return "own kernels (Pallas)" if kernels() else "XLA"
@@ -53,6 +63,14 @@ def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = Non
     return [y[..., 0, :] for y in found] if squeeze else found
 
 
+def dense_parts(x: Array, *ws: Matrix) -> Array | None:
+    """The products of `dense` side by side, in the parts that deepseek_v4/fused.py takes: [parts, b · t, 1, Σ r]. None: not these."""
+    own = kernels()
+    if own is None or x.dtype != jnp.bfloat16 or not all(map(own.takes, ws)):
+        return None
+    return own.dense_parts(x.reshape(-1, 1, x.shape[-1]), *(jax.tree.map(lambda leaf: leaf[None], w) for w in ws))
+
+
 def swiglu(gate: Array, up: Array, config: Config) -> Array:
     limit = config.swiglu_limit
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
@@ -71,7 +89,11 @@ def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) 
     flat = x.reshape(-1, x.shape[-1])
     own = kernels()
     if own and x.dtype == jnp.bfloat16 and all(map(own.takes, w.values())):
-        out = own.experts(flat, expert, w, partial(swiglu, config=config), config.n_routed_experts)
+        activate = partial(swiglu, config=config)
+        if len(flat) <= own.FEW_TOKENS:
+            out = own.few_experts(flat, chosen.reshape(len(flat), -1), w, activate)
+        else:
+            out = own.experts(flat, expert, w, activate, config.n_routed_experts)
     else:
         out = sorted_blocks(flat, expert, w, config)
     out = out.reshape(*chosen.shape, -1)  # [b, t, k, d]
