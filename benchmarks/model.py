@@ -39,7 +39,7 @@ from deepseek_v4.index_keys import Fp8Keys, quantize
 from deepseek_v4.memory import nbytes
 from deepseek_v4.model import create_cache, forward
 from deepseek_v4.packed import Fp4, Fp8
-from deepseek_v4.products import in_use
+from deepseek_v4.products import compiler_options, in_use
 from deepseek_v4.weights import Tensor, map_schema
 
 CONFIG = dataclasses.replace(V4_FLASH, layers=("swa", "csa", "hca", "csa"), num_hash_layers=1, vocab_size=1024)
@@ -163,7 +163,7 @@ class Program:
             cache, finite = lax.scan(step, cache, length=self.steps)
             return cache, finite.all()
 
-        self.run = jax.jit(run, donate_argnums=1).lower(weights, self.cache).compile()
+        self.run = jax.jit(run, donate_argnums=1, compiler_options=compiler_options()).lower(weights, self.cache).compile()
         self()
 
     def __call__(self) -> list[float]:
@@ -238,9 +238,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_numpy_rank_promotion", "allow")
     ceilings = gpu_ceilings()
     device = jax.devices("cuda")[0].device_kind
-    settings = dict(products=in_use(), layers=CONFIG.layers)
+    settings = dict(products=in_use(), compiler_options=compiler_options(), layers=CONFIG.layers)
     report = Report(arguments.json, argv, device, ceilings=ceilings, **settings, results=[])
     print(f"{report}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s; microseconds a layer", flush=True)
+    print(f"XLA's options, besides its defaults: {compiler_options()}", flush=True)
     for form in ("packed", "bf16"):
         if not any(CASES[name].weights == form for name in names):
             continue

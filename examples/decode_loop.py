@@ -162,6 +162,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": args.weights,
         "weights_bytes": memory.nbytes(weights),
         "products": products.in_use(),
+        "compiler_options": products.compiler_options(),
         "cache_layout": args.cache_layout,
         "cache_scale": options["scale"],
         "index_keys": args.index_keys,

@@ -29,6 +29,7 @@ from deepseek_v4.axes import AXES, ONE_DEVICE
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import Sampling, State, attend, generate, prefill
 from deepseek_v4.model import Cache, CompressedCache, Implementation, IndexCache, LayerCache, create_cache
+from deepseek_v4.products import compiler_options
 from deepseek_v4.speculate import Draft, one_layer
 from deepseek_v4.weights import Tensor, map_schema, schema
 
@@ -161,7 +162,7 @@ class Programs:
         if self.mesh:
             # That devices have something in common, such as the logits after a gather, is not tracked through the loops.
             function = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(function, donate_argnums=donate)
+        return jax.jit(function, donate_argnums=donate, compiler_options=None if self.mesh else compiler_options())
 
     def create_cache(self, requests: int, max_tokens: int, **options: Any) -> Cache:
         sizes = self.mesh.shape if self.mesh else dict.fromkeys(NAMES, 1)
