@@ -76,13 +76,14 @@ def random_weights() -> dict:
 
 
 @cache
-def decoded(axes: str | None, sampling: Sampling, prompts: bool) -> list[list[int]]:
+def decoded(axes: str | None, sampling: Sampling, prompts: bool, fp8_keys: bool = False) -> list[list[int]]:
     """Tokens of each request, on a mesh or on one device: after its prompt, or from a first token on, which compiles one program less."""
     over = mesh.create_mesh(mesh.parse_mesh(axes), SMALL, len(PROMPTS)) if axes else None
     programs = mesh.Programs(SMALL, over, sampling, None)
     put = lambda x, tensor: jax.device_put(x, programs.sharding and programs.sharding(tensor))  # noqa: E731
     weights = jax.tree.map(put, random_weights(), schema(SMALL))
-    cache = programs.create_cache(len(PROMPTS), MAX_TOKENS, layout="float32", chunk=CHUNK if prompts else 1, dtype=jnp.float32)
+    options = dict(layout="float32", chunk=CHUNK if prompts else 1, dtype=jnp.float32, fp8_keys=fp8_keys)
+    cache = programs.create_cache(len(PROMPTS), MAX_TOKENS, **options)
     place = lambda x: programs.place(np.array(x, np.int32), mesh.REQUESTS)  # noqa: E731
     limits = place([NEW_TOKENS] * len(PROMPTS))
     if prompts:
@@ -113,6 +114,10 @@ def test_draws_are_one_device_s() -> None:
     want = decoded(None, sampling, False)
     assert len({token for row in want for token in row}) > 40
     assert decoded("data=4", sampling, False) == want
+
+
+def test_fp8_keys_are_one_device_s() -> None:
+    assert decoded("data=2,model=2", GREEDY, False, fp8_keys=True) == decoded(None, GREEDY, False, fp8_keys=True)
 
 
 # --- What moves
