@@ -1,8 +1,8 @@
 // Keys as bf16 numbers, in the two forms that tile products take. Part of products_amx-inl.h, which see.
 //
 // An e4m3 byte s eeee mmm becomes the word s 0000eeee mmm0000 by two bit matrices, one for each half of it; adding
-// (scale - 7) << 7 makes its exponent right. Of subnormal bytes the exponent is made right by a table, as one in some
-// hundred blocks has one. NaN, and scales that take a number beyond normal bf16, go the way of the other kernels.
+// (scale - 7) << 7 makes its exponent right. Subnormal bytes get theirs from a table, for they are not rare. NaN, and
+// scales that take a number beyond normal bf16, go the way of the other kernels.
 
 constexpr int kSteps = 2 * kBlocks;  // of a group
 constexpr int kBlockNumbers = kGroupKeys * kBlock;

@@ -41,7 +41,7 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 }
 
 // Makes ordinary stores to shared memory visible to the tensor cores: this thread's, and those that it has waited for.
-// Where others wait for a tile, by them and not by who stores it, for it waits for all of a thread's copies and loads.
+// Those who wait for a tile fence, not those who store it: a fence waits for all copies and loads of its thread.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- clusters: blocks that run at the same time and write into each other's shared memory
