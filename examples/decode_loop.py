@@ -236,13 +236,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step, at most (default: as the prompt is long, 32 to 512)")
     add("--cache-scale", type=float, metavar="S", help="of aiter_fp8 and its _fnuz (default: measured from the prompts' first latents)")
     add("--speculate", action="store_true", help="draft with the checkpoint's layer mtp.0: the same tokens, in fewer steps")
-    add(
-        "--weights",
-        choices=("packed", "bf16"),
-        default="bf16",
-        help="packed: as published, fp8 and fp4; bf16, the default: dequantised, of --dtype",
-    )
-    add("--index-keys", choices=("dtype", "fp8"), default="dtype", help="of the indexers: of --dtype, or e4m3 with a scale each")
     add("--memory", action="store_true", help="print the bytes of weights and caches of each model, and stop")
     add("--mesh", metavar="AXES", help='devices for each of "data=2,model=2,context=2": requests, heads, cached context; experts over all')
     many = parser.add_argument_group("many processes", "the same command for each, but for its id; their devices make one mesh")

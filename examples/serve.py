@@ -9,6 +9,7 @@ The server is deepseek_v4/serving.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pydoc_data.topics
 import select
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from deepseek_v4 import memory, processes
+from deepseek_v4 import memory, processes, products
 from deepseek_v4.command import (
     ModelError,
     Parser,
@@ -93,11 +94,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     set_defaults(args)
-    config = load_config(args.checkpoint)
+    config = dataclasses.replace(load_config(args.checkpoint), packed=args.weights == "packed")
     tokenizer = load_tokenizer(args.checkpoint)
     check_implementation(args.implementation)
     server = create_server(args, config)
-    source: Source = Load(args, tokenizer, config) if args.rate else Lines(args, tokenizer)
+    source: Source = Load(args, tokenizer, config, server.room) if args.rate else Lines(args, tokenizer)
     weights_bytes = memory.nbytes(abstract_weights(config, args.dtype))
     try:
         cache_bytes = memory.nbytes(jax.eval_shape(server.create))
@@ -117,9 +118,13 @@ def run(args: argparse.Namespace) -> None:
     report = {
         **measurements(served, seconds, server),
         "compile_seconds": compile_seconds,
+        "weights": args.weights,
         "weights_bytes": weights_bytes,
+        "products": products.in_use(),
+        "compiler_options": products.compiler_options(),
         "cache_bytes": cache_bytes,
         "cache_layout": args.cache_layout,
+        "index_keys": args.index_keys,
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__, "jax_dsv4": dsv4.__version__},
         "requests": [request_report(each) for each in served],
@@ -145,6 +150,7 @@ def create_server(args: argparse.Namespace, config: Config) -> Server:
         seed=args.seed,
         sampling=Sampling(args.temperature, args.top_p),
         dtype=args.dtype,
+        fp8_keys=args.index_keys == "fp8",
         implementation=args.implementation,
         layout=args.cache_layout,
         scale=args.cache_scale,
@@ -209,7 +215,10 @@ class Load:
 
     prompt = "request"
 
-    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer | None, config: Config):
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer | None, config: Config, room: int):
+        if args.shared_tokens + args.prompt_tokens + args.max_new_tokens > room:
+            asked = f"--shared-tokens {args.shared_tokens}, --prompt-tokens {args.prompt_tokens} and --max-new-tokens {args.max_new_tokens}"
+            raise UsageError(f"{asked} do not fit a cache of {room} tokens")
         random, count = np.random.default_rng(args.seed), args.requests
         text = self.text(args, tokenizer, config, random)
         shared = text[: args.shared_tokens]
@@ -363,6 +372,8 @@ def print_report(report: dict[str, Any]) -> None:
     line(f"{report['prefill_chunks']}", f"chunks of {report['prefill_chunk']} prompt tokens read")
     line(f"{report['sent_back']}", "times a request was sent back to wait for pages")
     line(f"{report['cache_bytes']}", f"bytes of cache ({report['cache_layout']})")
+    held = "packed" if report["weights"] == "packed" else "dequantised"
+    line(memory.human(report["weights_bytes"]), f"of weights, {held}; multiplied by {report['products']}")
     line(f"{report['compile_seconds']:.1f}", f"s to compile both programs, once; on {report['device']}")
 
 

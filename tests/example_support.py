@@ -172,6 +172,7 @@ def decode(
     chunk: int = 32,
     sampling: Sampling = GREEDY,
     layout: str = "float32",
+    fp8_keys: bool = False,
     implementation: Any = None,
 ) -> list[list[int]]:
     """New tokens of each request, through `prefill` and `generate`."""
@@ -182,7 +183,7 @@ def decode(
         row[: len(prompt)] = prompt
     limits = np.broadcast_to(np.array(new_tokens, np.int32), lengths.shape)
     options: Any = dict(config=config, sampling=sampling, implementation=implementation)
-    cache = create_cache(config, len(prompts), max_tokens, layout=layout, chunk=chunk, dtype=jnp.float32)
+    cache = create_cache(config, len(prompts), max_tokens, layout=layout, chunk=chunk, dtype=jnp.float32, fp8_keys=fp8_keys)
     state = prefill(weights, cache, padded, lengths, limits, jnp.uint32(0), chunk=chunk, **options)
     first = np.asarray(state.token)[:, None]
     state, rest = generate(weights, state, steps=int(limits.max()) - 1, **options)

@@ -8,10 +8,24 @@ import os
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from example_support import PRESETS, golden_folder, said_in_one_line, serve, serving, strict_types, train_tiny  # noqa: F401
+from example_support import (
+    PRESETS,
+    decode,
+    golden_folder,
+    load_weights,
+    quantised_checkpoint,
+    safetensors,
+    said_in_one_line,
+    serve,
+    serving,
+    strict_types,  # noqa: F401
+    train_tiny,
+)
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], layers=("swa",), hidden_size=32, vocab_size=53, n_routed_experts=2, moe_intermediate_size=32, num_hash_layers=0
@@ -82,11 +96,35 @@ def test_a_load_is_measured(checkpoint, capsys) -> None:
     assert "6  pages of 64 tokens shared" in said
 
 
+def test_packed_weights_and_fp8_keys(tmp_path) -> None:
+    """A server's tokens are the loop's, which reads the same weights dequantised and keeps the keys in a row."""
+    sizes: dict[str, Any] = dict(hidden_size=256, q_lora_rank=128, o_lora_rank=128, moe_intermediate_size=128, index_topk=5)
+    config = dataclasses.replace(SMALL, layers=("csa",), **sizes)
+    (tmp_path / "config.json").write_text(json.dumps(train_tiny.config_json(config)))
+    safetensors.write(tmp_path / "model.safetensors", quantised_checkpoint(config))
+    out = tmp_path / "out.json"
+    command = ["--checkpoint", str(tmp_path), *SIZES, "--max-new-tokens", "9", "--json", str(out), "--weights", "packed"]
+    command += ["--rate", "200", "--requests", "3", "--prompt-tokens", "60", "--shared-tokens", "9", "--index-keys", "fp8"]
+    assert serve.main(command) == 0
+    report = json.loads(out.read_text())
+    prompts = [np.array(request["prompt_ids"]) for request in report["requests"]]
+    limits = [len(request["tokens"]) for request in report["requests"]]
+    weights = load_weights(tmp_path, config, np.float32)
+    looped = decode(config, weights, prompts, limits, max_tokens=160, chunk=16, layout="fp8_ds_mla", fp8_keys=True)
+    assert [request["tokens"] for request in report["requests"]] == looped
+    assert report["weights_bytes"] < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    assert (report["weights"], report["index_keys"]) == ("packed", "fp8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rate", "0"], "--rate must be positive, got 0.0"),
         (["--rate", "1", "--shared-tokens", "-1"], "--shared-tokens must be at least 0, got -1"),
+        (
+            ["--rate", "1", "--context", "800"],
+            "--shared-tokens 600, --prompt-tokens 128 and --max-new-tokens 128 do not fit a cache of 800 tokens",
+        ),
         (["--rate", "1", "--chat"], "--chat is for prompts from stdin, not for a load (--rate)"),
         (["--requests", "4"], "--requests is for a load (--rate), not for prompts from stdin"),
         (["--shared-tokens", "0"], "--shared-tokens is for a load (--rate), not for prompts from stdin"),

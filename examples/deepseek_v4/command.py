@@ -116,6 +116,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability")
     add("--seed", type=int, default=0, metavar="N")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: float32 on CPU, else bfloat16)")
+    add(
+        "--weights",
+        choices=("packed", "bf16"),
+        default="bf16",
+        help="packed: as published, fp8 and fp4; bf16, the default: dequantised, of --dtype",
+    )
+    add("--index-keys", choices=("dtype", "fp8"), default="dtype", help="of the indexers: of --dtype, or e4m3 with a scale each")
     add("--json", type=Path, metavar="FILE", help="write tokens, speeds and more")
 
 

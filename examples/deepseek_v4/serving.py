@@ -28,7 +28,7 @@ from deepseek_v4.config import Config, Kind
 from deepseek_v4.generate import GREEDY, NOT_A_TOKEN, Sampling
 from deepseek_v4.model import BLOCK_SIZE, Implementation
 from deepseek_v4.pages import Blocks, Prefixes, digest_page
-from deepseek_v4.slots import Requests, create_layers, decode, read
+from deepseek_v4.slots import Requests, create_layers, decode, program, read
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,7 +82,7 @@ class Server:
         chunk: tokens of a text per call of `read`.
         steps: per call of `decode`: tokens of each request between two looks at them.
         share: whether requests share the pages of equal prefixes.
-        dtype: of the indexer's keys.
+        dtype: of the indexer's keys, unless fp8_keys: then e4m3, with a scale each.
         latents: layout and scale of the caches.
     """
 
@@ -99,6 +99,7 @@ class Server:
         seed: int = 0,
         sampling: Sampling = GREEDY,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        fp8_keys: bool = False,
         implementation: Implementation = None,
         **latents: Any,
     ):
@@ -123,9 +124,10 @@ class Server:
         self.blocks = Blocks(sizes)
         self.prefixes = Prefixes(self.blocks)
         self.tables = {kind: np.zeros((slots, n), np.int32) for kind, n in pages.items()}
-        self.create = partial(create_layers, config, slots, sizes, chunk, dtype, **latents)
+        self.create = partial(create_layers, config, slots, sizes, chunk, dtype, fp8_keys, **latents)
         self.seed = np.uint32(seed)
-        self.options: Any = dict(config=config, sampling=sampling, implementation=implementation)
+        options: Any = dict(config=config, sampling=sampling, implementation=implementation)
+        self.read_chunk, self.decode_step = program(read, **options), program(decode, steps=steps, **options)
 
         self.waiting: deque[Request] = deque()
         self.seats: list[Request | None] = [None] * slots
@@ -140,6 +142,11 @@ class Server:
         self.run_decode([])
 
     @property
+    def room(self) -> int:
+        """Tokens that a request may have, prompt included."""
+        return min([self.max_tokens, *(len(self.blocks.holders[kind]) * self.span[kind] for kind in self.compressed)])
+
+    @property
     def busy(self) -> bool:
         return bool(self.waiting) or any(self.seats)
 
@@ -149,10 +156,8 @@ class Server:
             raise ValueError("a prompt must have at least one token")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        total = len(prompt) + max_new_tokens
-        room = min([self.max_tokens, *(len(self.blocks.holders[kind]) * self.span[kind] for kind in self.compressed)])
-        if total > room:
-            raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit a cache of {room} tokens")
+        if len(prompt) + max_new_tokens > self.room:
+            raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit a cache of {self.room} tokens")
         request = Request(self.submitted, list(prompt), max_new_tokens)
         self.submitted += 1
         self.waiting.append(request)
@@ -224,7 +229,7 @@ class Server:
         tables = {kind: table[slot : slot + 1] for kind, table in self.tables.items()}
         request = Requests(tables, *np.array([[number], [position], [shared]], np.int32))
         data = np.int32(slot), padded, np.int32(len(tokens)), self.seed
-        self.layers, token = read(self.weights, self.layers, request, *data, **self.options)
+        self.layers, token = self.read_chunk(self.weights, self.layers, request, *data)
         return int(np.asarray(token)[0])
 
     # -------------------------------------------------------------------------------------------------------- drawing
@@ -269,7 +274,7 @@ class Server:
             number[i], token[i], position[i] = request.number, request.drawn[-1], request.position
             shared[i], left[i] = request.shared, request.left
         requests = Requests(self.tables, number, position, shared)
-        self.layers, drawn = decode(self.weights, self.layers, requests, token, left, self.seed, steps=self.steps, **self.options)
+        self.layers, drawn = self.decode_step(self.weights, self.layers, requests, token, left, self.seed)
         return np.asarray(drawn)
 
     def add(self, request: Request, tokens: list[int]) -> None:

@@ -1,12 +1,13 @@
 """The two programs of a server: `read` runs a chunk of one request's text, `decode` a step of all slots.
 
 Lengths, block tables, slots and limits are data, so that each is compiled once. A slot without a request that draws is an empty row.
+`program` makes jitted functions of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from jax import Array, lax
 
 import jax_dsv4 as dsv4
 from deepseek_v4.config import Config, Kind
-from deepseek_v4.generate import GREEDY, Sampling, State, draw, generate
+from deepseek_v4.generate import Sampling, State, draw, generate
+from deepseek_v4.index_keys import create_keys
 from deepseek_v4.model import (
     BLOCK_SIZE,
     Cache,
@@ -28,6 +30,7 @@ from deepseek_v4.model import (
     logits,
     read_streams,
 )
+from deepseek_v4.products import compiler_options
 
 Layers = tuple[LayerCache, ...]
 
@@ -45,9 +48,11 @@ class Requests(NamedTuple):
         return State(Cache(layers, self.tables, self.position, self.shared), token, left, key)
 
 
-def create_layers(config: Config, slots: int, blocks: dict[Kind, int], chunk: int, dtype: jax.typing.DTypeLike, **latents: Any) -> Layers:
-    """Caches of `blocks` of each kind, and the compressors' rows of each slot; `latents` as `jax_dsv4.KVCache.create` takes them."""
-    one_block = create_cache(config, 1, 1, chunk=chunk, dtype=dtype, **latents)
+def create_layers(
+    config: Config, slots: int, blocks: dict[Kind, int], chunk: int, dtype: jax.typing.DTypeLike, fp8_keys: bool, **latents: Any
+) -> Layers:
+    """Caches of `blocks` of each kind, and the compressors' rows of each slot; the rest as `create_cache` takes it."""
+    one_block = create_cache(config, 1, 1, chunk=chunk, dtype=dtype, fp8_keys=fp8_keys, **latents)
 
     def pool(kind: Kind) -> dsv4.KVCache:
         return dsv4.KVCache.create(blocks[kind], BLOCK_SIZE[kind], **latents)
@@ -60,7 +65,7 @@ def create_layers(config: Config, slots: int, blocks: dict[Kind, int], chunk: in
             return LayerCache(pool("swa"))
         indexer = one.compressed.indexer
         if indexer is not None:
-            keys = jnp.zeros((blocks["csa"], BLOCK_SIZE["csa"], config.index_head_dim), dtype)
+            keys = create_keys((blocks["csa"], BLOCK_SIZE["csa"], config.index_head_dim), jnp.float8_e4m3fn if fp8_keys else dtype)
             indexer = IndexCache(keys, rows(indexer.rows))
         return LayerCache(pool("swa"), CompressedCache(pool(kind), rows(one.compressed.rows), indexer))
 
@@ -83,7 +88,6 @@ def map_rows(function: Callable[..., Array], layers: Layers, *others: Layers) ->
     return tuple(map(of_layer, layers, *others))
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "implementation"), donate_argnames="layers")
 def read(
     weights: Any,
     layers: Layers,
@@ -94,8 +98,8 @@ def read(
     seed: Array,
     *,
     config: Config,
-    sampling: Sampling = GREEDY,
-    implementation: Implementation = None,
+    sampling: Sampling,
+    implementation: Implementation,
 ) -> tuple[Layers, Array]:
     """Runs a chunk of one request's text, and draws what follows its last token.
 
@@ -119,7 +123,6 @@ def read(
     return map_rows(back, cache.layers, layers), state.token
 
 
-@partial(jax.jit, static_argnames=("steps", "config", "sampling", "implementation"), donate_argnames="layers")
 def decode(
     weights: Any,
     layers: Layers,
@@ -130,8 +133,8 @@ def decode(
     *,
     steps: int,
     config: Config,
-    sampling: Sampling = GREEDY,
-    implementation: Implementation = None,
+    sampling: Sampling,
+    implementation: Implementation,
 ) -> tuple[Layers, Array]:
     """`steps` steps of all slots: int32 tokens [slots, steps], −1 after a request's end.
 
@@ -140,3 +143,9 @@ def decode(
     state = requests.begin(layers, token, left, seed)
     state, drawn = generate(weights, state, steps=steps, config=config, sampling=sampling, implementation=implementation)
     return state.cache.layers, drawn
+
+
+@cache
+def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`read` or `decode` with these options, jitted for the default device. Servers of the same options share it."""
+    return jax.jit(partial(function, **options), donate_argnames="layers", compiler_options=compiler_options())
