@@ -95,8 +95,9 @@ def test_streams(tokens, hidden):
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(2, 1), (1, 16)])
+@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_scores(requests, tokens, fp8):
+def test_scores(requests, tokens, fp8, paged):
     """A token sees what is before its limit, and what is past it may be NaN."""
     rng = np.random.default_rng(4)
     q, keys = normal(rng, requests, tokens, 16, 128).astype(BF16), normal(rng, requests, 192, 128)
@@ -106,7 +107,12 @@ def test_scores(requests, tokens, fp8):
     here = np.arange(192) < np.asarray(limit)[..., None]
     wanted = np.where(here, score_entries(q, weight, held, np.int32(192)), -np.inf)
     held = jax.tree.map(lambda leaf: leaf.at[:, 128:].set(jnp.nan), held)
-    found = fused.score(q, weight, held, limit, interpret=True)
+    table = None
+    if paged:  # no request's pages side by side, and one that nobody has
+        order = rng.permutation(3 * requests)
+        table = jnp.asarray(np.argsort(order).reshape(requests, 3).astype(np.int32))
+        held = jax.tree.map(lambda leaf: jnp.append(leaf.reshape(-1, 64, *leaf.shape[2:])[order], leaf[-1:, -64:], axis=0), held)
+    found = fused.score(q, weight, held, limit, table, interpret=True)
     np.testing.assert_array_equal(np.isinf(found), ~here)
     close(np.where(here, found, 0), np.where(here, wanted, 0), SUMS)
 

@@ -290,15 +290,22 @@ def scores(q: Array, keys: Keys) -> bool:
     return known and heads in (16, 32, 64) and dim == 128 and codes.shape[1] % ENTRIES == 0
 
 
-def score(q: Array, weight: Array, keys: Keys, limit: Array, interpret: bool = False) -> Array:
-    """Σ_h weight_h · relu(q_h · key): q [b, t, h, k], weight [b, t, h], keys [b, c, k] → float32 [b, t, c], −inf from `limit` [b, t] on."""
+def score(q: Array, weight: Array, keys: Keys, limit: Array, table: Array | None = None, interpret: bool = False) -> Array:
+    """Σ_h weight_h · relu(q_h · key): q [b, t, h, k], weight [b, t, h], keys [b, c, k] → float32 [b, t, c], −inf from `limit` [b, t] on.
+
+    With a `table` [b, pages], of keys [blocks, 64, k]: c is all pages' entries.
+    """
     (b, t, _, _), (codes, *_) = q.shape, jax.tree.leaves(keys)
     many = TOKENS if t % TOKENS == 0 else 1
+    if table is not None and codes.shape[1] != ENTRIES:
+        raise ValueError(f"score: a page must have {ENTRIES} entries, got {codes.shape[1]}")
+    count = codes.shape[1] if table is None else ENTRIES * table.shape[1]
 
     def score_kernel(q_ref: Any, weight_ref: Any, limit_ref: Any, keys_ref: Any, *rest: Any) -> None:
-        *scale_ref, out_ref = rest
+        *scale_ref, table_ref, out_ref = rest if table is not None else (*rest[:-1], None, rest[-1])
         request, first, at = pl.program_id(0), pl.program_id(1) * many, pl.program_id(2) * ENTRIES
         here = pl.ds(at, ENTRIES)
+        held = (request, here) if table is None else (table_ref[request, pl.program_id(2)], pl.ds(0, ENTRIES))
         number = at + jnp.arange(ENTRIES, dtype=jnp.int32)
 
         @pl.when(at >= limit_ref[request, first + many - 1])  # the last of them sees most
@@ -308,17 +315,17 @@ def score(q: Array, weight: Array, keys: Keys, limit: Array, interpret: bool = F
 
         @pl.when(at < limit_ref[request, first + many - 1])
         def _() -> None:
-            key = keys_ref[request, here].astype(jnp.bfloat16)
+            key = keys_ref[held].astype(jnp.bfloat16)
             for i in range(many):
                 product = lax.dot_general(q_ref[request, first + i], key, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
                 total = (jnp.maximum(product, 0) * weight_ref[request, first + i][:, None]).sum(axis=0)
                 if scale_ref:
-                    total *= scale_ref[0][request, here]
+                    total *= scale_ref[0][held]
                 out_ref[request, first + i, here] = jnp.where(number < limit_ref[request, first + i], total, -jnp.inf)
 
-    out = [jax.ShapeDtypeStruct((b, t, codes.shape[1]), jnp.float32)]
-    grid = (b, t // many, codes.shape[1] // ENTRIES)
-    operands = (q, weight, jnp.broadcast_to(limit, (b, t)), keys)
+    out = [jax.ShapeDtypeStruct((b, t, count), jnp.float32)]
+    grid = (b, t // many, count // ENTRIES)
+    operands = (q, weight, jnp.broadcast_to(limit, (b, t)), keys, table)
     return call(score_kernel, out, grid, 4, 1, interpret, *operands)[0]
 
 

@@ -550,8 +550,8 @@ def choose_entries(
 
     visible = (entries.visible - device + devices - 1) // devices  # of those that are here
     topk, own = extra_topk(entries, "csa", config), fused()
-    if own and step.key_table is None and own.scores(q, keys):
-        score = own.score(q, weight, keys, visible)
+    if own and own.scores(q, keys):
+        score = own.score(q, weight, keys, visible, step.key_table)
         if devices == 1 and count <= own.MOST_ENTRIES:
             return own.best(score, visible, step.tables["csa"], topk), cache
     else:
