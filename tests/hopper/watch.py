@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,10 @@ CONTROLS = (
 # Of cluster.cc, by its mistake: "no_wait" where the stores report, or "plain" ones, which those that report do not take along.
 CLUSTERS = {"": "", "no_wait": RACE, "plain": RACE}
 SHORT_CONTROLS = (CONTROLS[0], CONTROLS[1], CONTROLS[-4], CONTROLS[-1])
+
+
+def sanitizer(control: Control) -> str:
+    return "address" if control.finding == "AddressSanitizer" else "thread"
 
 
 def write_case(name: str, folder: Path) -> Path:
@@ -151,10 +156,11 @@ def main() -> None:
             failed.append(what)
             print(report[:8000], flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
+    # What takes the time is a compiler of one thread, and 1 GB.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         cases = {name: write_case(name, Path(folder)) for name in {*names, *CLUSTER_CASES, *(c.case for c in CONTROLS)}}
-        for sanitize in ("thread", "address,undefined"):
-            library = software_hopper.library(sanitize)
+        sanitizers = ("thread", "address,undefined")
+        for sanitize, library in zip(sanitizers, pool.map(software_hopper.library, sanitizers)):
             if reason := cannot_watch(sanitize, library):
                 print(f"not run: {reason}", flush=True)
                 cannot.add(sanitize)
@@ -168,13 +174,16 @@ def main() -> None:
                     report = watched(sanitize, library, schedule, [f"neighbours {mistake}"])
                     good = finding in report if finding else not report
                     say(f"clusters, {mistake or 'right'}, schedule {schedule}: {finding or 'no finding'}", good, report or "no finding")
-        for control in CONTROLS if everything else SHORT_CONTROLS:
-            sanitize = "address" if control.finding == "AddressSanitizer" else "thread"
-            if any(sanitize in other for other in cannot):
-                continue
+
+        def run_control(control: Control) -> str:
+            sanitize = sanitizer(control)
             library = software_hopper.library(sanitize, (control.file, control.text, ""))
-            report = watched(sanitize, library, 0, [cases[control.case]], control.processors)
-            say(f"control, {control.file} without {control.text!r}: {control.finding}", control.finding in report, report or "no finding")
+            return watched(sanitize, library, 0, [cases[control.case]], control.processors)
+
+        controls = [c for c in (CONTROLS if everything else SHORT_CONTROLS) if not any(sanitizer(c) in other for other in cannot)]
+        for control, report in zip(controls, pool.map(run_control, controls)):
+            what = f"control, {control.file} without {control.text!r}: {control.finding}"
+            say(what, control.finding in report, report or "no finding")
     if failed:
         sys.exit(f"{len(failed)} not as they should be")
 
