@@ -117,6 +117,12 @@ def test_scores(requests, tokens, fp8, paged):
     close(np.where(here, found, 0), np.where(here, wanted, 0), SUMS)
 
 
+def test_a_page_of_another_size_is_refused():
+    q, keys, table = jnp.zeros((1, 1, 16, 128), BF16), jnp.zeros((3, 128, 128), BF16), jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="score: a page must have 64 entries, got 128"):
+        fused.score(q, jnp.zeros((1, 1, 16)), keys, jnp.zeros((1, 1), jnp.int32), table, interpret=True)
+
+
 def test_fp8_keys():
     """A key comes back within half a step of e4m3, with a scale that is the least power of two that will do."""
     key = normal(np.random.default_rng(6), 50, 128) * jnp.exp2(jnp.arange(-25, 25, dtype=F32))[:, None]

@@ -156,7 +156,7 @@ def main() -> None:
             failed.append(what)
             print(report[:8000], flush=True)
 
-    # What takes the time is a compiler of one thread, and 1 GB.
+    # Most of the time is compiling, which is one thread for a library.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         cases = {name: write_case(name, Path(folder)) for name in {*names, *CLUSTER_CASES, *(c.case for c in CONTROLS)}}
         sanitizers = ("thread", "address,undefined")
