@@ -3,8 +3,9 @@
     python -m benchmarks.model [--rounds N] [--only TEXT] [--json FILE]
 
 Four layers, one SWA, two CSA and one HCA, with a vocabulary of 1,024: embedding and head are not timed. Weights are made on the device, in
-bfloat16 or packed as DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 8 steps in one call, from
-position 8,000 on. A time is that of a layer.
+bfloat16 or packed as DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 128 steps in one call,
+from position 8,000 on; a step's tokens depend on what the step before computed. Four of them are a trip of its loop: so what the host does
+for a trip is spread over 16 layers, where a V4-Flash has 43. A time is that of a layer.
 
 The floor of a decode case is the bytes that a step must read, as they are held, over the rate of a large copy: all matrices but the
 experts, as many experts as that many random choices hit on average, and each request's cached rows and indexer keys. That of a prompt is
@@ -43,7 +44,7 @@ from deepseek_v4.products import compiler_options, in_use
 from deepseek_v4.weights import Tensor, map_schema
 
 CONFIG = dataclasses.replace(V4_FLASH, layers=("swa", "csa", "hca", "csa"), num_hash_layers=1, vocab_size=1024)
-POSITION, ROOM, STEPS, PROMPT = 8000, 8192, 8, 4096
+POSITION, ROOM, STEPS, TRIP, PROMPT = 8000, 8192, 128, 4, 4096
 LATENT_BYTES = 584  # of a cached row
 
 
@@ -155,12 +156,14 @@ class Program:
         self.cache = random_keys(create_cache(CONFIG, case.requests, ROOM, chunk=case.tokens, fp8_keys=case.weights == "packed"))
 
         def run(weights: Any, cache: Any) -> Any:
-            def step(cache: Any, _: None) -> tuple[Any, Array]:
+            def step(carry: Any, _: None) -> tuple[Any, Array]:
+                tokens, cache = carry
                 x, cache = forward(weights, cache, tokens, counts, config=CONFIG)
-                return cache, jnp.isfinite(x[:, -1]).all()
+                tokens = (5 * tokens + 1 + (x[:, :, 0, 0] > 0)) % CONFIG.vocab_size
+                return (tokens, cache), jnp.isfinite(x[:, -1]).all()
 
             cache = cache._replace(position=jnp.full(case.requests, start, jnp.int32))
-            cache, finite = lax.scan(step, cache, length=self.steps)
+            (_, cache), finite = lax.scan(step, (tokens, cache), length=self.steps, unroll=min(TRIP, self.steps))
             return cache, finite.all()
 
         self.run = jax.jit(run, donate_argnums=1, compiler_options=compiler_options()).lower(weights, self.cache).compile()

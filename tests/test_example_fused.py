@@ -75,17 +75,27 @@ def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
 
 
+def random_terms(rng: np.random.Generator, tokens: int, hidden: int) -> Any:
+    """Two parts with a row too many, three choices of experts of each token; what is of nobody is NaN."""
+    dense, experts = normal(rng, 2, tokens + 1, hidden), normal(rng, 2, 3 * tokens + 1, hidden)
+    chosen = rng.integers(-1, 5, (tokens, 3)).astype(np.int32)
+    experts = experts.at[:, np.append(chosen.reshape(-1) < 0, True)].set(jnp.nan)
+    return products.Terms(dense.at[:, tokens:].set(jnp.nan), experts, jnp.asarray(chosen), normal(rng, tokens, 3))
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["attention", "experts"])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 1024), (3, 1024), (20, 3072), (130, 1024)])
-def test_streams(tokens, hidden):
+def test_streams(tokens, hidden, experts):
     """A sublayer's output goes in, and the next one's input comes out, as `write_back`, `hyper_connection` and `rms_norm` make it."""
     rng, config = np.random.default_rng(3), PRESETS["v4-flash"]
-    x, y = normal(rng, tokens, 4, hidden).astype(BF16), normal(rng, tokens, hidden).astype(BF16)
-    back = (y, normal(rng, tokens, 4), normal(rng, tokens, 4, 4)) if tokens <= 128 else None
+    x, terms = normal(rng, tokens, 4, hidden).astype(BF16), random_terms(rng, tokens, hidden)
+    terms = terms if experts else products.Terms(terms.dense)
+    back = (terms, normal(rng, tokens, 4), normal(rng, tokens, 4, 4)) if tokens <= 128 else None
     w, norm = {"fn": 0.05 * normal(rng, 24, 4 * hidden), "base": normal(rng, 24), "scale": normal(rng, 3)}, normal(rng, hidden)
     eps = config.rms_norm_eps, config.hc_eps
     streams, y, post, mix = fused.read_streams(x, back, w, norm, eps, config.hc_sinkhorn_iters, interpret=True)
     if back is not None:
-        x = model.write_back(x[None], *(leaf[None] for leaf in back))[0]
+        x = model.write_back(x[None], terms, *(leaf[None] for leaf in back[1:]))[0]
         close(streams, x, ROUNDED)
     wide = streams[None].astype(F32)
     pre, wanted_post, wanted_mix = hyper_connection(wide, w, config)
@@ -174,9 +184,8 @@ def test_route(given):
     score = jnp.sqrt(jax.nn.softplus(total[:, 2 * inner :]))
     wanted = named if given else jax.lax.top_k(score + bias, k)[1]
     w = jnp.take_along_axis(score, wanted, axis=-1)
-    np.testing.assert_array_equal(chosen[:, :k], jnp.where(ids[:, None] < 0, -1, wanted))
-    assert (np.asarray(chosen[:, k:]) == -1).all()
-    close(weight[:, :k], 2.5 * w / w.sum(axis=-1, keepdims=True), SUMS)
+    np.testing.assert_array_equal(chosen, jnp.where(ids[:, None] < 0, -1, wanted))
+    close(weight, 2.5 * w / w.sum(axis=-1, keepdims=True), SUMS)
 
 
 @pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
@@ -245,6 +254,15 @@ def dense(x: jax.Array, *ws: jax.Array, dtype: Any) -> list[jax.Array]:
     return [jnp.einsum("sgc,grc->sgr", x, w, preferred_element_type=F32).astype(dtype) for w in ws]
 
 
+def few_experts(x: jax.Array, chosen: jax.Array, w: Any, activate: Any) -> jax.Array:
+    """As `kernels.few_experts`, in two parts."""
+    w1, w3, w2 = (w[name][chosen.reshape(-1)].astype(F32) for name in ("w1", "w3", "w2"))
+    rows = jnp.repeat(x.astype(F32), chosen.shape[1], axis=0)
+    gate, up = (jnp.einsum("pd,pid->pi", rows, each) for each in (w1, w3))
+    halves = activate(gate, up).reshape(len(rows), 2, -1), w2.reshape(*w2.shape[:2], 2, -1)
+    return jnp.pad(jnp.einsum("pni,pdni->npd", *halves), ((0, 0), (0, 1), (0, 0)), constant_values=jnp.nan)
+
+
 def test_decode_steps(monkeypatch):
     """Steps of one token with all kernels and fp8 keys, of an empty request, one that is inside its text, and one that has ended.
 
@@ -252,7 +270,8 @@ def test_decode_steps(monkeypatch):
     """
     config = dataclasses.replace(SMALL, layers=("csa",), num_hash_layers=0)
     weights, counts = random_weights(config), jnp.array([1, 1, 0], jnp.int32)
-    xla = SimpleNamespace(takes=lambda w: w.shape[0] < config.n_routed_experts, MOST_TOKENS=128, dense=dense, dense_parts=in_halves)
+    sizes = dict(MOST_TOKENS=128, FMA_TOKENS=0, FEW_TOKENS=16)
+    xla = SimpleNamespace(takes=lambda w: True, dense=dense, dense_parts=in_halves, few_experts=few_experts, **sizes)
     found: dict[bool, Any] = {}
     calls: list[str] = []
     for own in (False, True):

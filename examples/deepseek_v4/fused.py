@@ -23,21 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from deepseek_v4.index_keys import Keys
-from deepseek_v4.kernels import FMA_TOKENS, MOST_TOKENS, call
+from deepseek_v4.kernels import FMA_TOKENS, MOST_TOKENS, Turn, call, turned
+from deepseek_v4.products import Terms
 
 
 def total(parts: Any, token: Array, column: Array) -> Array:
     """Columns of a token of parts [parts, s, 1, r], summed."""
     return sum((parts[i, token, 0, column] for i in range(1, parts.shape[0])), parts[0, token, 0, column])
-
-
-def turned(numbers: Callable[[Array], Array], size: int, cos: Any, sin: Any, where: tuple[Array, ...]) -> Array:
-    """`numbers` of [0, size), the last of them turned by pairs as `model.rotate` does. It is asked for each number's partner too."""
-    lane = jnp.arange(size, dtype=jnp.int32)
-    first = size - 2 * cos.shape[-1]
-    angle = (*where, jnp.maximum(lane - first, 0) // 2)
-    here, partner = numbers(lane), numbers(lane ^ 1)
-    return jnp.where(lane < first, here, here * cos[angle] + partner * jnp.where(lane % 2 == 0, -sin[angle], sin[angle]))
 
 
 def normed(x: Array, eps: float) -> Array:
@@ -65,8 +57,8 @@ def project(
     position: Array,
     valid: Array,
     complete: Array,
-    turn: tuple[Array, Array],
-    entry_turn: tuple[Array, Array],
+    turn: Turn,
+    entry_turn: Turn,
     eps: float,
     dtype: Any,
     interpret: bool = False,
@@ -106,7 +98,7 @@ def project(
         @pl.when(role == 1)
         def _() -> None:
             latent = lambda lane: (normed(total(parts, request, low + lane), eps) * kv_norm[lane]).astype(dtype).astype(jnp.float32)  # noqa: E731
-            latent_out[request, pl.ds(0, dim)] = turned(latent, dim, cos, sin, (request,)).astype(dtype)
+            latent_out[request, pl.ds(0, dim)] = turned(latent, jnp.arange(dim, dtype=jnp.int32), dim, (cos, sin), (request,)).astype(dtype)
 
         first = low + dim
         for i, ((ape, norm), before) in enumerate(zip(settings, old, strict=True)):
@@ -129,7 +121,7 @@ def project(
                     new = lambda lane: (value(width - size + lane), score(width - size + lane))  # noqa: E731
                     average = partial(window_average, before, request, at, ratio, size, new)
                     entry = lambda lane: normed(average(lane), eps) * norm[lane]  # noqa: E731
-                    made = turned(entry, size, entry_cos, entry_sin, (request,))
+                    made = turned(entry, jnp.arange(size, dtype=jnp.int32), size, (entry_cos, entry_sin), (request,))
                     rest[i][request, pl.ds(0, size)] = made.astype(rest[i].dtype)
 
             first += 2 * width
@@ -178,7 +170,7 @@ def projects(sizes: Sequence[int], kind: str, config: Any) -> bool:
 
 
 def queries(
-    parts: Array, heads: int, dim: int, index_dim: int, turn: tuple[Array, Array], eps: float, dtype: Any, interpret: bool = False
+    parts: Array, heads: int, dim: int, index_dim: int, turn: Turn, eps: float, dtype: Any, interpret: bool = False
 ) -> tuple[Array, Array | None]:
     """Queries [s, heads, dim], each RMS-normed, and the indexer's [s, h, index_dim] after them, all turned at [s, 32]'s angles."""
     s = len(turn[0])
@@ -188,6 +180,7 @@ def queries(
 
     def queries_kernel(parts: Any, cos: Any, sin: Any, *outs: Any) -> None:
         token, head = pl.program_id(0), pl.program_id(1)
+        lane, index_lane = (jnp.arange(size, dtype=jnp.int32) for size in (dim, index_dim))
 
         @pl.when(head < heads)
         def _() -> None:
@@ -195,7 +188,7 @@ def queries(
                 rounded = total(parts, token, head * dim + lane).astype(dtype).astype(jnp.float32)
                 return normed(rounded, eps).astype(dtype).astype(jnp.float32)
 
-            outs[0][token, head, pl.ds(0, dim)] = turned(query, dim, cos, sin, (token,)).astype(dtype)
+            outs[0][token, head, pl.ds(0, dim)] = turned(query, lane, dim, (cos, sin), (token,)).astype(dtype)
 
         if more:
 
@@ -205,7 +198,7 @@ def queries(
                     mine = (head - heads) * per + i
                     first = heads * dim + mine * index_dim
                     query = lambda lane, first=first: total(parts, token, first + lane).astype(dtype).astype(jnp.float32)  # noqa: E731
-                    outs[1][token, mine, pl.ds(0, index_dim)] = turned(query, index_dim, cos, sin, (token,)).astype(dtype)
+                    outs[1][token, mine, pl.ds(0, index_dim)] = turned(query, index_lane, index_dim, (cos, sin), (token,)).astype(dtype)
 
     out = [jax.ShapeDtypeStruct((s, heads, dim), dtype)]
     out += [jax.ShapeDtypeStruct((s, more, index_dim), dtype)] if more else []
@@ -231,8 +224,8 @@ def route(
 ) -> tuple[Array, Array, Array]:
     """What a MoE layer makes of its first products: with the shared expert's two matrices [inner] and with the gate [count], side by side.
 
-    That is what the shared expert's third matrix is multiplied with, of `dtype` [s, inner]; each token's experts, int32 [s, k or more], the
-    rest −1; and their weights, float32 of that shape.
+    That is what the shared expert's third matrix is multiplied with, of `dtype` [s, inner]; each token's experts, int32 [s, k]; and their
+    weights, float32 [s, k].
 
     `given`, int32 [s, k], names the experts, or `bias` [count] helps to pick them. A token that is negative has none: −1.
     """
@@ -270,10 +263,11 @@ def route(
                     chosen = jnp.where((place == i) & (best < count), best, chosen)  # of NaN none is best
                     weight = jnp.where(place == i, jnp.where(expert == best, score, 0).sum(), weight)
                     left = jnp.where(expert == best, -jnp.inf, left)
-            chosen_out[token, pl.ds(0, wide)] = jnp.where(tokens[token] < 0, -1, chosen)
-            weight_out[token, pl.ds(0, wide)] = factor * weight / (weight.sum() + 1e-20)
+            chosen = jnp.where((tokens[token] < 0) | (chosen >= count), -1, chosen)
+            triton.store(chosen_out.at[token, pl.ds(0, wide)], chosen, mask=place < k)
+            triton.store(weight_out.at[token, pl.ds(0, wide)], factor * weight / (weight.sum() + 1e-20), mask=place < k)
 
-    out = [jax.ShapeDtypeStruct((s, inner), dtype), *(jax.ShapeDtypeStruct((s, wide), kind) for kind in (jnp.int32, jnp.float32))]
+    out = [jax.ShapeDtypeStruct((s, inner), dtype), *(jax.ShapeDtypeStruct((s, k), kind) for kind in (jnp.int32, jnp.float32))]
     return call(route_kernel, out, (s, 1 + inner // width), 1, 1, interpret, parts, chooser, tokens)
 
 
@@ -340,7 +334,7 @@ def best(score: Array, limit: Array, table: Array, topk: int, interpret: bool = 
     many are before it: each program counts that for some of them. A sort takes 15 µs for 2,048.
     """
     b, t, count = score.shape
-    size, mine, many = count // table.shape[1], 32, min(count & -count, 512)
+    size, mine, many = count // table.shape[1], 16, min(count & -count, 512)
 
     def order(x: Array) -> Array:
         """int32 in the order of float32, 0 and −0 as one; NaN have their place in it too."""
@@ -381,8 +375,21 @@ def reads(x: Array) -> bool:
     return x.dtype == jnp.bfloat16 and x.shape[-2] == 4 and x.shape[-1] % 1024 == 0
 
 
-Back = tuple[Array, Array, Array]
+Back = tuple[Terms, Array, Array]
 """A sublayer's output [s, d] and how it goes into the streams: float32 [s, n] and [s, n, n]."""
+
+
+def summed(terms: Terms, token: Array, columns: Any, wide: Callable[[Array], Array]) -> Array:
+    """Columns of a token, or of some, of what `Terms.total` sums."""
+    found = sum((terms.dense[i, token, columns].astype(jnp.float32) for i in range(terms.dense.shape[0])), jnp.float32(0))
+    if terms.experts is None:
+        return found
+    parts, k = terms.experts.shape[0], terms.chosen.shape[1]
+    for choice in range(k):
+        here = wide(terms.chosen[token, choice] >= 0)
+        each = sum((terms.experts[i, token * k + choice, columns] for i in range(parts)), jnp.float32(0))
+        found += jnp.where(here, wide(terms.weight[token, choice]) * each, 0)
+    return found
 
 
 def read_streams(
@@ -400,48 +407,51 @@ def read_streams(
     s, n, d = x.shape
     norm_eps, eps_hc = eps
     x, parts = stream_logits(x, back, w["fn"], interpret)
-    count = len(parts)
+    every = pl.ds(0, len(parts))
 
-    def streams_kernel(parts_ref: Any, base: Any, scale: Any, x_ref: Any, norm_ref: Any, y_ref: Any, post_ref: Any, mix_ref: Any) -> None:
-        token, every, places = pl.program_id(0), pl.ds(0, count), [pl.ds(1024 * i, 1024) for i in range(d // 1024)]
+    def logits(refs: Any, first: int, size: int, i: int) -> Callable[[], Array]:
+        """Loads them, and gives a function that computes with them: loads take longer than all else."""
+        parts, base, scale = refs
+        token = pl.program_id(0)
+        part, squares, at = parts[every, token, pl.ds(first, size)], parts[every, token, SQUARES], base[pl.ds(first, size)]
+        factor = scale[i]
+        return lambda: part.sum(axis=0) * lax.rsqrt(squares.sum(axis=0) / (n * d) + norm_eps) * factor + at
 
-        def logits(first: int, size: int, i: int) -> Callable[[], Array]:
-            """Loads them, and gives a function that computes with them: loads take longer than all else."""
-            part, squares, at = parts_ref[every, token, pl.ds(first, size)], parts_ref[every, token, SQUARES], base[pl.ds(first, size)]
-            factor = scale[i]
-            return lambda: part.sum(axis=0) * lax.rsqrt(squares.sum(axis=0) / (n * d) + norm_eps) * factor + at
+    def streams_kernel(*refs: Any) -> None:
+        x_ref, norm_ref, y_ref = refs[3:]
+        token, places = pl.program_id(0), [pl.ds(1024 * i, 1024) for i in range(d // 1024)]
+        pre = logits(refs[:3], 0, n, 0)
+        streams = [x_ref[token, pl.ds(0, n), place] for place in places]
+        norms = [norm_ref[place] for place in places]
+        weight = jax.nn.sigmoid(pre()) + eps_hc
+        pieces = [(weight[:, None] * piece.astype(jnp.float32)).sum(axis=0) for piece in streams]
+        total = jnp.zeros(1024, jnp.float32)
+        for piece in pieces:
+            total += jnp.square(piece)
+        grow = lax.rsqrt(total.sum(axis=0) / d + norm_eps)
+        for place, piece, norm in zip(places, pieces, norms, strict=True):
+            y_ref[token, place] = (piece * grow * norm).astype(y_ref.dtype)
 
-        @pl.when(pl.program_id(1) == 0)
-        def _() -> None:
-            pre = logits(0, n, 0)
-            streams = [x_ref[token, pl.ds(0, n), place] for place in places]
-            norms = [norm_ref[place] for place in places]
-            weight = jax.nn.sigmoid(pre()) + eps_hc
-            pieces = [(weight[:, None] * piece.astype(jnp.float32)).sum(axis=0) for piece in streams]
-            total = jnp.zeros(1024, jnp.float32)
-            for piece in pieces:
-                total += jnp.square(piece)
-            grow = lax.rsqrt(total.sum(axis=0) / d + norm_eps)
-            for place, piece, norm in zip(places, pieces, norms, strict=True):
-                y_ref[token, place] = (piece * grow * norm).astype(y_ref.dtype)
+    def streams_mix_kernel(*refs: Any) -> None:
+        post_ref, mix_ref = refs[3:]
+        token, post, mix = pl.program_id(0), logits(refs[:3], n, n, 1), logits(refs[:3], 2 * n, n * n, 2)
+        post_ref[token, pl.ds(0, n)] = 2 * jax.nn.sigmoid(post())
+        m = mix().reshape(n, n)
+        m = jnp.exp(m - m.max(axis=1, keepdims=True))
+        m = m / m.sum(axis=1, keepdims=True) + eps_hc
+        m = m / (m.sum(axis=0, keepdims=True) + eps_hc)
 
-        @pl.when(pl.program_id(1) == 1)
-        def _() -> None:
-            post, mix = logits(n, n, 1), logits(2 * n, n * n, 2)
-            post_ref[token, pl.ds(0, n)] = 2 * jax.nn.sigmoid(post())
-            m = mix().reshape(n, n)
-            m = jnp.exp(m - m.max(axis=1, keepdims=True))
-            m = m / m.sum(axis=1, keepdims=True) + eps_hc
-            m = m / (m.sum(axis=0, keepdims=True) + eps_hc)
+        def turn(_: Array, m: Array) -> Array:
+            m = m / (m.sum(axis=1, keepdims=True) + eps_hc)
+            return m / (m.sum(axis=0, keepdims=True) + eps_hc)
 
-            def turn(_: Array, m: Array) -> Array:
-                m = m / (m.sum(axis=1, keepdims=True) + eps_hc)
-                return m / (m.sum(axis=0, keepdims=True) + eps_hc)
+        mix_ref[token, pl.ds(0, n * n)] = lax.fori_loop(1, rounds, turn, m).reshape(n * n)
 
-            mix_ref[token, pl.ds(0, n * n)] = lax.fori_loop(1, rounds, turn, m).reshape(n * n)
-
-    outs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((s, d), x.dtype), ((s, n), jnp.float32), ((s, n * n), jnp.float32))]
-    y, post, mix = call(streams_kernel, outs, (s, 2), 4, 1, interpret, parts, w["base"], w["scale"], x, norm)
+    of_logits = parts, w["base"], w["scale"]
+    (y,) = call(streams_kernel, [jax.ShapeDtypeStruct((s, d), x.dtype)], (s,), 4, 1, interpret, *of_logits, x, norm)
+    # Of its own, as nobody waits for it: it takes as long as the other.
+    outs = [jax.ShapeDtypeStruct((s, size), jnp.float32) for size in (n, n * n)]
+    post, mix = call(streams_mix_kernel, outs, (s,), 1, 1, interpret, *of_logits)
     return x, y, post, mix.reshape(s, n, n)
 
 
@@ -457,6 +467,7 @@ def stream_logits(x: Array, back: Back | None, fn: Array, interpret: bool) -> tu
         return x, jnp.concatenate([logits, jnp.zeros((s, SQUARES - m), jnp.float32), squares], axis=1)[None]
     parts = d // width
     parts_padded = 1 << (parts - 1).bit_length()  # of Triton's arrays the sizes are powers of two
+    structure = jax.tree.structure(back)
 
     def streams_logits_kernel(x_ref: Any, fn_ref: Any, *refs: Any) -> None:
         *back_refs, x_out, out_ref = refs
@@ -468,8 +479,8 @@ def stream_logits(x: Array, back: Back | None, fn: Array, interpret: bool) -> tu
         fns = [fn_ref[jnp.minimum(row, m - 1), pl.ds(i * d + column, width)] for i in range(n)]
         streams = [x_ref[token, i, here] for i in range(n)]
         if back_refs:
-            y, post, mix = back_refs
-            old, new = [stream.astype(jnp.float32) for stream in streams], y[token, here].astype(jnp.float32)
+            terms, post, mix = jax.tree.unflatten(structure, back_refs)
+            old, new = [stream.astype(jnp.float32) for stream in streams], summed(terms, token, here, wide)
             posts = [post[token, i] for i in range(n)]
             mixes = [[mix[token, j, i] for j in range(n)] for i in range(n)]
             for i in range(n):

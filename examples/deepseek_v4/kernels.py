@@ -169,15 +169,34 @@ ROWS = 64
 """Of a matrix, to a program; a quarter of them where tokens are multiplied one by one."""
 
 
-def dense(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike, interpret: bool = False) -> list[Array]:
-    """x [s, g, c] times each of ws [g, r, c] → [s, g, r] of `dtype`, all in one kernel."""
-    found = dense_parts(x, *ws, dtype=dtype, interpret=interpret)
+Turn = tuple[Array, Array]
+"""Cosine and sine [s, 32] of the angles that pairs are turned by."""
+
+
+def turned(numbers: Callable[[Array], Array], column: Array, size: int, turn: Any, where: tuple[Any, ...]) -> Array:
+    """`numbers` of columns, of which each `size` are a head; its last ones turned by pairs as `rope.rotate` does. It is asked for each
+    number's partner too. `where` is the token's place in `turn`."""
+    cos, sin = turn
+    lane, first = column % size, size - 2 * cos.shape[-1]
+    angle = (*where, jnp.maximum(lane - first, 0) // 2)
+    here, partner = numbers(column), numbers(column ^ 1)
+    return jnp.where(lane < first, here, here * cos[angle] + partner * jnp.where(column % 2 == 0, -sin[angle], sin[angle]))
+
+
+def dense(
+    x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike, turn: Turn | None = None, head: int = 0, interpret: bool = False
+) -> list[Array]:
+    """x [s, g, c] times each of ws [g, r, c] → [s, g, r] of `dtype`, all in one kernel. With `turn`, of at most FMA_TOKENS tokens whose
+    heads of `head` columns are turned first."""
+    found = dense_parts(x, *ws, dtype=dtype, turn=turn, head=head, interpret=interpret)
     found = (found[0] if len(found) == 1 else found.sum(axis=0))[: len(x)].astype(dtype)
     ends = [sum(w.shape[1] for w in ws[: i + 1]) for i in range(len(ws))]
     return jnp.split(found, ends[:-1], axis=-1)
 
 
-def dense_parts(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike = jnp.float32, interpret: bool = False) -> Array:
+def dense_parts(
+    x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike = jnp.float32, turn: Turn | None = None, head: int = 0, interpret: bool = False
+) -> Array:
     """The products of `dense` side by side, in parts to be summed over axis 0: [parts, s or more, g, Σ r], float32 or, if one, `dtype`."""
     (s, groups, columns), heights = x.shape, [w.shape[1] for w in ws]
     if one_by_one := s <= FMA_TOKENS and not any(isinstance(w, Fp4) for w in ws):
@@ -190,44 +209,55 @@ def dense_parts(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike = jnp.float32
         programs = sum(heights) // rows * groups
         while splits < 8 and programs * splits < 400 and columns % (2 * splits * STEP) == 0 and columns // (2 * splits) >= 256:
             splits *= 2
-    structure, width = jax.tree.structure(ws), columns // splits
+    structure, width = jax.tree.structure((ws, turn)), columns // splits
+    assert turn is None or one_by_one
 
     def dense_kernel(x_ref: Any, *refs: Any) -> None:
-        *matrices, out_ref = refs
+        matrices, turn = jax.tree.unflatten(structure, refs[:-1])
+        out_ref = refs[-1]
+
+        def number(token: int, group: Array, column: Array) -> Array:
+            read = lambda column: x_ref[token, group, column].astype(jnp.float32)  # noqa: E731
+            return read(column) if turn is None else turned(read, column, head, turn, (token,))
+
         tile, block, place = (pl.program_id(axis) for axis in range(3))
         group, split = place // splits, place % splits
         first = 0
-        for w, height in zip(jax.tree.unflatten(structure, matrices), heights, strict=True):
+        for w, height in zip(matrices, heights, strict=True):
 
             @pl.when((tile >= first) & (tile < first + height // rows))
             def _(w: Any = w, first: int = first) -> None:
                 row, here = (tile - first) * rows, pl.ds(tile * rows, rows)
                 if one_by_one:
-                    found = multiply_one_by_one(w, group, row, rows, split * width, width, x_ref, interpret)
+                    found = multiply_one_by_one(w, group, row, rows, split, width, s, number, interpret)
                     for token, y in enumerate(found):
                         out_ref[split, token, group, here] = y.astype(out_ref.dtype)
                 else:
                     tokens = block * size + jnp.arange(size, dtype=jnp.int32)
-                    take = partial(take_rows, x_ref, jnp.minimum(tokens, s - 1), tokens < s, (group,), interpret)
+                    take = partial(take_rows, x_ref, (jnp.minimum(tokens, s - 1), group), tokens < s, interpret)
                     (y,) = multiply([w], group, row, rows, split * (width // STEP), width // STEP, take, size, interpret)
                     out_ref[split, pl.ds(block * size, size), group, here] = y.T.astype(out_ref.dtype)
 
             first += height // rows
 
     out = jax.ShapeDtypeStruct((splits, padded, groups, sum(heights)), jnp.float32 if splits > 1 else dtype)
-    return call(dense_kernel, [out], (sum(heights) // rows, padded // size, groups * splits), 4, 3, interpret, x, ws)[0]
+    return call(dense_kernel, [out], (sum(heights) // rows, padded // size, groups * splits), 4, 3, interpret, x, ws, turn)[0]
 
 
-def take_rows(x: Any, row: Array, real: Array, lead: tuple[Array, ...], interpret: bool, at: Array, width: int) -> Array:
+def take_rows(x: Any, rows: tuple[Any, ...], real: Array, interpret: bool, at: Array, width: int) -> Array:
     """Columns of rows of x, 0 for those that are not real: nothing is read for them."""
-    here = (row, *lead, pl.ds(at, width))
+    here = (*rows, pl.ds(at, width))
     if interpret:
         return jnp.where(real[:, None], x[here], 0)
-    return triton.load(x.at[here], mask=jnp.broadcast_to(real[:, None], (len(row), width)), other=0)
+    return triton.load(x.at[here], mask=jnp.broadcast_to(real[:, None], (len(real), width)), other=0)
 
 
-def multiply_one_by_one(w: Any, lead: Array, row: Array, rows: int, first: Array, width: int, x: Any, interpret: bool) -> list[Array]:
-    """w[lead, row : row + rows, first : first + width] · each row of x [s, g, c] → float32 [rows], on the ordinary units.
+def multiply_one_by_one(
+    w: Any, lead: Array, row: Array, rows: int, part: Array, width: int, tokens: int, number: Callable[..., Array], interpret: bool
+) -> list[Array]:
+    """w[lead, row : row + rows, part · width : (part + 1) · width] · each token's numbers → float32 [rows], on the ordinary units.
+
+    `number` gives a token's float32 at (token, lead, columns).
 
     Everything is loaded before anything is multiplied. XLA's Triton leaves product and sum two instructions: the assembly makes them one.
     """
@@ -235,7 +265,8 @@ def multiply_one_by_one(w: Any, lead: Array, row: Array, rows: int, first: Array
     words = 1 << min((width // per & -(width // per)).bit_length() - 1, 8)
     tiles = width // per // words
     lane = jnp.arange(words, dtype=jnp.int32)
-    starts = [first // per + i * words for i in range(tiles)]
+    first = part * (width // per)  # not a quotient: of its factors the compiler sees that loads are aligned
+    starts = [first + i * words for i in range(tiles)]
     here = pl.ds(row, rows)
     scales: list[Array | None] = [None] * tiles
     if isinstance(w, Fp8):
@@ -246,12 +277,12 @@ def multiply_one_by_one(w: Any, lead: Array, row: Array, rows: int, first: Array
     else:
         codes = [w[lead, here, pl.ds(at, words)].astype(jnp.float32) for at in starts]
         columns = [[at + lane] for at in starts]
-    xs = [[[x[token, lead, column] for column in tile] for tile in columns] for token in range(x.shape[0])]
+    xs = [[[number(token, lead, column) for column in tile] for tile in columns] for token in range(tokens)]
     found = []
-    for tokens in xs:
+    for tiles in xs:
         total = jnp.zeros((rows, words), jnp.float32)
-        for code, scale, numbers in zip(codes, scales, tokens, strict=True):
-            scaled = [(x.astype(jnp.float32) if scale is None else x.astype(jnp.float32) * scale)[None] for x in numbers]
+        for code, scale, numbers in zip(codes, scales, tiles, strict=True):
+            scaled = [(x if scale is None else x * scale)[None] for x in numbers]
             total = add_products(code, scaled, total, interpret)
         found.append(total.sum(axis=1))
     return found
@@ -357,7 +388,7 @@ def grouped(
 def experts(
     x: Array, expert: Array, w: dict[str, Matrix], activate: Callable[[Array, Array], Array], total: int, interpret: bool = False
 ) -> Array:
-    """Each pair's expert of its token → float32 [pairs, d]; a pair without an expert comes out as garbage.
+    """Each pair's expert of its token → float32 [parts, pairs + 1, d], to be summed; a pair without an expert, and the last, are garbage.
 
     Args:
         x: [s, d].
@@ -380,8 +411,7 @@ def experts(
         together = [[w1, w3]]
     first = [y for ws in together for y in product(x, blocks=blocks, ws=ws, form=form, per=pairs // len(x), dtype=x.dtype)]
     inner = activate(*(y.sum(axis=0, dtype=jnp.float32) for y in first)).astype(x.dtype)
-    (out,) = product(inner, blocks=down_blocks, ws=[w2], form=down, per=1, dtype=jnp.float32)
-    return out[:, :-1].sum(axis=0)
+    return product(inner, blocks=down_blocks, ws=[w2], form=down, per=1, dtype=jnp.float32)[0]
 
 
 FEW_TOKENS = 16
@@ -393,19 +423,22 @@ def few_experts(x: Array, chosen: Array, w: dict[str, Matrix], activate: Callabl
 
     `chosen` int32 [s, k] are each token's experts; those that are not here are any other numbers.
     """
-    gate, up = few(x, chosen, [w["w1"], w["w3"]], Form(FEW_TOKENS, 64, 2, 3), 4, interpret).sum(axis=1)
-    inner = activate(gate, up).astype(x.dtype)
-    return few(inner, chosen, [w["w2"]], Form(FEW_TOKENS, 128, 4, 3), 2, interpret)[0].sum(axis=0)
+    form = Form(FEW_TOKENS, 64, 2, 3)
+
+    gate, up = few(x, chosen, [w["w1"], w["w3"]], form, 2, interpret).sum(axis=1)
+    return few(activate(gate, up).astype(x.dtype), chosen, [w["w2"]], form, 2, interpret)[0]
 
 
 def few(x: Array, chosen: Array, ws: Sequence[Matrix], form: Form, splits: int, interpret: bool) -> Array:
-    """Each pair's row times its expert's matrices → float32 [matrices, parts, pairs, r]. Pair p has row p // k of x, or row p of `pairs`.
+    """Each pair's row times its expert's matrices → float32 [matrices, parts, pairs + 1, r], the last row garbage.
+
+    Pair p has row p // k of x, or row p if there are so many.
 
     A program is of a pair: of the first that has an expert. It multiplies for all tokens that chose it; the others' programs end at once.
     """
     (s, k), (count, height, columns), (size, rows, warps, stages) = chosen.shape, ws[0].shape, form
     pairs, rows = s * k, rows if height % rows == 0 else ROWS
-    per = pairs // len(x)
+    per = k if len(x) == s else 1
     splits = splits if columns % (splits * STEP) == 0 else 1
     tiles, steps, many = height // rows, columns // STEP // splits, 1 << (pairs - 1).bit_length()
     structure = jax.tree.structure(ws)
@@ -418,17 +451,22 @@ def few(x: Array, chosen: Array, ws: Sequence[Matrix], form: Form, splits: int, 
             return chosen_ref[pair // k, pair % k]
 
         expert, number = expert_of(pair), jnp.arange(many, dtype=jnp.int32)
-        earlier = (expert_of(jnp.minimum(number, pairs - 1)) == expert) & (number < pair)
-        again = (earlier & (number // k == pair // k)).astype(jnp.int32).sum() > 0  # a token's second pair with an expert is on its own
-        mine = (expert >= 0) & (expert < count) & (again | (earlier.astype(jnp.int32).sum() == 0))
+        mine = (expert >= 0) & (expert < count)
+        if s > 1:
+            earlier = (expert_of(jnp.minimum(number, pairs - 1)) == expert) & (number < pair)
+            again = (earlier & (number // k == pair // k)).astype(jnp.int32).sum() > 0  # a token's second pair with an expert is on its own
+            mine &= again | (earlier.astype(jnp.int32).sum() == 0)
 
         def run(which: int, w: Any) -> None:
-            token, choice = jnp.arange(size, dtype=jnp.int32)[:, None], jnp.arange(1 << (k - 1).bit_length(), dtype=jnp.int32)[None]
-            same = chosen_ref[jnp.minimum(token, s - 1), jnp.minimum(choice, k - 1)] == expert
-            same &= (token < s) & (choice < k) & ((token * k + choice == pair) | ~again)
-            theirs = jnp.where(same, token * k + choice, pairs).min(axis=1)  # of each token its pair; what is of none goes to waste
             row = (tile - which * tiles) * rows
-            take = partial(take_rows, x_ref, jnp.minimum(theirs, pairs - 1) // per, theirs < pairs, (), interpret)
+            if s == 1:
+                theirs = jnp.where(jnp.arange(size, dtype=jnp.int32) == 0, pair, pairs)
+            else:
+                token, choice = jnp.arange(size, dtype=jnp.int32)[:, None], jnp.arange(1 << (k - 1).bit_length(), dtype=jnp.int32)[None]
+                same = chosen_ref[jnp.minimum(token, s - 1), jnp.minimum(choice, k - 1)] == expert
+                same &= (token < s) & (choice < k) & ((token * k + choice == pair) | ~again)
+                theirs = jnp.where(same, token * k + choice, pairs).min(axis=1)  # of each token its pair; what is of none goes to waste
+            take = partial(take_rows, x_ref, (jnp.minimum(theirs, pairs - 1) // per,), theirs < pairs, interpret)
             (y,) = multiply([w], expert, row, rows, split * steps, steps, take, size, interpret)
             out_ref[which, split, theirs, pl.ds(row, rows)] = y.T
 
@@ -436,4 +474,4 @@ def few(x: Array, chosen: Array, ws: Sequence[Matrix], form: Form, splits: int, 
             pl.when(mine & (tile >= which * tiles) & (tile < (which + 1) * tiles))(partial(run, which, w))
 
     out = [jax.ShapeDtypeStruct((len(ws), splits, pairs + 1, height), jnp.float32)]
-    return call(experts_kernel, out, (tiles * len(ws), pairs, splits), warps, stages, interpret, chosen, x, ws)[0][:, :, :pairs]
+    return call(experts_kernel, out, (tiles * len(ws), pairs, splits), warps, stages, interpret, chosen, x, ws)[0]

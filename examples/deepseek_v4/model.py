@@ -27,7 +27,7 @@ import jax_dsv4 as dsv4
 from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.index_keys import Keys, create_keys, score_entries, write
-from deepseek_v4.products import dense, dense_groups, dense_parts, fused, run_experts, swiglu
+from deepseek_v4.products import Terms, dense, dense_heads, dense_parts, expert_parts, fused, run_experts, swiglu, total
 from deepseek_v4.rope import rope_angle, rotate, turn
 
 Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
@@ -321,18 +321,21 @@ def read_in(x: Array, back: Any, w: Any, norm: Array, config: Config) -> tuple[A
     if back is not None and not (reads and fused(lead[0] * lead[1])):
         x, back = write_back(x, *back), None
     if reads:
-        flat, *back = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (x, *(back or ())))
+        if back is not None:
+            y, *way = back
+            y = y if isinstance(y, Terms) else Terms(y.reshape(1, -1, y.shape[-1]))
+            back = (y, *(leaf.reshape(-1, *leaf.shape[2:]) for leaf in way))
         eps = config.rms_norm_eps, config.hc_eps
-        found = own.read_streams(flat, tuple(back) or None, w, norm, eps, config.hc_sinkhorn_iters)
+        found = own.read_streams(x.reshape(-1, *x.shape[2:]), back, w, norm, eps, config.hc_sinkhorn_iters)
         x, y, post, mix = (leaf.reshape(*lead, *leaf.shape[1:]) for leaf in found)
         return x, y, post, mix
     pre, post, mix = hyper_connection(x, w, config)
     return x, rms_norm(jnp.einsum("btn,btnd->btd", pre, x), norm, config), post, mix
 
 
-def write_back(x: Array, y: Array, post: Array, mix: Array) -> Array:
+def write_back(x: Array, y: Array | Terms, post: Array, mix: Array) -> Array:
     """The streams x [b, t, n, d] mixed, with a sublayer's output y [b, t, d] in them."""
-    wide, y = x.astype(post.dtype), y.astype(post.dtype)
+    wide, y = x.astype(post.dtype), total(y, (*x.shape[:2], x.shape[-1]), x.dtype).astype(post.dtype)
     out = post[..., None] * y[:, :, None]
     for m in range(x.shape[2]):
         out += mix[:, :, m, :, None] * wide[:, :, m, None]
@@ -368,7 +371,7 @@ def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Ar
 
 def attention(
     x: Array, w: Any, layer: LayerCache, step: Step, kind: Kind, config: Config, implementation: Implementation, axes: Axes
-) -> tuple[Array, LayerCache]:
+) -> tuple[Array | Terms, LayerCache]:
     """One attention sublayer: x [b, t, d] → [b, t, d]."""
     b, t, _ = x.shape
     append = partial(dsv4.append, implementation=implementation)
@@ -394,15 +397,16 @@ def attention(
     groups = config.o_groups // lax.axis_size(axes.model)
     shared = kind != "swa" and shares_groups(groups, lax.axis_size(axes.context))
     out = attend_over(q, swa, extra, w["sink"], step.plan[kind], implementation, axes, shared)
-    # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
-    out = rotate(out, -angle[:, :, None])
     wo_a, wo_b = w["wo_a"], w["wo_b"]
     if shared:
         groups //= lax.axis_size(axes.context)
         wo_a, wo_b = (jax.tree.map(lambda leaf, axis=axis: share(leaf, axis, axes), wo) for axis, wo in enumerate((wo_a, wo_b)))
     wo_a = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), wo_a)
-    (out,) = dense_groups(out.reshape(b, t, groups, -1), wo_a)  # [b, t, g, heads of the group · k] → [b, t, g, r]
-    (out,) = dense(out.reshape(b, t, -1), wo_b)
+    # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
+    out = dense_heads(out, -angle, wo_a).reshape(b, t, -1)
+    if fused(b * t) and lax.axis_size(axes.peers) == 1 and (parts := dense_parts(out, wo_b)) is not None:
+        return Terms(parts[:, :, 0]), layer
+    (out,) = dense(out, wo_b)
     return lax.psum(out, axes.peers if shared else axes.model), layer
 
 
@@ -566,7 +570,7 @@ def choose_entries(
 # -------------------------------------------------------------------------------------------------------------------- MoE
 
 
-def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
+def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array | Terms:
     """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d].
 
     A device has some of the experts, of all devices, and among its peers a part of the shared one's inner size. It is given all devices'
@@ -578,7 +582,10 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array:
     if own and lax.axis_size(axes.every) == 1 and (parts := dense_parts(x, shared["w1"], shared["w3"], w["gate"])) is not None:
         sizes, flat = (shared["w1"].shape[0], w["gate"].shape[0], k), (None if given is None else given.reshape(-1, k), tokens.reshape(-1))
         found = own.route(parts, *sizes, w.get("bias"), *flat, factor, partial(swiglu, config=config), x.dtype)
+        routed = expert_parts(x.reshape(-1, x.shape[-1]), found[1], w["experts"], config)
         inner, chosen, weight = (leaf.reshape(*lead, -1) for leaf in found)
+        if routed is not None and (parts := dense_parts(inner, shared["w2"])) is not None:
+            return Terms(parts[:, :, 0], routed, *found[1:])
         (out,) = dense(inner, shared["w2"])
     else:
         gate, up = dense(x, shared["w1"], shared["w3"], dtype=jnp.float32)
