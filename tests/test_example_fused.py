@@ -28,6 +28,7 @@ from example_support import (
     score_entries,
     strict_types,  # noqa: F401
     swiglu,
+    terms,
     turn,
 )
 
@@ -77,10 +78,10 @@ def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
 
 def random_terms(rng: np.random.Generator, tokens: int, hidden: int) -> Any:
     """Two parts with a row too many, three choices of experts of each token; what is of nobody is NaN."""
-    dense, experts = normal(rng, 2, tokens + 1, hidden), normal(rng, 2, 3 * tokens + 1, hidden)
+    dense, experts = normal(rng, 2, tokens + 1, 1, hidden), normal(rng, 2, 3 * tokens + 1, hidden)
     chosen = rng.integers(-1, 5, (tokens, 3)).astype(np.int32)
     experts = experts.at[:, np.append(chosen.reshape(-1) < 0, True)].set(jnp.nan)
-    return products.Terms(dense.at[:, tokens:].set(jnp.nan), experts, jnp.asarray(chosen), normal(rng, tokens, 3))
+    return terms.Terms(dense.at[:, tokens:].set(jnp.nan), terms.Routed(experts, jnp.asarray(chosen), normal(rng, tokens, 3)))
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["attention", "experts"])
@@ -88,14 +89,14 @@ def random_terms(rng: np.random.Generator, tokens: int, hidden: int) -> Any:
 def test_streams(tokens, hidden, experts):
     """A sublayer's output goes in, and the next one's input comes out, as `write_back`, `hyper_connection` and `rms_norm` make it."""
     rng, config = np.random.default_rng(3), PRESETS["v4-flash"]
-    x, terms = normal(rng, tokens, 4, hidden).astype(BF16), random_terms(rng, tokens, hidden)
-    terms = terms if experts else products.Terms(terms.dense)
-    back = (terms, normal(rng, tokens, 4), normal(rng, tokens, 4, 4)) if tokens <= 128 else None
+    x, y = normal(rng, tokens, 4, hidden).astype(BF16), random_terms(rng, tokens, hidden)
+    y = y if experts else terms.Terms(y.dense)
+    back = (y, normal(rng, tokens, 4), normal(rng, tokens, 4, 4)) if tokens <= 128 else None
     w, norm = {"fn": 0.05 * normal(rng, 24, 4 * hidden), "base": normal(rng, 24), "scale": normal(rng, 3)}, normal(rng, hidden)
     eps = config.rms_norm_eps, config.hc_eps
     streams, y, post, mix = fused.read_streams(x, back, w, norm, eps, config.hc_sinkhorn_iters, interpret=True)
     if back is not None:
-        x = model.write_back(x[None], terms, *(leaf[None] for leaf in back[1:]))[0]
+        x = model.write_back(x[None], back[0], *(leaf[None] for leaf in back[1:]))[0]
         close(streams, x, ROUNDED)
     wide = streams[None].astype(F32)
     pre, wanted_post, wanted_mix = hyper_connection(wide, w, config)

@@ -22,6 +22,7 @@ from example_support import (
     map_schema,
     mesh,
     packed,
+    products,
     quantised_checkpoint,
     rotate,
     run_experts,
@@ -285,14 +286,52 @@ def test_blocks_hold_each_pair_once(pairs):
     assert sorted(seen) == list(np.flatnonzero(expert < 10))
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["fp4", "fp8", "bf16"])
-def test_on_a_gpu_codes_become_the_same_numbers(kind):
-    """One column of x at a time is 1: the products are the numbers themselves, and all codes are among them."""
-    (device,) = jnp.zeros(1).devices()  # where there is a GPU, it is this test's default, but not the suite's
+@pytest.fixture
+def hopper():
+    (device,) = jnp.zeros(1).devices()  # where there is a GPU, it is these tests' default, but not the suite's
     if getattr(device, "compute_capability", None) != "9.0":
         pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["fp4", "fp8", "bf16"])
+def test_on_a_gpu_codes_become_the_same_numbers(hopper, kind):
+    """One column of x at a time is 1: the products are the numbers themselves, and all codes are among them."""
     w, numbers = KINDS[kind](np.random.default_rng(5), 1, 128, 128)
     x = jnp.eye(128, dtype=jnp.bfloat16)[:, None]
     (found,) = kernels.dense(x, jax.tree.map(jnp.asarray, w), dtype=F32)
     np.testing.assert_array_equal(np.asarray(found[:, 0].T, np.float64), numbers[0])
+
+
+def random_matrices(kind, *shape):
+    key, form = jax.random.key(0, impl="rbg"), packed.packed_form(shape, kind)
+    mask, scale = {"fp4": (0xFFFF, 0x77777777), "fp8": (0xBFBF, 121)}[kind]  # of e4m3, no NaN
+    codes = jax.random.bits(key, form.codes.shape, form.codes.dtype)
+    return type(form)(codes & jnp.uint16(mask), jnp.full(form.scale.shape, scale, form.scale.dtype))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [8, 64, 512])
+def test_on_a_gpu_products_side_by_side_are_those_alone(hopper, tokens):
+    """Four at V4-Flash's sizes that do not wait for each other have the bits that each has alone: no kernel counts on slow loads."""
+    config = PRESETS["v4-flash"]
+    experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+    sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+    w = {name: random_matrices("fp4", experts, *size) for name, size in sizes.items()}, random_matrices("fp8", 1, 8192, hidden)
+
+    @jax.jit
+    def multiply(w, x, chosen):
+        activate = partial(swiglu, config=config)
+        if tokens <= kernels.FEW_TOKENS:
+            found = kernels.few_experts(x, chosen, w[0], activate)
+        else:
+            found = kernels.experts(x, chosen.reshape(-1), w[0], activate, experts)
+        return found[:, :-1], *(kernels.dense(x[:, None], w[1], dtype=F32) if tokens <= kernels.MOST_TOKENS else ())
+
+    rng = np.random.default_rng(7)
+    xs = [jnp.asarray(rng.standard_normal((tokens, hidden)), jnp.bfloat16) for _ in range(4)]
+    choices = [np.stack([rng.permutation(experts)[: config.num_experts_per_tok] for _ in range(tokens)]).astype(np.int32) for _ in range(4)]
+    alone = [multiply(w, x, chosen) for x, chosen in zip(xs, choices, strict=True)]
+    together = jax.jit(lambda w, xs, choices: list(map(partial(multiply, w), xs, choices)), compiler_options=products.compiler_options())
+    for _ in range(20):
+        jax.tree.map(np.testing.assert_array_equal, together(w, xs, choices), alone)

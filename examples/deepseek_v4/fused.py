@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton
 
 from deepseek_v4.index_keys import Keys
 from deepseek_v4.kernels import FMA_TOKENS, MOST_TOKENS, Turn, call, turned
-from deepseek_v4.products import Terms
+from deepseek_v4.terms import Terms
 
 
 def total(parts: Any, token: Array, column: Array) -> Array:
@@ -380,15 +380,16 @@ Back = tuple[Terms, Array, Array]
 
 
 def summed(terms: Terms, token: Array, columns: Any, wide: Callable[[Array], Array]) -> Array:
-    """Columns of a token, or of some, of what `Terms.total` sums."""
-    found = sum((terms.dense[i, token, columns].astype(jnp.float32) for i in range(terms.dense.shape[0])), jnp.float32(0))
-    if terms.experts is None:
+    """Columns of a token, or of some, of what `terms.total` sums."""
+    dense, routed = terms
+    found = sum((dense[i, token, 0, columns].astype(jnp.float32) for i in range(dense.shape[0])), jnp.float32(0))
+    if routed is None:
         return found
-    parts, k = terms.experts.shape[0], terms.chosen.shape[1]
+    experts, chosen, weight = routed
+    k = chosen.shape[1]
     for choice in range(k):
-        here = wide(terms.chosen[token, choice] >= 0)
-        each = sum((terms.experts[i, token * k + choice, columns] for i in range(parts)), jnp.float32(0))
-        found += jnp.where(here, wide(terms.weight[token, choice]) * each, 0)
+        each = sum((experts[i, token * k + choice, columns] for i in range(experts.shape[0])), jnp.float32(0))
+        found += jnp.where(wide(chosen[token, choice] >= 0), wide(weight[token, choice]) * each, 0)
     return found
 
 

@@ -148,10 +148,23 @@ def multiply(
             x = take(STEP * (first + i) + columns * part, columns)
             products = [lax.dot_general(tile[part], x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) for tile in tiles]
             totals = [total + product for total, product in zip(totals, products, strict=True)]
-        return totals, following
+        return [settled(total, interpret) for total in totals], following
 
     totals, _ = lax.fori_loop(0, steps, add, ([jnp.zeros((rows, size), jnp.float32) for _ in ws], scales(first)))
     return [total * 2.0**SHRINK if isinstance(w, Packed) else total for total, w in zip(totals, ws, strict=True)]
+
+
+def settled(x: Array, interpret: bool) -> Array:
+    """x, once it is there.
+
+    Triton lets the last product of a step run on while the next step's numbers are loaded into the memory that it reads (seen in XLA's
+    Triton of jaxlib 0.11.2, where four products are a step; results differed when other kernels ran at the same time). To use a product at
+    the step's end makes it wait.
+    """
+    if interpret:
+        return x
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    return triton.elementwise_inline_asm("mov.b32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=out)[0]
 
 
 def takes(w: Matrix) -> bool:
@@ -279,9 +292,9 @@ def multiply_one_by_one(
         columns = [[at + lane] for at in starts]
     xs = [[[number(token, lead, column) for column in tile] for tile in columns] for token in range(tokens)]
     found = []
-    for tiles in xs:
+    for tile_xs in xs:
         total = jnp.zeros((rows, words), jnp.float32)
-        for code, scale, numbers in zip(codes, scales, tiles, strict=True):
+        for code, scale, numbers in zip(codes, scales, tile_xs, strict=True):
             scaled = [(x if scale is None else x * scale)[None] for x in numbers]
             total = add_products(code, scaled, total, interpret)
         found.append(total.sum(axis=1))
@@ -425,7 +438,8 @@ def few_experts(x: Array, chosen: Array, w: dict[str, Matrix], activate: Callabl
     """
     form = Form(FEW_TOKENS, 64, 2, 3)
 
-    gate, up = few(x, chosen, [w["w1"], w["w3"]], form, 2, interpret).sum(axis=1)
+    # The shared expert's product runs at the same time as a token's: then more programs, of which the last ones even things out.
+    gate, up = few(x, chosen, [w["w1"], w["w3"]], form, 4 if len(x) == 1 else 2, interpret).sum(axis=1)
     return few(activate(gate, up).astype(x.dtype), chosen, [w["w2"]], form, 2, interpret)[0]
 
 

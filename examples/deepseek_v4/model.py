@@ -27,8 +27,9 @@ import jax_dsv4 as dsv4
 from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.index_keys import Keys, create_keys, score_entries, write
-from deepseek_v4.products import Terms, dense, dense_heads, dense_parts, expert_parts, fused, run_experts, swiglu, total
+from deepseek_v4.products import dense, dense_heads, dense_parts, expert_parts, fused, run_experts, swiglu, takes
 from deepseek_v4.rope import rope_angle, rotate, turn
+from deepseek_v4.terms import Routed, Terms, total
 
 Implementation = str | tuple[str, ...] | None  # as `jax_dsv4.sparse_mla_decode` takes it
 
@@ -271,15 +272,14 @@ def run_layers(
 ) -> tuple[Array, Cache]:
     """The residual streams x [b, t, n, d] through the layers that `weights` lists."""
     step = begin_step(cache, tokens, counts, config, implementation, axes)
-    layers = []
-    back = None  # a sublayer's output goes into the streams when the next one reads them: that is one kernel
+    layers: list[LayerCache] = []
+    back: Any = None  # a sublayer's output goes into the streams when the next one reads them: that is one kernel
     for kind, w, layer in zip(config.layers, weights, cache.layers, strict=True):
         x, y, *way = read_in(x, back, w["attn_hc"], w["attn_norm"], config)
-        y, layer = attention(y, w["attn"], layer, step, kind, config, implementation, axes)
+        attended, layer = attention(y, w["attn"], layer, step, kind, config, implementation, axes)
 
-        x, y, *next_way = read_in(x, (y, *way), w["ffn_hc"], w["ffn_norm"], config)
-        y = moe(y, w["ffn"], step.all_tokens, config, axes)
-        back = (y, *next_way)
+        x, y, *next_way = read_in(x, (attended, *way), w["ffn_hc"], w["ffn_norm"], config)
+        back = (moe(y, w["ffn"], step.all_tokens, config, axes), *next_way)
         layers.append(layer)
     x = x if back is None else write_back(x, *back)
     return x, cache._replace(layers=tuple(layers), position=cache.position + counts)
@@ -321,12 +321,9 @@ def read_in(x: Array, back: Any, w: Any, norm: Array, config: Config) -> tuple[A
     if back is not None and not (reads and fused(lead[0] * lead[1])):
         x, back = write_back(x, *back), None
     if reads:
-        if back is not None:
-            y, *way = back
-            y = y if isinstance(y, Terms) else Terms(y.reshape(1, -1, y.shape[-1]))
-            back = (y, *(leaf.reshape(-1, *leaf.shape[2:]) for leaf in way))
-        eps = config.rms_norm_eps, config.hc_eps
-        found = own.read_streams(x.reshape(-1, *x.shape[2:]), back, w, norm, eps, config.hc_sinkhorn_iters)
+        back = back and (Terms.of(back[0]), *(leaf.reshape(-1, *leaf.shape[2:]) for leaf in back[1:]))
+        flat, eps = x.reshape(-1, *x.shape[2:]), (config.rms_norm_eps, config.hc_eps)
+        found = own.read_streams(flat, back, w, norm, eps, config.hc_sinkhorn_iters)
         x, y, post, mix = (leaf.reshape(*lead, *leaf.shape[1:]) for leaf in found)
         return x, y, post, mix
     pre, post, mix = hyper_connection(x, w, config)
@@ -404,10 +401,9 @@ def attention(
     wo_a = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, leaf.shape[-1]), wo_a)
     # Values carry their keys' rotation; turning back by the query's position leaves the relative one.
     out = dense_heads(out, -angle, wo_a).reshape(b, t, -1)
-    if fused(b * t) and lax.axis_size(axes.peers) == 1 and (parts := dense_parts(out, wo_b)) is not None:
-        return Terms(parts[:, :, 0]), layer
-    (out,) = dense(out, wo_b)
-    return lax.psum(out, axes.peers if shared else axes.model), layer
+    if fused(b * t) and lax.axis_size(axes.peers) == 1 and takes(out, wo_b):
+        return Terms(dense_parts(out, wo_b)), layer
+    return lax.psum(dense(out, wo_b)[0], axes.peers if shared else axes.model), layer
 
 
 class Projected(NamedTuple):
@@ -431,11 +427,11 @@ def project(x: Array, w: Any, old: CompressedCache | None, step: Step, kind: Kin
     angle, head_scale = step.angle["main" if kind == "swa" else "compress"], (config.index_head_dim * config.index_n_heads) ** -0.5
 
     own, sizes = fused(len(x)), [matrix.shape[0] for matrix in matrices]
-    if own and x.shape[1] == 1 and own.projects(sizes, kind, config) and (parts := dense_parts(x, *matrices)) is not None:
+    if own and x.shape[1] == 1 and own.projects(sizes, kind, config) and takes(x, *matrices):
         entry = step.entries.get(kind)
         first, complete = (step.position, step.valid) if entry is None else (entry.number * config.ratio(kind), entry.complete)
         found = own.project(
-            parts,
+            dense_parts(x, *matrices),
             w["q_norm"],
             w["kv_norm"],
             [own.Compressor(c["ape"], c["norm"], old) for c, old in zip(compressors, rows, strict=True)],
@@ -458,10 +454,10 @@ def queries(q_low: Array, w: Any, angle: Array, kind: Kind, config: Config) -> t
     """Queries [b, t, h, k], normed and turned, and the indexer's [b, t, h, k], turned."""
     lead, matrices = q_low.shape[:2], [w["wq_b"], *([w["indexer"]["wq_b"]] if kind == "csa" else [])]
     own = fused(lead[0] * lead[1])
-    if own and (parts := dense_parts(q_low, *matrices)) is not None:
-        heads = w["wq_b"].shape[0] // config.head_dim
-        turns = turn(angle.reshape(-1, angle.shape[-1]))
-        found = own.queries(parts, heads, config.head_dim, config.index_head_dim, turns, config.rms_norm_eps, q_low.dtype)
+    if own and takes(q_low, *matrices):
+        heads, turns = w["wq_b"].shape[0] // config.head_dim, turn(angle.reshape(-1, angle.shape[-1]))
+        sizes = heads, config.head_dim, config.index_head_dim
+        found = own.queries(dense_parts(q_low, *matrices), *sizes, turns, config.rms_norm_eps, q_low.dtype)
         q, index_q = jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), found)
         return q, index_q
     q, *index_q = (leaf.reshape(*lead, -1, dim) for leaf, dim in zip(dense(q_low, *matrices), (config.head_dim, config.index_head_dim)))
@@ -578,28 +574,26 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array | 
     """
     shared, k, factor = w["shared"], config.num_experts_per_tok, config.routed_scaling_factor
     given = w["tid2eid"][tokens] if "tid2eid" in w else None  # hash layers: the token's id names its experts
-    lead, own = x.shape[:2], fused(x.shape[0] * x.shape[1])
-    if own and lax.axis_size(axes.every) == 1 and (parts := dense_parts(x, shared["w1"], shared["w3"], w["gate"])) is not None:
-        sizes, flat = (shared["w1"].shape[0], w["gate"].shape[0], k), (None if given is None else given.reshape(-1, k), tokens.reshape(-1))
-        found = own.route(parts, *sizes, w.get("bias"), *flat, factor, partial(swiglu, config=config), x.dtype)
-        routed = expert_parts(x.reshape(-1, x.shape[-1]), found[1], w["experts"], config)
-        inner, chosen, weight = (leaf.reshape(*lead, -1) for leaf in found)
-        if routed is not None and (parts := dense_parts(inner, shared["w2"])) is not None:
-            return Terms(parts[:, :, 0], routed, *found[1:])
-        (out,) = dense(inner, shared["w2"])
-    else:
-        gate, up = dense(x, shared["w1"], shared["w3"], dtype=jnp.float32)
-        (out,) = dense(swiglu(gate, up, config).astype(x.dtype), shared["w2"])
+    own = fused(x.shape[0] * x.shape[1])
+    if own and lax.axis_size(axes.every) == 1 and takes(x, w["gate"], *shared.values(), *w["experts"].values()):
+        parts, flat = dense_parts(x, shared["w1"], shared["w3"], w["gate"]), None if given is None else given.reshape(-1, k)
+        sizes, activate = (shared["w1"].shape[0], w["gate"].shape[0], k), partial(swiglu, config=config)
+        inner, chosen, weight = own.route(parts, *sizes, w.get("bias"), flat, tokens.reshape(-1), factor, activate, x.dtype)
+        routed = Routed(expert_parts(x.reshape(-1, x.shape[-1]), chosen, w["experts"], config), chosen, weight)
+        return Terms(dense_parts(inner, shared["w2"]), routed)
 
-        x = to_experts(x, axes)
-        (score,) = dense(x, w["gate"], dtype=jnp.float32)
-        score = jnp.sqrt(jax.nn.softplus(score))
-        # The bias balances the load; it picks experts and does not weigh them.
-        chosen = lax.top_k(score + w["bias"], k)[1] if given is None else given
-        weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
-        weight = factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
+    gate, up = dense(x, shared["w1"], shared["w3"], dtype=jnp.float32)
+    (out,) = dense(swiglu(gate, up, config).astype(x.dtype), shared["w2"])
 
-        chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.every)  # of the experts here; others are not
-        chosen = jnp.where(tokens[..., None] < 0, -1, chosen)
-    routed = run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
-    return from_experts(routed, out, axes)
+    x = to_experts(x, axes)
+    (score,) = dense(x, w["gate"], dtype=jnp.float32)
+    score = jnp.sqrt(jax.nn.softplus(score))
+    # The bias balances the load; it picks experts and does not weigh them.
+    chosen = lax.top_k(score + w["bias"], k)[1] if given is None else given
+    weight = jnp.take_along_axis(score, chosen, axis=-1)  # [b, t, experts per token]
+    weight = factor * weight / (weight.sum(-1, keepdims=True) + 1e-20)  # all may have underflowed
+
+    chosen -= w["experts"]["w1"].shape[0] * lax.axis_index(axes.every)  # of the experts here; others are not
+    chosen = jnp.where(tokens[..., None] < 0, -1, chosen)
+    mixed = run_experts(x, chosen, weight, w["experts"], config).astype(out.dtype)
+    return from_experts(mixed, out, axes)

@@ -7,7 +7,7 @@ experts     tokens times those of their experts
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ Matrix = Array | Packed
 
 @cache
 def kernels() -> Any:
-    """The module deepseek_v4/kernels.py if the default device is a Hopper GPU, else None."""
+    """The module deepseek_v4/kernels.py if the default device is a Hopper GPU and JAX has what it is written in, else None."""
     device = jax.devices()[0]
     if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
         return None
-    from deepseek_v4 import kernels  # Pallas takes most of a second to import
-
+    try:
+        from deepseek_v4 import kernels  # Pallas takes most of a second to import
+    except ImportError:  # JAX 0.11 and 0.12 warn that Pallas's Triton is to go
+        return None
     return kernels
 
 
@@ -65,7 +67,7 @@ def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = Non
     dtype = dtype or x.dtype
     tokens = x.size // (x.shape[-1] * x.shape[-2])
     own = kernels()
-    if own and tokens <= own.MOST_TOKENS and x.dtype == jnp.bfloat16 and all(map(own.takes, ws)):
+    if takes(x, *ws) and tokens <= own.MOST_TOKENS:
         found = own.dense(x.reshape(tokens, *x.shape[-2:]), *ws, dtype=dtype)
         found = [y.reshape(*x.shape[:-1], -1) for y in found]
     else:
@@ -76,19 +78,22 @@ def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = Non
 def dense_heads(x: Array, angle: Array, w: Matrix) -> Array:
     """x [b, t, h, k] with its heads turned by angle [b, t, 32], a group of them times each matrix of w [g, r, c] → [b, t, g, r]."""
     own, (b, t, _, k) = kernels(), x.shape
-    if own and b * t <= own.FMA_TOKENS and x.dtype == jnp.bfloat16 and own.takes(w):
+    if takes(x, w) and b * t <= own.FMA_TOKENS:
         turns = turn(angle.reshape(b * t, -1))
         (found,) = own.dense(x.reshape(b * t, w.shape[0], -1), w, dtype=x.dtype, turn=turns, head=k)
         return found.reshape(b, t, *found.shape[1:])
     return dense_groups(rotate(x, angle[:, :, None]).reshape(b, t, w.shape[0], -1), w)[0]
 
 
-def dense_parts(x: Array, *ws: Matrix) -> Array | None:
-    """The products of `dense` side by side, in the parts that deepseek_v4/fused.py takes: [parts, b · t, 1, Σ r]. None: not these."""
+def takes(x: Array, *ws: Matrix) -> bool:
+    """Whether our own kernels multiply x with these."""
     own = kernels()
-    if own is None or x.dtype != jnp.bfloat16 or not all(map(own.takes, ws)):
-        return None
-    return own.dense_parts(x.reshape(-1, 1, x.shape[-1]), *(jax.tree.map(lambda leaf: leaf[None], w) for w in ws))
+    return own is not None and x.dtype == jnp.bfloat16 and all(map(own.takes, ws))
+
+
+def dense_parts(x: Array, *ws: Matrix) -> Array:
+    """The products of `dense` side by side, by our own kernels, in the parts that deepseek_v4/fused.py takes: [parts, b · t, 1, Σ r]."""
+    return kernels().dense_parts(x.reshape(-1, 1, x.shape[-1]), *(jax.tree.map(lambda leaf: leaf[None], w) for w in ws))
 
 
 def swiglu(gate: Array, up: Array, config: Config) -> Array:
@@ -96,34 +101,10 @@ def swiglu(gate: Array, up: Array, config: Config) -> Array:
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
-class Terms(NamedTuple):
-    """What a sublayer says to s tokens, left to be summed: by deepseek_v4/fused.py where the streams take it in, else by `total`."""
-
-    dense: Array  # [parts, s or more, d]
-    experts: Array | None = None  # float32 [parts, s · k or more, d]; garbage where a pair has no expert
-    chosen: Array | None = None  # int32 [s, k]; −1 is no expert
-    weight: Array | None = None  # float32 [s, k]
-
-
-def total(y: Array | Terms, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-    """[*shape] of `dtype`; an array is left as it is."""
-    if not isinstance(y, Terms):
-        return y
-    found = y.dense.sum(axis=0, dtype=jnp.float32)
-    if y.experts is not None:
-        s, k = y.chosen.shape
-        each = y.experts[:, : s * k].sum(axis=0).reshape(s, k, -1)
-        found = found[:s] + jnp.where(y.chosen[..., None] >= 0, each * y.weight[..., None], 0).sum(axis=1)
-    return found[: shape[0] * shape[1]].reshape(shape).astype(dtype)
-
-
 @partial(jax.jit, static_argnames="config")
-def expert_parts(x: Array, chosen: Array, w: Any, config: Config) -> Array | None:
-    """Each pair's expert of its token x [s, d], chosen [s, k], by our own kernels: `Terms.experts`. None: not these."""
-    own, count = kernels(), w["w1"].shape[0]
-    if own is None or x.dtype != jnp.bfloat16 or not all(map(own.takes, w.values())):
-        return None
-    activate = partial(swiglu, config=config)
+def expert_parts(x: Array, chosen: Array, w: Any, config: Config) -> Array:
+    """Each pair's expert of its token x [s, d], chosen [s, k], by our own kernels: `terms.Routed.experts`."""
+    own, count, activate = kernels(), w["w1"].shape[0], partial(swiglu, config=config)
     if len(x) <= own.FEW_TOKENS:
         return own.few_experts(x, chosen, w, activate)
     expert = jnp.where((chosen >= 0) & (chosen < count), chosen, count).reshape(-1)
@@ -140,9 +121,10 @@ def run_experts(x: Array, chosen: Array, weight: Array, w: Any, config: Config) 
     count = w["w1"].shape[0]
     here = (chosen >= 0) & (chosen < count)
     flat = x.reshape(-1, x.shape[-1])
-    parts = expert_parts(flat, chosen.reshape(len(flat), -1), w, config)
-    expert = jnp.where(here, chosen, count).reshape(-1)
-    out = sorted_blocks(flat, expert, w, config) if parts is None else parts[:, :-1].sum(axis=0)
+    if takes(x, *w.values()):
+        out = expert_parts(flat, chosen.reshape(len(flat), -1), w, config)[:, :-1].sum(axis=0)
+    else:
+        out = sorted_blocks(flat, jnp.where(here, chosen, count).reshape(-1), w, config)
     out = out.reshape(*chosen.shape, -1)  # [b, t, k, d]
     return jnp.where(here[..., None], out * weight[..., None], 0).sum(axis=2)
 
