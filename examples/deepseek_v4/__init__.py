@@ -11,6 +11,7 @@ index_keys.py   its indexer's keys, also in fp8, and their scores
 products.py     its products with weights: by XLA, or by kernels.py
 kernels.py      kernels in Pallas for Hopper GPUs: the products
 fused.py        the same for what is between them, in steps of few tokens
+terms.py        a sublayer's output before it is summed
 generate.py     prefill, decode, sampling
 speculate.py    drafts of the layer that predicts the token after next
 serving.py      requests that come and go: slots, chunks of prompts between steps
