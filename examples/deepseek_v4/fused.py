@@ -264,8 +264,8 @@ def route(
                     weight = jnp.where(place == i, jnp.where(expert == best, score, 0).sum(), weight)
                     left = jnp.where(expert == best, -jnp.inf, left)
             chosen = jnp.where((tokens[token] < 0) | (chosen >= count), -1, chosen)
-            triton.store(chosen_out.at[token, pl.ds(0, wide)], chosen, mask=place < k)
-            triton.store(weight_out.at[token, pl.ds(0, wide)], factor * weight / (weight.sum() + 1e-20), mask=place < k)
+            triton.store(chosen_out.at[token, place], chosen, mask=place < k)
+            triton.store(weight_out.at[token, place], factor * weight / (weight.sum() + 1e-20), mask=place < k)
 
     out = [jax.ShapeDtypeStruct((s, inner), dtype), *(jax.ShapeDtypeStruct((s, k), kind) for kind in (jnp.int32, jnp.float32))]
     return call(route_kernel, out, (s, 1 + inner // width), 1, 1, interpret, parts, chooser, tokens)

@@ -437,8 +437,7 @@ def few_experts(x: Array, chosen: Array, w: dict[str, Matrix], activate: Callabl
     `chosen` int32 [s, k] are each token's experts; those that are not here are any other numbers.
     """
     form = Form(FEW_TOKENS, 64, 2, 3)
-
-    # The shared expert's product runs at the same time as a token's: then more programs, of which the last ones even things out.
+    # One token's experts run beside the shared expert's product, which takes up some processors: more and smaller programs even that out.
     gate, up = few(x, chosen, [w["w1"], w["w3"]], form, 4 if len(x) == 1 else 2, interpret).sum(axis=1)
     return few(activate(gate, up).astype(x.dtype), chosen, [w["w2"]], form, 2, interpret)[0]
 

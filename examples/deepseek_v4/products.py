@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from deepseek_v4.config import Config
-from deepseek_v4.packed import Packed, unpack
+from deepseek_v4.packed import Fp4, Packed, unpack
 from deepseek_v4.rope import rotate, turn
 
 Matrix = Array | Packed
@@ -78,7 +78,7 @@ def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = Non
 def dense_heads(x: Array, angle: Array, w: Matrix) -> Array:
     """x [b, t, h, k] with its heads turned by angle [b, t, 32], a group of them times each matrix of w [g, r, c] → [b, t, g, r]."""
     own, (b, t, _, k) = kernels(), x.shape
-    if takes(x, w) and b * t <= own.FMA_TOKENS:
+    if takes(x, w) and b * t <= own.FMA_TOKENS and not isinstance(w, Fp4):
         turns = turn(angle.reshape(b * t, -1))
         (found,) = own.dense(x.reshape(b * t, w.shape[0], -1), w, dtype=x.dtype, turn=turns, head=k)
         return found.reshape(b, t, *found.shape[1:])
