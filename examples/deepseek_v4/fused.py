@@ -450,7 +450,7 @@ def read_streams(
 
     of_logits = parts, w["base"], w["scale"]
     (y,) = call(streams_kernel, [jax.ShapeDtypeStruct((s, d), x.dtype)], (s,), 4, 1, interpret, *of_logits, x, norm)
-    # Of its own, as nobody waits for it: it takes as long as the other.
+    # A kernel of its own, which takes longer than the one before: what is next needs y alone.
     outs = [jax.ShapeDtypeStruct((s, size), jnp.float32) for size in (n, n * n)]
     post, mix = call(streams_mix_kernel, outs, (s,), 1, 1, interpret, *of_logits)
     return x, y, post, mix.reshape(s, n, n)
