@@ -2,10 +2,11 @@
 
     python -m benchmarks.model [--rounds N] [--only TEXT] [--json FILE]
 
-Four layers, one SWA, two CSA and one HCA, with a vocabulary of 1,024: embedding and head are not timed. Weights are made on the device, in
-bfloat16 or packed as DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 128 steps in one call,
-from position 8,000 on; a step's tokens depend on what the step before computed. Four of them are a trip of its loop: so what the host does
-for a trip is spread over 16 layers, where a V4-Flash has 43. A time is that of a layer.
+A step is of V4-Flash's 43 layers, each with caches of its own. There are weights for four, one SWA, two CSA and one HCA, which fit one GPU
+in bfloat16 too: layers of a kind have the same, or those of the two CSA ones in turn. Between two uses a step reads more than the GPU's L2
+cache holds. The vocabulary has 1,024 tokens, and embedding and head are not timed. Weights are made on the device, in bfloat16 or packed as
+DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 12 steps in one call, from position 8,000 on; a
+step's tokens depend on what the step before computed. A time is that of a layer: a 43rd of a step.
 
 The floor of a decode case is the bytes that a step must read, as they are held, over the rate of a large copy: all matrices but the
 experts, as many experts as that many random choices hit on average, and each request's cached rows and indexer keys. That of a prompt is
@@ -43,8 +44,10 @@ from deepseek_v4.packed import Fp4, Fp8
 from deepseek_v4.products import compiler_options, in_use
 from deepseek_v4.weights import Tensor, map_schema
 
-CONFIG = dataclasses.replace(V4_FLASH, layers=("swa", "csa", "hca", "csa"), num_hash_layers=1, vocab_size=1024)
-POSITION, ROOM, STEPS, TRIP, PROMPT = 8000, 8192, 128, 4, 4096
+CONFIG = dataclasses.replace(V4_FLASH, vocab_size=1024)
+MADE = dataclasses.replace(CONFIG, layers=("swa", "csa", "hca", "csa"), num_hash_layers=1)
+"""The layers that there are weights for."""
+POSITION, ROOM, STEPS, PROMPT = 8000, 8192, 12, 4096
 LATENT_BYTES = 584  # of a cached row
 
 
@@ -96,15 +99,23 @@ def make_weights(config: Config) -> Any:
     return jax.block_until_ready(map_schema(make, config))
 
 
+def layers_of_a_step(made: Sequence[Any]) -> list[Any]:
+    """Weights for each layer of CONFIG, of those that are made for MADE."""
+    places = {kind: [i for i, other in enumerate(MADE.layers) if other == kind] for kind in MADE.layers}
+    kinds = CONFIG.layers
+    return [made[places[kind][kinds[:i].count(kind) % len(places[kind])]] for i, kind in enumerate(kinds)]
+
+
 # -------------------------------------------------------------------------------------------------------------- the floors
 
 
 def bytes_of_a_step(weights: Any, config: Config, case: Case) -> float:
     """That a decode step must read of all layers."""
+    each = layers_of_a_step(weights["layers"])
     chosen = case.requests * case.tokens
     hit = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** chosen
     total = 0.0
-    for kind, layer in zip(config.layers, weights["layers"], strict=True):
+    for kind, layer in zip(config.layers, each, strict=True):
         experts = nbytes(layer["ffn"]["experts"])
         total += nbytes(layer) - nbytes(layer["ffn"].get("tid2eid", ())) - experts + hit * experts
         rows = config.sliding_window
@@ -156,6 +167,8 @@ class Program:
         self.cache = random_keys(create_cache(CONFIG, case.requests, ROOM, chunk=case.tokens, fp8_keys=case.weights == "packed"))
 
         def run(weights: Any, cache: Any) -> Any:
+            weights = weights | {"layers": layers_of_a_step(weights["layers"])}
+
             def step(carry: Any, _: None) -> tuple[Any, Array]:
                 tokens, cache = carry
                 x, cache = forward(weights, cache, tokens, counts, config=CONFIG)
@@ -163,7 +176,7 @@ class Program:
                 return (tokens, cache), jnp.isfinite(x[:, -1]).all()
 
             cache = cache._replace(position=jnp.full(case.requests, start, jnp.int32))
-            (_, cache), finite = lax.scan(step, (tokens, cache), length=self.steps, unroll=min(TRIP, self.steps))
+            (_, cache), finite = lax.scan(step, (tokens, cache), length=self.steps)
             return cache, finite.all()
 
         self.run = jax.jit(run, donate_argnums=1, compiler_options=compiler_options()).lower(weights, self.cache).compile()
@@ -241,14 +254,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_numpy_rank_promotion", "allow")
     ceilings = gpu_ceilings()
     device = jax.devices("cuda")[0].device_kind
-    settings = dict(products=in_use(), compiler_options=compiler_options(), layers=CONFIG.layers)
+    settings = dict(products=in_use(), compiler_options=compiler_options(), layers=CONFIG.layers, made=MADE.layers)
     report = Report(arguments.json, argv, device, ceilings=ceilings, **settings, results=[])
     print(f"{report}; {ceilings['tflops']:.0f} TFLOP/s, {ceilings['gbps']:.0f} GB/s; microseconds a layer", flush=True)
     print(f"XLA's options, besides its defaults: {compiler_options()}", flush=True)
     for form in ("packed", "bf16"):
         if not any(CASES[name].weights == form for name in names):
             continue
-        weights = make_weights(dataclasses.replace(CONFIG, packed=form == "packed"))
+        weights = make_weights(dataclasses.replace(MADE, packed=form == "packed"))
         for name in names:
             case = CASES[name]
             if case.weights == form:

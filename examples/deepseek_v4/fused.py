@@ -3,7 +3,8 @@
     project         norms, rotation and compressors, after the products of an attention layer's input
     queries         norm and rotation of queries
     score, best     the indexer's scores, and the entries that score best
-    route           which experts a token takes, and the shared expert's activation
+    write           a key of the indexer, into its cache
+    route           which experts a token takes
     read_streams    hyper-connections
 
 Products come in the parts in which deepseek_v4/kernels.py leaves them. deepseek_v4/model.py computes the same in plain JAX, and the tests
@@ -22,9 +23,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from deepseek_v4.index_keys import Keys
+from deepseek_v4 import index_keys
+from deepseek_v4.index_keys import Fp8Keys, Keys
 from deepseek_v4.kernels import FMA_TOKENS, MOST_TOKENS, Turn, call, turned
 from deepseek_v4.terms import Terms
+
+
+def power_of_two(n: int) -> int:
+    """The least from n on: of Triton's arrays the sizes are powers of two."""
+    return 1 << (n - 1).bit_length()
 
 
 def total(parts: Any, token: Array, column: Array) -> Array:
@@ -210,65 +217,44 @@ def queries(
 
 
 def route(
-    parts: Array,
-    inner: int,
-    count: int,
-    k: int,
-    bias: Array | None,
-    given: Array | None,
-    tokens: Array,
-    factor: float,
-    activate: Callable[[Array, Array], Array],
-    dtype: Any,
-    interpret: bool = False,
-) -> tuple[Array, Array, Array]:
-    """What a MoE layer makes of its first products: with the shared expert's two matrices [inner] and with the gate [count], side by side.
+    parts: Array, k: int, bias: Array | None, given: Array | None, tokens: Array, factor: float, interpret: bool = False
+) -> tuple[Array, Array]:
+    """Of the products with a MoE layer's gate: each token's experts, int32 [s, k], and their weights, float32 [s, k].
 
-    That is what the shared expert's third matrix is multiplied with, of `dtype` [s, inner]; each token's experts, int32 [s, k]; and their
-    weights, float32 [s, k].
-
-    `given`, int32 [s, k], names the experts, or `bias` [count] helps to pick them. A token that is negative has none: −1.
+    `given`, int32 [s, k], names the experts, or `bias`, of each expert a number, helps to pick them. A token that is negative has none: −1.
     """
-    s, wide, width = len(tokens), 1 << (k - 1).bit_length(), 512 if inner % 512 == 0 else 64
-    every = 1 << (count - 1).bit_length()
+    s, wide, count = len(tokens), power_of_two(k), parts.shape[-1]
+    every = power_of_two(count)
     chooser = bias if given is None else given
     assert chooser is not None
 
-    def route_kernel(parts: Any, chooser: Any, tokens: Any, inner_out: Any, chosen_out: Any, weight_out: Any) -> None:
-        token, block = pl.program_id(0), pl.program_id(1) - 1
+    def route_kernel(parts: Any, chooser: Any, tokens: Any, chosen_out: Any, weight_out: Any) -> None:
+        token, place = pl.program_id(0), jnp.arange(wide, dtype=jnp.int32)
 
-        @pl.when(block >= 0)
-        def _() -> None:
-            column = block * width + jnp.arange(width, dtype=jnp.int32)
-            y = activate(total(parts, token, column), total(parts, token, inner + column))
-            inner_out[token, pl.ds(block * width, width)] = y.astype(dtype)
+        def score_of(expert: Array) -> Array:
+            x = total(parts, token, jnp.clip(expert, 0, count - 1))
+            return jnp.sqrt(jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))))
 
-        @pl.when(block < 0)
-        def _() -> None:
-            def score_of(expert: Array) -> Array:
-                x = total(parts, token, 2 * inner + jnp.clip(expert, 0, count - 1))
-                return jnp.sqrt(jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))))
+        if given is not None:
+            chosen = jnp.where(place < k, chooser[token, jnp.minimum(place, k - 1)], -1)
+            weight = jnp.where(place < k, score_of(chosen), 0)
+        else:
+            expert = jnp.arange(every, dtype=jnp.int32)
+            score = score_of(expert)
+            left = jnp.where(expert < count, score + chooser[jnp.minimum(expert, count - 1)], -jnp.inf)
+            chosen, weight = jnp.full(wide, -1, jnp.int32), jnp.zeros(wide, jnp.float32)
+            for i in range(k):
+                best = jnp.where(left == left.max(), expert, every).min()
+                chosen = jnp.where((place == i) & (best < count), best, chosen)  # of NaN none is best
+                weight = jnp.where(place == i, jnp.where(expert == best, score, 0).sum(), weight)
+                left = jnp.where(expert == best, -jnp.inf, left)
+        chosen = jnp.where((tokens[token] < 0) | (chosen >= count), -1, chosen)
+        triton.store(chosen_out.at[token, place], chosen, mask=place < k)
+        triton.store(weight_out.at[token, place], factor * weight / (weight.sum() + 1e-20), mask=place < k)
 
-            place = jnp.arange(wide, dtype=jnp.int32)
-            if given is not None:
-                chosen = jnp.where(place < k, chooser[token, jnp.minimum(place, k - 1)], -1)
-                weight = jnp.where(place < k, score_of(chosen), 0)
-            else:
-                expert = jnp.arange(every, dtype=jnp.int32)
-                score = score_of(expert)
-                left = jnp.where(expert < count, score + chooser[jnp.minimum(expert, count - 1)], -jnp.inf)
-                chosen, weight = jnp.full(wide, -1, jnp.int32), jnp.zeros(wide, jnp.float32)
-                for i in range(k):
-                    best = jnp.where(left == left.max(), expert, every).min()
-                    chosen = jnp.where((place == i) & (best < count), best, chosen)  # of NaN none is best
-                    weight = jnp.where(place == i, jnp.where(expert == best, score, 0).sum(), weight)
-                    left = jnp.where(expert == best, -jnp.inf, left)
-            chosen = jnp.where((tokens[token] < 0) | (chosen >= count), -1, chosen)
-            triton.store(chosen_out.at[token, place], chosen, mask=place < k)
-            triton.store(weight_out.at[token, place], factor * weight / (weight.sum() + 1e-20), mask=place < k)
-
-    out = [jax.ShapeDtypeStruct((s, inner), dtype), *(jax.ShapeDtypeStruct((s, k), kind) for kind in (jnp.int32, jnp.float32))]
-    return call(route_kernel, out, (s, 1 + inner // width), 1, 1, interpret, parts, chooser, tokens)
+    out = [jax.ShapeDtypeStruct((s, k), kind) for kind in (jnp.int32, jnp.float32)]
+    chosen, weight = call(route_kernel, out, (s,), 1, 1, interpret, parts, chooser, tokens)
+    return chosen, weight
 
 
 # -------------------------------------------------------------------------------------------------------------- the indexer
@@ -311,8 +297,8 @@ def score(q: Array, weight: Array, keys: Keys, limit: Array, table: Array | None
         def _() -> None:
             key = keys_ref[held].astype(jnp.bfloat16)
             for i in range(many):
-                product = lax.dot_general(q_ref[request, first + i], key, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                total = (jnp.maximum(product, 0) * weight_ref[request, first + i][:, None]).sum(axis=0)
+                product = lax.dot_general(key, q_ref[request, first + i], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+                total = (jnp.maximum(product, 0) * weight_ref[request, first + i][None]).sum(axis=1)
                 if scale_ref:
                     total *= scale_ref[0][held]
                 out_ref[request, first + i, here] = jnp.where(number < limit_ref[request, first + i], total, -jnp.inf)
@@ -321,6 +307,32 @@ def score(q: Array, weight: Array, keys: Keys, limit: Array, table: Array | None
     grid = (b, t // many, count // ENTRIES)
     operands = (q, weight, jnp.broadcast_to(limit, (b, t)), keys, table)
     return call(score_kernel, out, grid, 4, 1, interpret, *operands)[0]
+
+
+def write(keys: Keys, row: Array, entry: Array, key: Array, interpret: bool = False) -> Keys:
+    """As `index_keys.write`, which XLA makes four kernels of; of one key of each request in one, in place."""
+    if key.shape[1] > 1:
+        return index_keys.write(keys, row, entry, key)
+    leaves, structure = jax.tree.flatten(keys)
+    (rows, entries, dim), count = leaves[0].shape, len(leaves)
+
+    def write_kernel(row: Any, entry: Any, key: Any, *refs: Any) -> None:
+        request, outs = pl.program_id(0), jax.tree.unflatten(structure, refs[count:])
+        at = row[request], entry[request]
+
+        @pl.when((at[0] < rows) & (at[1] < entries))
+        def _() -> None:
+            here, new = (*at, pl.ds(0, dim)), key[request, pl.ds(0, dim)]
+            if isinstance(keys, Fp8Keys):
+                outs.codes[here], outs.scale[at] = index_keys.quantize(new)
+            else:
+                outs[here] = new.astype(keys.dtype)
+
+    out = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    row, entry = (jnp.broadcast_to(leaf, key.shape[:2])[:, 0] for leaf in (row, entry))
+    aliases = {3 + i: i for i in range(count)}
+    found = call(write_kernel, out, (len(key),), 1, 1, interpret, row, entry, key[:, 0], keys, aliases=aliases)
+    return jax.tree.unflatten(structure, found)
 
 
 MOST_ENTRIES = 8192
@@ -334,12 +346,12 @@ def best(score: Array, limit: Array, table: Array, topk: int, interpret: bool = 
     many are before it: each program counts that for some of them. A sort takes 15 µs for 2,048.
     """
     b, t, count = score.shape
-    size, mine, many = count // table.shape[1], 16, min(count & -count, 512)
+    size, mine, many = count // table.shape[1], 8, min(count & -count, 512)
 
     def order(x: Array) -> Array:
-        """int32 in the order of float32, 0 and −0 as one; NaN have their place in it too."""
+        """int32 in the order of float32, 0 and −0 as one; NaN have their place in it too. None is the least int32."""
         bits = jnp.where(x == 0, 0, lax.bitcast_convert_type(x, jnp.int32))
-        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        return jnp.maximum(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 1 - 2**31)
 
     def best_kernel(score_ref: Any, limit_ref: Any, table_ref: Any, out_ref: Any) -> None:
         request, token, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * mine
@@ -347,15 +359,15 @@ def best(score: Array, limit: Array, table: Array, topk: int, interpret: bool = 
         value = order(score_ref[request, token, pl.ds(first, mine)])
         slot = table_ref[request, entry // size] * size + entry % size
 
-        def count_better(i: Array, place: Array) -> Array:
+        def count_better(i: Array, better: Array) -> Array:
             other = i * many + jnp.arange(many, dtype=jnp.int32)
-            theirs = order(score_ref[request, token, pl.ds(i * many, many)])[None]
-            before = (theirs > value[:, None]) | ((theirs == value[:, None]) & (other[None] < entry[:, None]))
-            return place + before.astype(jnp.int32).sum(axis=1)
+            theirs = order(score_ref[request, token, pl.ds(i * many, many)])
+            # Of equal ones the earlier: it is better than one less.
+            return better + (theirs[None] > value[:, None] - (other[None] < entry[:, None]).astype(jnp.int32)).astype(jnp.int32)
 
         # Past the limit an entry's place is its number; and if all that are seen are chosen, their order is of no account.
         steps = jnp.where((first < limit) & (limit > topk), (limit + many - 1) // many, 0)
-        place = lax.fori_loop(0, steps, count_better, jnp.zeros(mine, jnp.int32))
+        place = lax.fori_loop(0, steps, count_better, jnp.zeros((mine, many), jnp.int32)).sum(axis=1)
         place = jnp.where((entry < limit) & (limit > topk), place, entry)
         triton.store(out_ref.at[request, token, place], slot, mask=place < topk)
 
@@ -379,8 +391,8 @@ Back = tuple[Terms, Array, Array]
 """A sublayer's output [s, d] and how it goes into the streams: float32 [s, n] and [s, n, n]."""
 
 
-def summed(terms: Terms, token: Array, columns: Any, wide: Callable[[Array], Array]) -> Array:
-    """Columns of a token, or of some, of what `terms.total` sums."""
+def summed(terms: Terms, token: Array, columns: Any) -> Array:
+    """Columns of some tokens, of what `terms.total` sums."""
     dense, routed = terms
     found = sum((dense[i, token, 0, columns].astype(jnp.float32) for i in range(dense.shape[0])), jnp.float32(0))
     if routed is None:
@@ -389,8 +401,25 @@ def summed(terms: Terms, token: Array, columns: Any, wide: Callable[[Array], Arr
     k = chosen.shape[1]
     for choice in range(k):
         each = sum((experts[i, token * k + choice, columns] for i in range(experts.shape[0])), jnp.float32(0))
-        found += jnp.where(wide(chosen[token, choice] >= 0), wide(weight[token, choice]) * each, 0)
+        found += jnp.where((chosen[token, choice] >= 0)[:, None], weight[token, choice][:, None] * each, 0)
     return found
+
+
+def summed_of_one(terms: Terms, token: Array, columns: Any) -> Array:
+    """The same of one token, in few instructions: all terms are rows of one array."""
+    dense, routed = terms
+    count = dense.shape[0]
+    row = jnp.arange(power_of_two(count), dtype=jnp.int32)
+    found = jnp.where((row < count)[:, None], dense[jnp.minimum(row, count - 1), token, 0, columns].astype(jnp.float32), 0).sum(axis=0)
+    if routed is None:
+        return found
+    experts, chosen, weight = routed
+    parts, k = experts.shape[0], chosen.shape[1]
+    row = jnp.arange(power_of_two(parts * k), dtype=jnp.int32)
+    choice = jnp.minimum(row // parts, k - 1)
+    each = experts[row % parts, token * k + choice, columns]
+    real = (row < parts * k) & (chosen[token, choice] >= 0)
+    return found + jnp.where(real[:, None], weight[token, choice][:, None] * each, 0).sum(axis=0)
 
 
 def read_streams(
@@ -408,7 +437,7 @@ def read_streams(
     s, n, d = x.shape
     norm_eps, eps_hc = eps
     x, parts = stream_logits(x, back, w["fn"], interpret)
-    every = pl.ds(0, len(parts))
+    every, width = pl.ds(0, len(parts)), min(d & -d, 2048)
 
     def logits(refs: Any, first: int, size: int, i: int) -> Callable[[], Array]:
         """Loads them, and gives a function that computes with them: loads take longer than all else."""
@@ -420,13 +449,13 @@ def read_streams(
 
     def streams_kernel(*refs: Any) -> None:
         x_ref, norm_ref, y_ref = refs[3:]
-        token, places = pl.program_id(0), [pl.ds(1024 * i, 1024) for i in range(d // 1024)]
+        token, places = pl.program_id(0), [pl.ds(i, width) for i in range(0, d, width)]
         pre = logits(refs[:3], 0, n, 0)
         streams = [x_ref[token, pl.ds(0, n), place] for place in places]
         norms = [norm_ref[place] for place in places]
         weight = jax.nn.sigmoid(pre()) + eps_hc
         pieces = [(weight[:, None] * piece.astype(jnp.float32)).sum(axis=0) for piece in streams]
-        total = jnp.zeros(1024, jnp.float32)
+        total = jnp.zeros(width, jnp.float32)
         for piece in pieces:
             total += jnp.square(piece)
         grow = lax.rsqrt(total.sum(axis=0) / d + norm_eps)
@@ -449,7 +478,7 @@ def read_streams(
         mix_ref[token, pl.ds(0, n * n)] = lax.fori_loop(1, rounds, turn, m).reshape(n * n)
 
     of_logits = parts, w["base"], w["scale"]
-    (y,) = call(streams_kernel, [jax.ShapeDtypeStruct((s, d), x.dtype)], (s,), 4, 1, interpret, *of_logits, x, norm)
+    (y,) = call(streams_kernel, [jax.ShapeDtypeStruct((s, d), x.dtype)], (s,), 8, 1, interpret, *of_logits, x, norm)
     # A kernel of its own, which takes longer than the one before: what is next needs y alone.
     outs = [jax.ShapeDtypeStruct((s, size), jnp.float32) for size in (n, n * n)]
     post, mix = call(streams_mix_kernel, outs, (s,), 1, 1, interpret, *of_logits)
@@ -459,56 +488,68 @@ def read_streams(
 def stream_logits(x: Array, back: Back | None, fn: Array, interpret: bool) -> tuple[Array, Array]:
     """The streams x [s, n, d] with `back` in them, and parts, to be summed over axis 0, of their logits · fn [m, n · d] and of the sum of
     their squares: float32 [parts, s, LOGITS]."""
-    (s, n, d), size, width = x.shape, 16, 32
-    m, one_by_one = len(fn), s <= FMA_TOKENS
+    (s, n, d), m = x.shape, len(fn)
     if s > MOST_TOKENS:
         assert back is None
         flat = x.reshape(s, n * d).astype(jnp.float32)
         logits, squares = jnp.einsum("sx,mx->sm", flat, fn), jnp.square(flat).sum(axis=-1, keepdims=True)
         return x, jnp.concatenate([logits, jnp.zeros((s, SQUARES - m), jnp.float32), squares], axis=1)[None]
+    one_by_one = s <= FMA_TOKENS
+    size, width = 1 if one_by_one else 16, 32
     parts = d // width
-    parts_padded = 1 << (parts - 1).bit_length()  # of Triton's arrays the sizes are powers of two
+    parts_padded = power_of_two(parts)
     structure = jax.tree.structure(back)
 
     def streams_logits_kernel(x_ref: Any, fn_ref: Any, *refs: Any) -> None:
         *back_refs, x_out, out_ref = refs
         part, block = pl.program_id(0), pl.program_id(1)
-        token = block if one_by_one else jnp.minimum(block * size + jnp.arange(size, dtype=jnp.int32), s - 1)
-        column, row = jnp.minimum(part, parts - 1) * width, jnp.arange(LOGITS, dtype=jnp.int32)
-        here = pl.ds(column, width)
-        wide = lambda v: v if one_by_one else v[:, None]  # noqa: E731 - a number for each token
-        fns = [fn_ref[jnp.minimum(row, m - 1), pl.ds(i * d + column, width)] for i in range(n)]
+        row, column = jnp.arange(LOGITS, dtype=jnp.int32), jnp.minimum(part, parts - 1) * width
+        here, back = pl.ds(column, width), jax.tree.unflatten(structure, back_refs)
+        if one_by_one:
+            token, found = block, logits_of_one(x_ref, fn_ref, back, x_out, block, row, here)
+        else:
+            token = jnp.minimum(block * size + jnp.arange(size, dtype=jnp.int32), s - 1)
+            found = logits_of_some(x_ref, fn_ref, back, x_out, token, row, here)
+        out_ref[part, token, pl.ds(0, LOGITS)] = jnp.where(part < parts, found, 0)
+
+    def logits_of_one(x_ref: Any, fn_ref: Any, back: Back | None, x_out: Any, token: Array, row: Array, here: Any) -> Array:
+        fns = fn_ref[jnp.minimum(row, m - 1), pl.ds(0, n), here]
+        if back is None:
+            streams = x_ref[token, pl.ds(0, n), here].astype(jnp.float32)
+        else:
+            terms, post, mix = back
+            new = post[token, pl.ds(0, n)][:, None] * summed_of_one(terms, token, here)[None]
+            for j in range(n):
+                new += mix[token, j, pl.ds(0, n)][:, None] * x_ref[token, j, here].astype(jnp.float32)[None]
+            x_out[token, pl.ds(0, n), here] = new.astype(x.dtype)
+            streams = new.astype(x.dtype).astype(jnp.float32)
+        factors = jnp.where((row == SQUARES)[:, None, None], streams[None], fns)
+        return (factors * streams[None]).sum(axis=1).sum(axis=1)
+
+    def logits_of_some(x_ref: Any, fn_ref: Any, back: Back | None, x_out: Any, token: Array, row: Array, here: Any) -> Array:
+        fns = [fn_ref[jnp.minimum(row, m - 1), i, here] for i in range(n)]
         streams = [x_ref[token, i, here] for i in range(n)]
-        if back_refs:
-            terms, post, mix = jax.tree.unflatten(structure, back_refs)
-            old, new = [stream.astype(jnp.float32) for stream in streams], summed(terms, token, here, wide)
+        if back is not None:
+            terms, post, mix = back
+            old, new = [stream.astype(jnp.float32) for stream in streams], summed(terms, token, here)
             posts = [post[token, i] for i in range(n)]
             mixes = [[mix[token, j, i] for j in range(n)] for i in range(n)]
             for i in range(n):
-                stream = wide(posts[i]) * new
+                stream = posts[i][:, None] * new
                 for j in range(n):
-                    stream += wide(mixes[i][j]) * old[j]
+                    stream += mixes[i][j][:, None] * old[j]
                 streams[i] = stream.astype(x.dtype)
                 x_out[token, i, here] = streams[i]
-        total = jnp.zeros((LOGITS, width if one_by_one else size), jnp.float32)
-        squares = jnp.zeros(() if one_by_one else size, jnp.float32)
+        total, squares = jnp.zeros((LOGITS, size), jnp.float32), jnp.zeros(size, jnp.float32)
         for stream, rest in zip(streams, fns, strict=True):
-            numbers = stream.astype(jnp.float32)
-            squares += jnp.square(numbers).sum(axis=-1)
-            if one_by_one:
-                total += rest * numbers[None]
-                continue
+            squares += jnp.square(stream.astype(jnp.float32)).sum(axis=-1)
             for _ in range(3):  # float32 is the sum of three bfloat16, and the streams are bfloat16
                 piece = rest.astype(jnp.bfloat16)
                 rest -= piece.astype(jnp.float32)
                 total += lax.dot_general(piece, stream, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        if one_by_one:
-            found = jnp.where(row == SQUARES, squares, total.sum(axis=1))
-        else:
-            found = jnp.where(row[:, None] == SQUARES, squares[None], total).T
-        out_ref[part, token, pl.ds(0, LOGITS)] = jnp.where(part < parts, found, 0)
+        return jnp.where(row[:, None] == SQUARES, squares[None], total).T
 
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((parts_padded, s, LOGITS), jnp.float32)]
-    grid = (parts_padded, s if one_by_one else -(-s // size))
-    new, found = call(streams_logits_kernel, out, grid, 4, 1, interpret, x, fn, back)
+    grid = (parts_padded, -(-s // size))
+    new, found = call(streams_logits_kernel, out, grid, 4, 1, interpret, x, fn.reshape(m, n, d), back)
     return (x if back is None else new), found

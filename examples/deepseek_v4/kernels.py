@@ -216,7 +216,7 @@ def dense_parts(
         rows, size, padded = ROWS // 4, s, s
         splits = columns // (1024 if columns % 1024 == 0 else STEP)
     else:
-        rows, size = ROWS, 16 if s <= 16 else 32 if s <= 32 else 64
+        rows, size = ROWS, next((size for size in (8, 16, 32) if s <= size), 64)
         padded, splits = -(-s // size) * size, 1
         # Programs enough for the whole GPU, each with steps enough to have loads in flight.
         programs = sum(heights) // rows * groups
@@ -436,7 +436,7 @@ def few_experts(x: Array, chosen: Array, w: dict[str, Matrix], activate: Callabl
 
     `chosen` int32 [s, k] are each token's experts; those that are not here are any other numbers.
     """
-    form = Form(FEW_TOKENS, 64, 2, 3)
+    form = Form(8 if len(x) <= 8 else FEW_TOKENS, 64, 2, 3)
     # One token's experts run beside the shared expert's product, which takes up some processors: more and smaller programs even that out.
     gate, up = few(x, chosen, [w["w1"], w["w3"]], form, 4 if len(x) == 1 else 2, interpret).sum(axis=1)
     return few(activate(gate, up).astype(x.dtype), chosen, [w["w2"]], form, 2, interpret)[0]

@@ -27,7 +27,7 @@ import jax_dsv4 as dsv4
 from deepseek_v4.axes import ONE_DEVICE, Axes, best_of_peers, from_experts, scope_here, share, shares_groups, slots_here, to_experts
 from deepseek_v4.config import Config, Kind
 from deepseek_v4.index_keys import Keys, create_keys, score_entries, write
-from deepseek_v4.products import dense, dense_heads, dense_parts, expert_parts, fused, run_experts, swiglu, takes
+from deepseek_v4.products import dense, dense_heads, dense_parts, expert_parts, fused, gate_and_up, run_experts, takes
 from deepseek_v4.rope import rope_angle, rotate, turn
 from deepseek_v4.terms import Routed, Terms, total
 
@@ -313,6 +313,7 @@ def stream_mixes(x: Array, w: Any, config: Config) -> Array:
     return jnp.einsum("btx,mx->btm", flat, w["fn"])
 
 
+@partial(jax.jit, static_argnames="config")  # here and below: traced and lowered once for all layers
 def read_in(x: Array, back: Any, w: Any, norm: Array, config: Config) -> tuple[Array, Array, Array, Array]:
     """The streams x [b, t, n, d] with a sublayer's output in them, if any: `back` is (y, post, mix), as `write_back` takes them. And the
     next one's input [b, t, d], RMS-normed, and how its output goes back (`hyper_connection`): post and mix."""
@@ -339,7 +340,7 @@ def write_back(x: Array, y: Array | Terms, post: Array, mix: Array) -> Array:
     return out.astype(x.dtype)
 
 
-@partial(jax.jit, static_argnames="config")  # here and below: traced once for all layers
+@partial(jax.jit, static_argnames="config")
 def hyper_connection(x: Array, w: Any, config: Config) -> tuple[Array, Array, Array]:
     """mHC: how a sublayer reads the n residual streams (pre), writes them (post), and how they mix (m → n).
 
@@ -450,6 +451,7 @@ def project(x: Array, w: Any, old: CompressedCache | None, step: Step, kind: Kin
     return Projected(rms_norm(q_low, w["q_norm"], config).astype(x.dtype), latent, weight, *([m[i] for m in made] for i in (0, 1)))
 
 
+@partial(jax.jit, static_argnames=("kind", "config"))
 def queries(q_low: Array, w: Any, angle: Array, kind: Kind, config: Config) -> tuple[Array, Array | None]:
     """Queries [b, t, h, k], normed and turned, and the indexer's [b, t, h, k], turned."""
     lead, matrices = q_low.shape[:2], [w["wq_b"], *([w["indexer"]["wq_b"]] if kind == "csa" else [])]
@@ -533,7 +535,6 @@ def choose_entries(
     """The lightning indexer: slots [b, t, topk] of the entries that score best, best first.
 
     Of its queries [b, t, h, k], a weight of each head [b, t, h], and the keys float32 [b, c, k] that the step may complete.
-
     score = Σ_h weight_h · relu(q_h · key). An entry that is not visible scores −inf, so the visible ones come first and
     `extra_lengths` cuts the rest off. Entry number e has its key on device e mod n of n peers, at e div n.
     """
@@ -545,12 +546,13 @@ def choose_entries(
     row = jnp.arange(len(q))[:, None]
     if step.key_table is not None:
         row, here = jnp.divmod(jnp.where(mine, entries.slots, held[0] * held[1]), held[1])
-    keys = write(cache.keys, row, here, key)
+    own = fused()
+    own = own if own and own.scores(q, cache.keys) else None
+    keys = (own.write if own else write)(cache.keys, row, here, key)
     cache = cache._replace(keys=keys)
 
-    visible = (entries.visible - device + devices - 1) // devices  # of those that are here
-    topk, own = extra_topk(entries, "csa", config), fused()
-    if own and own.scores(q, keys):
+    topk, visible = extra_topk(entries, "csa", config), (entries.visible - device + devices - 1) // devices  # of those that are here
+    if own:
         score = own.score(q, weight, keys, visible, step.key_table)
         if devices == 1 and count <= own.MOST_ENTRIES:
             return own.best(score, visible, step.tables["csa"], topk), cache
@@ -566,6 +568,7 @@ def choose_entries(
 # -------------------------------------------------------------------------------------------------------------------- MoE
 
 
+@partial(jax.jit, static_argnames=("config", "axes"))
 def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array | Terms:
     """Each token's top experts, weighted, and the shared expert: x [b, t, d] → [b, t, d].
 
@@ -576,15 +579,12 @@ def moe(x: Array, w: Any, tokens: Array, config: Config, axes: Axes) -> Array | 
     given = w["tid2eid"][tokens] if "tid2eid" in w else None  # hash layers: the token's id names its experts
     own = fused(x.shape[0] * x.shape[1])
     if own and lax.axis_size(axes.every) == 1 and takes(x, w["gate"], *shared.values(), *w["experts"].values()):
-        parts, flat = dense_parts(x, shared["w1"], shared["w3"], w["gate"]), None if given is None else given.reshape(-1, k)
-        sizes, activate = (shared["w1"].shape[0], w["gate"].shape[0], k), partial(swiglu, config=config)
-        inner, chosen, weight = own.route(parts, *sizes, w.get("bias"), flat, tokens.reshape(-1), factor, activate, x.dtype)
+        flat = None if given is None else given.reshape(-1, k)
+        chosen, weight = own.route(dense_parts(x, w["gate"]), k, w.get("bias"), flat, tokens.reshape(-1), factor)
         routed = Routed(expert_parts(x.reshape(-1, x.shape[-1]), chosen, w["experts"], config), chosen, weight)
-        return Terms(dense_parts(inner, shared["w2"]), routed)
+        return Terms(dense_parts(gate_and_up(x, shared, config), shared["w2"]), routed)
 
-    gate, up = dense(x, shared["w1"], shared["w3"], dtype=jnp.float32)
-    (out,) = dense(swiglu(gate, up, config).astype(x.dtype), shared["w2"])
-
+    (out,) = dense(gate_and_up(x, shared, config), shared["w2"])
     x = to_experts(x, axes)
     (score,) = dense(x, w["gate"], dtype=jnp.float32)
     score = jnp.sqrt(jax.nn.softplus(score))

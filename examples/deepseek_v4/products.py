@@ -75,6 +75,7 @@ def dense_groups(x: Array, *ws: Matrix, dtype: jax.typing.DTypeLike | None = Non
     return [y[..., 0, :] for y in found] if squeeze else found
 
 
+@jax.jit
 def dense_heads(x: Array, angle: Array, w: Matrix) -> Array:
     """x [b, t, h, k] with its heads turned by angle [b, t, 32], a group of them times each matrix of w [g, r, c] → [b, t, g, r]."""
     own, (b, t, _, k) = kernels(), x.shape
@@ -91,6 +92,7 @@ def takes(x: Array, *ws: Matrix) -> bool:
     return own is not None and x.dtype == jnp.bfloat16 and all(map(own.takes, ws))
 
 
+@jax.jit
 def dense_parts(x: Array, *ws: Matrix) -> Array:
     """The products of `dense` side by side, by our own kernels, in the parts that deepseek_v4/fused.py takes: [parts, b · t, 1, Σ r]."""
     return kernels().dense_parts(x.reshape(-1, 1, x.shape[-1]), *(jax.tree.map(lambda leaf: leaf[None], w) for w in ws))
@@ -99,6 +101,11 @@ def dense_parts(x: Array, *ws: Matrix) -> Array:
 def swiglu(gate: Array, up: Array, config: Config) -> Array:
     limit = config.swiglu_limit
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def gate_and_up(x: Array, w: Any, config: Config) -> Array:
+    """What the third matrix of the shared expert is multiplied with: x [..., d] → [..., i]."""
+    return swiglu(*dense(x, w["w1"], w["w3"], dtype=jnp.float32), config).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames="config")
