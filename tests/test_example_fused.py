@@ -192,6 +192,15 @@ def test_route(given):
     close(weight, 2.5 * w / w.sum(axis=-1, keepdims=True), SUMS)
 
 
+@pytest.mark.parametrize("numbers", [3, 2, 0])
+def test_route_passes_over_nan(numbers):
+    """Experts whose score is NaN are not chosen; where no others are left, none is."""
+    parts = jnp.full((1, 1, 1, 48), jnp.nan).at[..., 10 : 10 + numbers].set(1.0)
+    chosen, weight = fused.route(parts, 3, jnp.zeros(48), None, jnp.zeros(1, jnp.int32), 1.0, interpret=True)
+    np.testing.assert_array_equal(chosen[0], [10, 11, 12][:numbers] + [-1] * (3 - numbers))
+    np.testing.assert_allclose(weight[0], [1 / max(numbers, 1)] * numbers + [0] * (3 - numbers), rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
 def test_project(kind):
     """Entries that are complete, one of them the text's first; a request that has ended. As `rms_norm`, `rotate` and `compress` make it."""

@@ -313,7 +313,10 @@ def random_matrices(kind, *shape):
 @pytest.mark.cuda
 @pytest.mark.parametrize("tokens", [8, 64, 512])
 def test_on_a_gpu_products_side_by_side_are_those_alone(hopper, tokens):
-    """Four at V4-Flash's sizes that do not wait for each other have the bits that each has alone: no kernel counts on slow loads."""
+    """Four at V4-Flash's sizes that do not wait for each other have the bits that each has alone: no kernel counts on slow loads.
+
+    Without `settled` a quarter of the runs with 64 tokens had other bits (on an H200).
+    """
     config = PRESETS["v4-flash"]
     experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
@@ -330,8 +333,10 @@ def test_on_a_gpu_products_side_by_side_are_those_alone(hopper, tokens):
 
     rng = np.random.default_rng(7)
     xs = [jnp.asarray(rng.standard_normal((tokens, hidden)), jnp.bfloat16) for _ in range(4)]
-    choices = [np.stack([rng.permutation(experts)[: config.num_experts_per_tok] for _ in range(tokens)]).astype(np.int32) for _ in range(4)]
+    choices = [np.stack([rng.permutation(40)[: config.num_experts_per_tok] for _ in range(tokens)]).astype(np.int32) for _ in range(4)]
     alone = [multiply(w, x, chosen) for x, chosen in zip(xs, choices, strict=True)]
     together = jax.jit(lambda w, xs, choices: list(map(partial(multiply, w), xs, choices)), compiler_options=products.compiler_options())
-    for _ in range(20):
-        jax.tree.map(np.testing.assert_array_equal, together(w, xs, choices), alone)
+    pairs = lambda *trees: zip(*map(jax.tree.leaves, trees), strict=True)  # noqa: E731
+    differ = jax.jit(lambda found, wanted: sum((a != b).sum() for a, b in pairs(found, wanted)))
+    for _ in range(100):
+        assert differ(together(w, xs, choices), alone) == 0

@@ -34,6 +34,15 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+LEAST = -(2**31)
+
+
+def order(x: Array) -> Array:
+    """int32 in the order of float32, 0 and −0 as one, all above LEAST; NaN have their place in it too."""
+    bits = jnp.where(x == 0, 0, lax.bitcast_convert_type(x, jnp.int32))
+    return jnp.maximum(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), LEAST + 1)
+
+
 def total(parts: Any, token: Array, column: Array) -> Array:
     """Columns of a token of parts [parts, s, 1, r], summed."""
     return sum((parts[i, token, 0, column] for i in range(1, parts.shape[0])), parts[0, token, 0, column])
@@ -181,13 +190,10 @@ def queries(
 ) -> tuple[Array, Array | None]:
     """Queries [s, heads, dim], each RMS-normed, and the indexer's [s, h, index_dim] after them, all turned at [s, 32]'s angles."""
     s = len(turn[0])
-    rest = parts.shape[-1] - heads * dim
-    more = rest // index_dim if rest else 0
-    per = dim // index_dim if rest else 1  # of the indexer's heads to a program
+    more = (parts.shape[-1] - heads * dim) // index_dim
 
     def queries_kernel(parts: Any, cos: Any, sin: Any, *outs: Any) -> None:
         token, head = pl.program_id(0), pl.program_id(1)
-        lane, index_lane = (jnp.arange(size, dtype=jnp.int32) for size in (dim, index_dim))
 
         @pl.when(head < heads)
         def _() -> None:
@@ -195,21 +201,21 @@ def queries(
                 rounded = total(parts, token, head * dim + lane).astype(dtype).astype(jnp.float32)
                 return normed(rounded, eps).astype(dtype).astype(jnp.float32)
 
+            lane = jnp.arange(dim, dtype=jnp.int32)
             outs[0][token, head, pl.ds(0, dim)] = turned(query, lane, dim, (cos, sin), (token,)).astype(dtype)
 
         if more:
 
             @pl.when(head >= heads)
             def _() -> None:
-                for i in range(per):
-                    mine = (head - heads) * per + i
-                    first = heads * dim + mine * index_dim
-                    query = lambda lane, first=first: total(parts, token, first + lane).astype(dtype).astype(jnp.float32)  # noqa: E731
-                    outs[1][token, mine, pl.ds(0, index_dim)] = turned(query, index_lane, index_dim, (cos, sin), (token,)).astype(dtype)
+                mine, lane = head - heads, jnp.arange(index_dim, dtype=jnp.int32)
+                first = heads * dim + mine * index_dim
+                query = lambda lane: total(parts, token, first + lane).astype(dtype).astype(jnp.float32)  # noqa: E731
+                outs[1][token, mine, pl.ds(0, index_dim)] = turned(query, lane, index_dim, (cos, sin), (token,)).astype(dtype)
 
     out = [jax.ShapeDtypeStruct((s, heads, dim), dtype)]
     out += [jax.ShapeDtypeStruct((s, more, index_dim), dtype)] if more else []
-    found = call(queries_kernel, out, (s, heads + more // per), 2, 1, interpret, parts, *turn)
+    found = call(queries_kernel, out, (s, heads + more), 2, 1, interpret, parts, *turn)
     return found[0], found[1] if more else None
 
 
@@ -232,22 +238,27 @@ def route(
         token, place = pl.program_id(0), jnp.arange(wide, dtype=jnp.int32)
 
         def score_of(expert: Array) -> Array:
-            x = total(parts, token, jnp.clip(expert, 0, count - 1))
+            x = total(parts, token, expert)
             return jnp.sqrt(jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))))
 
         if given is not None:
             chosen = jnp.where(place < k, chooser[token, jnp.minimum(place, k - 1)], -1)
-            weight = jnp.where(place < k, score_of(chosen), 0)
+            weight = jnp.where(place < k, score_of(jnp.clip(chosen, 0, count - 1)), 0)
         else:
             expert = jnp.arange(every, dtype=jnp.int32)
-            score = score_of(expert)
-            left = jnp.where(expert < count, score + chooser[jnp.minimum(expert, count - 1)], -jnp.inf)
+            there = expert if count == every else jnp.minimum(expert, count - 1)  # such a minimum hides that loads are side by side
+            score = score_of(there)
+            left = score + chooser[there]
+            left = jnp.where((expert < count) & (left == left), order(left), LEAST)  # of NaN none is best
+            bits = lax.bitcast_convert_type(score, jnp.int32)  # of integers a warp has maximum and sum in one instruction
             chosen, weight = jnp.full(wide, -1, jnp.int32), jnp.zeros(wide, jnp.float32)
             for i in range(k):
-                best = jnp.where(left == left.max(), expert, every).min()
-                chosen = jnp.where((place == i) & (best < count), best, chosen)  # of NaN none is best
-                weight = jnp.where(place == i, jnp.where(expert == best, score, 0).sum(), weight)
-                left = jnp.where(expert == best, -jnp.inf, left)
+                most = left.max()
+                best = jnp.where(left == most, expert, every).min()
+                here, mine = (place == i) & (most > LEAST), expert == best
+                chosen = jnp.where(here, best, chosen)
+                weight = jnp.where(here, lax.bitcast_convert_type(jnp.where(mine, bits, 0).sum(), jnp.float32), weight)
+                left = jnp.where(mine, LEAST, left)
         chosen = jnp.where((tokens[token] < 0) | (chosen >= count), -1, chosen)
         triton.store(chosen_out.at[token, place], chosen, mask=place < k)
         triton.store(weight_out.at[token, place], factor * weight / (weight.sum() + 1e-20), mask=place < k)
@@ -347,11 +358,6 @@ def best(score: Array, limit: Array, table: Array, topk: int, interpret: bool = 
     """
     b, t, count = score.shape
     size, mine, many = count // table.shape[1], 8, min(count & -count, 512)
-
-    def order(x: Array) -> Array:
-        """int32 in the order of float32, 0 and −0 as one; NaN have their place in it too. None is the least int32."""
-        bits = jnp.where(x == 0, 0, lax.bitcast_convert_type(x, jnp.int32))
-        return jnp.maximum(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 1 - 2**31)
 
     def best_kernel(score_ref: Any, limit_ref: Any, table_ref: Any, out_ref: Any) -> None:
         request, token, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * mine

@@ -50,17 +50,15 @@ SHRINK = 30
 """A packed number is made 2^-SHRINK of what it is: its scale, times what the exponents' biases differ by, must be a bfloat16."""
 
 
-def power(exponent: Array, bias: int) -> Array:
-    """bfloat16 2^(exponent − 127 + bias − SHRINK) of uint8 exponents."""
-    return lax.bitcast_convert_type(((exponent.astype(jnp.int32) + (bias - SHRINK)) << 7).astype(jnp.uint16), jnp.bfloat16)
-
-
-def numbers(words: Array, scale: Array, sign: tuple[int, int], magnitude: tuple[int, int]) -> Array:
+def numbers(words: Array, scale: Array, place: int, bias: int, sign: tuple[int, int], magnitude: tuple[int, int]) -> Array:
     """bfloat16 numbers from one code of each uint16 word, two at a time, in Hopper's own instructions.
 
     `sign` and `magnitude` are shifts (left, if positive) and masks: they put the sign where bfloat16 has it, exponent and mantissa where it
     has its last exponent and first mantissa bits. So a subnormal code becomes a subnormal bfloat16, and all that is missing is a power of
-    two: `scale`.
+    two: 2^(exponent − 127 + bias − SHRINK), whose exponent is byte `place` of `scale`, uint32.
+
+    To make the powers before, of a row's scale, would be fewer instructions. But Triton would then bring each to its row's numbers through
+    shared memory, with two barriers.
     """
 
     def shifted(to: str, by: int) -> str:
@@ -71,10 +69,11 @@ def numbers(words: Array, scale: Array, sign: tuple[int, int], magnitude: tuple[
         bits = f"{shifted('a', by)} and.b32 a, a, {0x10001 * (mask | keep):#x};"
     else:
         bits = f"{shifted('a', by)} {shifted('b', left)} and.b32 a, a, {0x10001 * keep:#x}; lop3.b32 a, b, {0x10001 * mask:#x}, a, 0xEA;"
-    asm = f"{{ .reg .b32 a, b; {bits} mul.rn.bf16x2 $0, a, $2; }}"
+    power = f"bfe.u32 c, $2, {8 * place}, 8; mad.lo.u32 c, c, {0x10001 << 7:#x}, {0x10001 * (bias - SHRINK << 7):#x};"
+    asm = f"{{ .reg .b32 a, b, c; {bits} {power} mul.rn.bf16x2 $0, a, c; }}"
     out = [jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)]
     scale = jnp.broadcast_to(scale, words.shape)
-    return triton.elementwise_inline_asm(asm, args=[words, scale], constraints="=r,r,r", pack=2, result_shape_dtypes=out)[0]
+    return triton.elementwise_inline_asm(asm, args=[words, scale], constraints="=r,r,r,r", pack=2, result_shape_dtypes=out)[0]
 
 
 def fp4_numbers(words: Array, scale: Array, place: int, interpret: bool) -> Array:
@@ -82,14 +81,14 @@ def fp4_numbers(words: Array, scale: Array, place: int, interpret: bool) -> Arra
     if interpret:
         return (fp4_values(words, place) * powers(byte(scale, place) - SHRINK)[:, None]).astype(jnp.bfloat16)
     sign, lowest = FP4_BITS[place]
-    return numbers(words, power(byte(scale, place), 126)[:, None], (15 - sign, 0x8000), (6 - lowest, 0x01C0))
+    return numbers(words, scale[:, None], place, 126, (15 - sign, 0x8000), (6 - lowest, 0x01C0))
 
 
 def fp8_numbers(words: Array, scale: Array, place: int, interpret: bool) -> Array:
     """[r, 64] from one byte of words [r, 64]; scale uint8, of all of them."""
     if interpret:
         return (fp8_values(byte(words, place).astype(jnp.uint8)) * powers(scale - SHRINK)).astype(jnp.bfloat16)
-    return numbers(words, power(scale, 120), (8 - 8 * place, 0x8000), (4 - 8 * place, 0x07F0))
+    return numbers(words, scale.astype(jnp.uint32), 0, 120, (8 - 8 * place, 0x8000), (4 - 8 * place, 0x07F0))
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -213,7 +212,7 @@ def dense_parts(
     """The products of `dense` side by side, in parts to be summed over axis 0: [parts, s or more, g, Σ r], float32 or, if one, `dtype`."""
     (s, groups, columns), heights = x.shape, [w.shape[1] for w in ws]
     if one_by_one := s <= FMA_TOKENS and not any(isinstance(w, Fp4) for w in ws):
-        rows, size, padded = ROWS // 4, s, s
+        rows, size, padded = ROWS // (4 if sum(heights) > 256 else 16), s, s  # few rows, as a gate has, are many programs all the same
         splits = columns // (1024 if columns % 1024 == 0 else STEP)
     else:
         rows, size = ROWS, next((size for size in (8, 16, 32) if s <= size), 64)

@@ -105,7 +105,8 @@ def swiglu(gate: Array, up: Array, config: Config) -> Array:
 
 def gate_and_up(x: Array, w: Any, config: Config) -> Array:
     """What the third matrix of the shared expert is multiplied with: x [..., d] → [..., i]."""
-    return swiglu(*dense(x, w["w1"], w["w3"], dtype=jnp.float32), config).astype(x.dtype)
+    gate, up = dense(x, w["w1"], w["w3"], dtype=jnp.float32)
+    return swiglu(gate, up, config).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames="config")
