@@ -5,23 +5,25 @@
 A step is of V4-Flash's 43 layers, each with caches of its own. There are weights for four, one SWA, two CSA and one HCA, which fit one GPU
 in bfloat16 too: layers of a kind have the same, or those of the two CSA ones in turn. Between two uses a step reads more than the GPU's L2
 cache holds. The vocabulary has 1,024 tokens, and embedding and head are not timed. Weights are made on the device, in bfloat16 or packed as
-DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 12 steps in one call, from position 8,000 on; a
-step's tokens depend on what the step before computed. A time is that of a layer: a 43rd of a step.
+DeepSeek publishes them; with packed ones the indexer's keys are in fp8. A decode case makes 48 steps in one call, from position 8,000 on;
+two are a trip of its loop. A step's tokens depend on what the step before computed. A time is that of a layer: a 43rd of a step.
 
 The floor of a decode case is the bytes that a step must read, as they are held, over the rate of a large copy: all matrices but the
 experts, as many experts as that many random choices hit on average, and each request's cached rows and indexer keys. That of a prompt is
 its model FLOPs over the rate of a large bf16 product: two for each weight that a token uses, and attention's and the indexer's products.
 
-The profile of each case groups a step's kernels: what they are for, by name, with their share of the time that the GPU was busy.
+The profile of each case groups a step's kernels: what they are for, by name. XLA runs them one by one while it is made, unless
+XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +49,7 @@ from deepseek_v4.weights import Tensor, map_schema
 CONFIG = dataclasses.replace(V4_FLASH, vocab_size=1024)
 MADE = dataclasses.replace(CONFIG, layers=("swa", "csa", "hca", "csa"), num_hash_layers=1)
 """The layers that there are weights for."""
-POSITION, ROOM, STEPS, PROMPT = 8000, 8192, 12, 4096
+POSITION, ROOM, STEPS, TRIP, PROMPT = 8000, 8192, 48, 2, 4096
 LATENT_BYTES = 584  # of a cached row
 
 
@@ -176,7 +178,7 @@ class Program:
                 return (tokens, cache), jnp.isfinite(x[:, -1]).all()
 
             cache = cache._replace(position=jnp.full(case.requests, start, jnp.int32))
-            (_, cache), finite = lax.scan(step, (tokens, cache), length=self.steps)
+            (_, cache), finite = lax.scan(step, (tokens, cache), length=self.steps, unroll=min(TRIP, self.steps))
             return cache, finite.all()
 
         self.run = jax.jit(run, donate_argnums=1, compiler_options=compiler_options()).lower(weights, self.cache).compile()
@@ -219,30 +221,49 @@ GROUPS = (
 """What a kernel is for, by what its name contains; the first that fits. All others are XLA's fusions."""
 
 
+MAIN = 3
+"""The groups, at the front, that a step should be spending its time on."""
+
+
 def profile(program: Program) -> dict[str, Any]:
-    """A call's kernels: microseconds a layer and kernels a layer, by group, and the largest ones."""
+    """A call's kernels: microseconds a layer and kernels a layer, by group, and the largest ones. And what part of the time in which the
+    GPU was busy one of the MAIN groups' kernels was running."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             program()
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-    per = program.steps * len(CONFIG.layers)
+    lines = (line for plane in data.planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name)
+    events = [(event.name, event.start_ns, event.duration_ns) for line in lines for event in line.events]
+    return summary(events, program.steps * len(CONFIG.layers))
+
+
+def summary(events: Sequence[tuple[str, float, float]], per: int) -> dict[str, Any]:
+    """Of kernels: names, begins and durations in nanoseconds."""
     kernels: dict[str, list[float]] = {}
-    for plane in data.planes:
-        for line in plane.lines if "GPU" in plane.name else ():
-            for event in line.events if "Stream" in line.name else ():
-                found = kernels.setdefault(event.name, [0.0, 0.0])
-                found[0] += event.duration_ns / 1e3 / per
-                found[1] += 1 / per
     groups: dict[str, list[float]] = {}
-    for name, (us, times) in kernels.items():
-        group = next((group for group, parts in GROUPS if any(part in name for part in parts)), "others")
-        total = groups.setdefault(group, [0.0, 0.0])
-        total[0] += us
-        total[1] += times
+    main: list[tuple[float, float]] = []
+    for name, start, duration in events:
+        number = next((i for i, (_, parts) in enumerate(GROUPS) if any(part in name for part in parts)), len(GROUPS))
+        for found in (kernels.setdefault(name, [0.0, 0.0]), groups.setdefault((*dict(GROUPS), "others")[number], [0.0, 0.0])):
+            found[0] += duration / 1e3 / per
+            found[1] += 1 / per
+        if number < MAIN:
+            main.append((start, start + duration))
+    busy = covered((start, start + duration) for _, start, duration in events)
     largest = sorted(kernels.items(), key=lambda item: -item[1][0])[:25]
     rounded = lambda items: {name[:90]: {"us": round(us, 2), "kernels": round(times, 2)} for name, (us, times) in items}  # noqa: E731
-    return {"groups": rounded(sorted(groups.items(), key=lambda item: -item[1][0])), "largest": rounded(largest)}
+    by_time = sorted(groups.items(), key=lambda item: -item[1][0])
+    return {"groups": rounded(by_time), "main_of_busy": covered(main) / busy if busy else 0.0, "largest": rounded(largest)}
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much is in at least one of them."""
+    total, end = 0.0, -math.inf
+    for first, last in sorted(spans):
+        total += max(last - max(first, end), 0)
+        end = max(end, last)
+    return total
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -293,6 +314,9 @@ def measure(name: str, case: Case, weights: Any, report: Report, rounds: int) ->
     report.note(name, numbers, failed)
     for group, found in row.get("profile", {}).get("groups", {}).items():
         print(f"    {group:20} {found['us']:9.1f} us {found['kernels']:7.1f} kernels", flush=True)
+    if "profile" in row:
+        main = ", ".join(name for name, _ in GROUPS[:MAIN])
+        print(f"    {main}: {row['profile']['main_of_busy']:.0%} of the time that the GPU was busy", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from example_support import (
     map_schema,
     mesh,
     packed,
-    products,
     quantised_checkpoint,
     rotate,
     run_experts,
@@ -301,42 +300,3 @@ def test_on_a_gpu_codes_become_the_same_numbers(hopper, kind):
     x = jnp.eye(128, dtype=jnp.bfloat16)[:, None]
     (found,) = kernels.dense(x, jax.tree.map(jnp.asarray, w), dtype=F32)
     np.testing.assert_array_equal(np.asarray(found[:, 0].T, np.float64), numbers[0])
-
-
-def random_matrices(kind, *shape):
-    key, form = jax.random.key(0, impl="rbg"), packed.packed_form(shape, kind)
-    mask, scale = {"fp4": (0xFFFF, 0x77777777), "fp8": (0xBFBF, 121)}[kind]  # of e4m3, no NaN
-    codes = jax.random.bits(key, form.codes.shape, form.codes.dtype)
-    return type(form)(codes & jnp.uint16(mask), jnp.full(form.scale.shape, scale, form.scale.dtype))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("tokens", [8, 64, 512])
-def test_on_a_gpu_products_side_by_side_are_those_alone(hopper, tokens):
-    """Four at V4-Flash's sizes that do not wait for each other have the bits that each has alone: no kernel counts on slow loads.
-
-    Without `settled` a quarter of the runs with 64 tokens had other bits (on an H200).
-    """
-    config = PRESETS["v4-flash"]
-    experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-    sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
-    w = {name: random_matrices("fp4", experts, *size) for name, size in sizes.items()}, random_matrices("fp8", 1, 8192, hidden)
-
-    @jax.jit
-    def multiply(w, x, chosen):
-        activate = partial(swiglu, config=config)
-        if tokens <= kernels.FEW_TOKENS:
-            found = kernels.few_experts(x, chosen, w[0], activate)
-        else:
-            found = kernels.experts(x, chosen.reshape(-1), w[0], activate, experts)
-        return found[:, :-1], *(kernels.dense(x[:, None], w[1], dtype=F32) if tokens <= kernels.MOST_TOKENS else ())
-
-    rng = np.random.default_rng(7)
-    xs = [jnp.asarray(rng.standard_normal((tokens, hidden)), jnp.bfloat16) for _ in range(4)]
-    choices = [np.stack([rng.permutation(40)[: config.num_experts_per_tok] for _ in range(tokens)]).astype(np.int32) for _ in range(4)]
-    alone = [multiply(w, x, chosen) for x, chosen in zip(xs, choices, strict=True)]
-    together = jax.jit(lambda w, xs, choices: list(map(partial(multiply, w), xs, choices)), compiler_options=products.compiler_options())
-    pairs = lambda *trees: zip(*map(jax.tree.leaves, trees), strict=True)  # noqa: E731
-    differ = jax.jit(lambda found, wanted: sum((a != b).sum() for a, b in pairs(found, wanted)))
-    for _ in range(100):
-        assert differ(together(w, xs, choices), alone) == 0

@@ -357,7 +357,8 @@ def best(score: Array, limit: Array, table: Array, topk: int, interpret: bool = 
     many are before it: each program counts that for some of them. A sort takes 15 µs for 2,048.
     """
     b, t, count = score.shape
-    size, mine, many = count // table.shape[1], 8, min(count & -count, 512)
+    size, many = count // table.shape[1], min(count & -count, 512)
+    mine = 8 if b * t <= 16 else 16  # few tokens are more and smaller programs
 
     def best_kernel(score_ref: Any, limit_ref: Any, table_ref: Any, out_ref: Any) -> None:
         request, token, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * mine
@@ -468,20 +469,18 @@ def read_streams(
         for place, piece, norm in zip(places, pieces, norms, strict=True):
             y_ref[token, place] = (piece * grow * norm).astype(y_ref.dtype)
 
+    def over(m: Array, axis: int, eps: float = eps_hc) -> Array:
+        shrink = lax.rsqrt(m.sum(axis=axis, keepdims=True) + eps)  # one instruction, where a quotient has ten
+        return m * (shrink * shrink)
+
     def streams_mix_kernel(*refs: Any) -> None:
         post_ref, mix_ref = refs[3:]
         token, post, mix = pl.program_id(0), logits(refs[:3], n, n, 1), logits(refs[:3], 2 * n, n * n, 2)
         post_ref[token, pl.ds(0, n)] = 2 * jax.nn.sigmoid(post())
         m = mix().reshape(n, n)
-        m = jnp.exp(m - m.max(axis=1, keepdims=True))
-        m = m / m.sum(axis=1, keepdims=True) + eps_hc
-        m = m / (m.sum(axis=0, keepdims=True) + eps_hc)
-
-        def turn(_: Array, m: Array) -> Array:
-            m = m / (m.sum(axis=1, keepdims=True) + eps_hc)
-            return m / (m.sum(axis=0, keepdims=True) + eps_hc)
-
-        mix_ref[token, pl.ds(0, n * n)] = lax.fori_loop(1, rounds, turn, m).reshape(n * n)
+        m = over(jnp.exp(m - m.max(axis=1, keepdims=True)), 1, 0.0) + eps_hc
+        m = over(m, 0)
+        mix_ref[token, pl.ds(0, n * n)] = lax.fori_loop(1, rounds, lambda _, m: over(over(m, 1), 0), m).reshape(n * n)
 
     of_logits = parts, w["base"], w["scale"]
     (y,) = call(streams_kernel, [jax.ShapeDtypeStruct((s, d), x.dtype)], (s,), 8, 1, interpret, *of_logits, x, norm)
