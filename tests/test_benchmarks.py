@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import jax_dsv4 as dsv4
 from jax_dsv4 import _ffi
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import capture, cpu, cuda, flashmla, programs, scaling, scaling_model, vllm_cpu
+from benchmarks import capture, cpu, cuda, flashmla, model, programs, scaling, scaling_model, vllm_cpu
 from benchmarks.measure import Report, compare
 
 LIBRARY, DETAIL = _ffi.load("libdsv4_cpu", "cpu")
@@ -285,6 +286,29 @@ def test_a_benchmark_says_that_there_is_no_gpu(command, argv, capsys) -> None:
         command.main(argv)
     assert stop.value.code == 2
     assert "needs implementation 'cuda': " in capsys.readouterr().err
+
+
+def test_a_profile_is_grouped() -> None:
+    """Kernels' times are added up by group; what runs beside another one is counted once in the part of the busy time."""
+    events = [("dense_kernel", 0, 4000), ("streams_kernel", 3000, 3000), ("experts_kernel", 10000, 2000), ("dense_kernel", 11000, 3000)]
+    found = model.summary(events, per=2)
+    assert found["groups"] == {
+        "dense products": {"us": 3.5, "kernels": 1.0},
+        "hyper-connections": {"us": 1.5, "kernels": 0.5},
+        "experts": {"us": 1.0, "kernels": 0.5},
+    }
+    assert found["main_of_busy"] == 8 / 10
+    assert model.summary([("copy", 0, 1)], per=1)["groups"] == {"others": {"us": 0.0, "kernels": 1.0}}
+    assert model.summary([], per=1)["main_of_busy"] == 0
+
+
+def test_a_step_has_weights_for_every_layer() -> None:
+    """Layers have those of their kind, and neighbours of a kind others."""
+    made = model.layers_of_a_step(list(enumerate(model.MADE.layers)))
+    assert [kind for _, kind in made] == list(model.CONFIG.layers)
+    csa = [i for i, kind in made if kind == "csa"]
+    assert set(csa) == {1, 3}
+    assert all(one != following for one, following in pairwise(csa))
 
 
 @pytest.mark.parametrize("command", [capture, scaling_model])

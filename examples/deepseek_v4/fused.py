@@ -505,18 +505,6 @@ def stream_logits(x: Array, back: Back | None, fn: Array, interpret: bool) -> tu
     parts_padded = power_of_two(parts)
     structure = jax.tree.structure(back)
 
-    def streams_logits_kernel(x_ref: Any, fn_ref: Any, *refs: Any) -> None:
-        *back_refs, x_out, out_ref = refs
-        part, block = pl.program_id(0), pl.program_id(1)
-        row, column = jnp.arange(LOGITS, dtype=jnp.int32), jnp.minimum(part, parts - 1) * width
-        here, back = pl.ds(column, width), jax.tree.unflatten(structure, back_refs)
-        if one_by_one:
-            token, found = block, logits_of_one(x_ref, fn_ref, back, x_out, block, row, here)
-        else:
-            token = jnp.minimum(block * size + jnp.arange(size, dtype=jnp.int32), s - 1)
-            found = logits_of_some(x_ref, fn_ref, back, x_out, token, row, here)
-        out_ref[part, token, pl.ds(0, LOGITS)] = jnp.where(part < parts, found, 0)
-
     def logits_of_one(x_ref: Any, fn_ref: Any, back: Back | None, x_out: Any, token: Array, row: Array, here: Any) -> Array:
         fns = fn_ref[jnp.minimum(row, m - 1), pl.ds(0, n), here]
         if back is None:
@@ -553,6 +541,18 @@ def stream_logits(x: Array, back: Back | None, fn: Array, interpret: bool) -> tu
                 rest -= piece.astype(jnp.float32)
                 total += lax.dot_general(piece, stream, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         return jnp.where(row[:, None] == SQUARES, squares[None], total).T
+
+    def streams_logits_kernel(x_ref: Any, fn_ref: Any, *refs: Any) -> None:
+        *back_refs, x_out, out_ref = refs
+        part, block = pl.program_id(0), pl.program_id(1)
+        row, column = jnp.arange(LOGITS, dtype=jnp.int32), jnp.minimum(part, parts - 1) * width
+        here, back = pl.ds(column, width), jax.tree.unflatten(structure, back_refs)
+        if one_by_one:
+            token, found = block, logits_of_one(x_ref, fn_ref, back, x_out, block, row, here)
+        else:
+            token = jnp.minimum(block * size + jnp.arange(size, dtype=jnp.int32), s - 1)
+            found = logits_of_some(x_ref, fn_ref, back, x_out, token, row, here)
+        out_ref[part, token, pl.ds(0, LOGITS)] = jnp.where(part < parts, found, 0)
 
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((parts_padded, s, LOGITS), jnp.float32)]
     grid = (parts_padded, -(-s // size))

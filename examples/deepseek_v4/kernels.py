@@ -178,7 +178,7 @@ FMA_TOKENS = 2
 """Up to so many tokens multiply faster one by one than by tensor cores."""
 
 ROWS = 64
-"""Of a matrix, to a program; a quarter of them where tokens are multiplied one by one."""
+"""Of a matrix, to a program; a quarter of them where tokens are multiplied one by one, and of a matrix as low as a gate a sixteenth."""
 
 
 Turn = tuple[Array, Array]
@@ -212,7 +212,7 @@ def dense_parts(
     """The products of `dense` side by side, in parts to be summed over axis 0: [parts, s or more, g, Σ r], float32 or, if one, `dtype`."""
     (s, groups, columns), heights = x.shape, [w.shape[1] for w in ws]
     if one_by_one := s <= FMA_TOKENS and not any(isinstance(w, Fp4) for w in ws):
-        rows, size, padded = ROWS // (4 if sum(heights) > 256 else 16), s, s  # few rows, as a gate has, are many programs all the same
+        rows, size, padded = ROWS // (4 if sum(heights) > 256 else 16), s, s
         splits = columns // (1024 if columns % 1024 == 0 else STEP)
     else:
         rows, size = ROWS, next((size for size in (8, 16, 32) if s <= size), 64)
