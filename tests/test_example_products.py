@@ -293,10 +293,11 @@ def hopper():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [1, 8, 16, 128])
 @pytest.mark.parametrize("kind", ["fp4", "fp8", "bf16"])
-def test_on_a_gpu_codes_become_the_same_numbers(hopper, kind):
+def test_on_a_gpu_codes_become_the_same_numbers(hopper, kind, tokens):
     """One column of x at a time is 1: the products are the numbers themselves, and all codes are among them."""
     w, numbers = KINDS[kind](np.random.default_rng(5), 1, 128, 128)
-    x = jnp.eye(128, dtype=jnp.bfloat16)[:, None]
-    (found,) = kernels.dense(x, jax.tree.map(jnp.asarray, w), dtype=F32)
-    np.testing.assert_array_equal(np.asarray(found[:, 0].T, np.float64), numbers[0])
+    w, columns = jax.tree.map(jnp.asarray, w), jnp.eye(128, dtype=jnp.bfloat16)[:, None]
+    found = [kernels.dense(columns[i : i + tokens], w, dtype=F32)[0] for i in range(0, 128, tokens)]
+    np.testing.assert_array_equal(np.asarray(jnp.concatenate(found)[:, 0].T, np.float64), numbers[0])
