@@ -84,7 +84,7 @@ def random_terms(rng: np.random.Generator, tokens: int, hidden: int) -> Any:
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["attention", "experts"])
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1024), (3, 1024), (20, 3072), (130, 1024)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1024), (2, 3072), (3, 1024), (20, 3072), (130, 1024)])
 def test_streams(tokens, hidden, experts):
     """A sublayer's output goes in, and the next one's input comes out, as `write_back`, `hyper_connection` and `rms_norm` make it."""
     rng, config = np.random.default_rng(3), PRESETS["v4-flash"]
