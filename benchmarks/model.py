@@ -12,8 +12,8 @@ The floor of a decode case is the bytes that a step must read, as they are held,
 experts, as many experts as that many random choices hit on average, and each request's cached rows and indexer keys. That of a prompt is
 its model FLOPs over the rate of a large bf16 product: two for each weight that a token uses, and attention's and the indexer's products.
 
-The profile of each case groups a step's kernels: what they are for, by name. XLA runs them one by one while it is made, unless
-XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true.
+The profile of each case groups a step's kernels: what they are for, by name. XLA may run them one by one while it is made; with
+XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true it runs its CUDA graphs.
 """
 
 from __future__ import annotations

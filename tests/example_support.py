@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import decode_loop  # noqa: E402, F401
 import serve  # noqa: E402, F401
 from deepseek_v4 import config as config_module  # noqa: E402, F401
-from deepseek_v4 import fused, index_keys, kernels, memory, mesh, model, packed, pages, products, safetensors, serving, terms, train_tiny  # noqa: E402, F401  # noqa: E402, F401
+from deepseek_v4 import fused, index_keys, kernels, memory, mesh, model, packed, pages, products, safetensors, serving, terms, train_tiny  # noqa: E402, F401
 from deepseek_v4 import weights as weights_module  # noqa: E402, F401
 from deepseek_v4.axes import Axes  # noqa: E402, F401
 from deepseek_v4.config import PRESETS, CheckpointError, Config, load_config, parse_config  # noqa: E402, F401

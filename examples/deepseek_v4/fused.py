@@ -413,7 +413,7 @@ def summed(terms: Terms, token: Array, columns: Any) -> Array:
 
 
 def summed_of_one(terms: Terms, token: Array, columns: Any) -> Array:
-    """The same of one token, in few instructions: all terms are rows of one array."""
+    """The same of one token. All terms are rows of one array: so a number is loaded once, in one layout."""
     dense, routed = terms
     count = dense.shape[0]
     row = jnp.arange(power_of_two(count), dtype=jnp.int32)
